@@ -1,0 +1,139 @@
+"""The Manifest: the immutable identity of a model lineage."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+from p2pmodel.domain.ids import Digest, PeerId, check_digest, check_peer
+
+MAX_SLOTS = 100_000
+MAX_MAINTAINERS = 64
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """Bytes by content: `digest` of `size` bytes."""
+
+    digest: Digest
+    size: int
+
+    def __post_init__(self) -> None:
+        check_digest(self.digest, "blob digest")
+        if self.size < 0:
+            raise ValueError("blob size is negative")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One file of the base checkpoint, by its name in the Hugging Face folder."""
+
+    name: str
+    blob: BlobRef
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or "\\" in self.name or self.name.startswith("."):
+            raise ValueError("a model file's name has to be a plain file name")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that patches may change. `name` is `KIND:place`, such as `ia3:out:model.layers.3.self_attn.k_proj`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 512:
+            raise ValueError("slot name is empty or too long")
+        if not self.shape or any(n <= 0 for n in self.shape):
+            raise ValueError(f"slot {self.name} has no positive shape")
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """A merge strategy by its registered name and version (`fisher@1`), and its parameters, sorted by name."""
+
+    strategy: str
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.parameters) != sorted(set(self.parameters)) or not all(isfinite(v) for _, v in self.parameters):
+            raise ValueError("merge parameters have to be finite, unique and sorted by name")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a round moves on. Seconds are local: every node counts from when it saw the phase begin.
+
+    min_patches: the round is sealed as soon as that many are admitted; open_seconds: or after this, if there is one;
+    proposer_seconds: how long the next proposer waits for a silent one; verdict_seconds: for verdicts, before the round
+    is abandoned.
+    """
+
+    min_patches: int = 3
+    max_patches: int = 1000
+    open_seconds: float = 3600.0
+    proposer_seconds: float = 120.0
+    verdict_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_patches <= self.max_patches:
+            raise ValueError("schedule: 1 <= min_patches <= max_patches does not hold")
+        if min(self.open_seconds, self.proposer_seconds, self.verdict_seconds) <= 0:
+            raise ValueError("schedule: durations have to be positive")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before it costs memory, and how much worse than its parent (relative) a version may be on any
+    domain of the exam."""
+
+    max_patch_bytes: int = 64 << 20
+    max_header_bytes: int = 1 << 20
+    regression_tolerance: float = 0.005
+
+    def __post_init__(self) -> None:
+        if self.max_patch_bytes <= 0 or self.max_header_bytes <= 0 or not 0 <= self.regression_tolerance < 1:
+            raise ValueError("limits are out of range")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files`: config, weights and tokenizer of the base, sorted by name. `exam`: the suite's archive.
+    `source`: where the base can be had (a hub id), or empty."""
+
+    name: str
+    created: int
+    architecture: str
+    layers: int
+    files: tuple[ModelFile, ...]
+    source: str
+    licence: str
+    kinds: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    merge: MergeSpec
+    exam: BlobRef
+    schedule: Schedule
+    limits: Limits
+    maintainers: tuple[PeerId, ...]
+    threshold: int
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 64 or not all(c.isalnum() or c in "-_." for c in self.name):
+            raise ValueError("a model's name has 1 to 64 letters, digits, '-', '_' or '.'")
+        if not 1 <= self.layers <= 10_000:
+            raise ValueError("the number of layers is out of range")
+        names = [f.name for f in self.files]
+        if not names or names != sorted(set(names)):
+            raise ValueError("the files have to be unique and sorted by name")
+        slots = [s.name for s in self.slots]
+        if len(slots) > MAX_SLOTS or slots != sorted(set(slots)):
+            raise ValueError("the slots have to be unique, sorted by name, and not too many")
+        if not self.maintainers or len(self.maintainers) > MAX_MAINTAINERS:
+            raise ValueError(f"a model has 1 to {MAX_MAINTAINERS} maintainers")
+        if list(self.maintainers) != sorted(set(self.maintainers)):
+            raise ValueError("maintainers' keys have to be unique and sorted")
+        for peer in self.maintainers:
+            check_peer(peer, "maintainer")
+        if not 1 <= self.threshold <= len(self.maintainers):
+            raise ValueError(f"the threshold has to be between 1 and the number of maintainers, {len(self.maintainers)}")

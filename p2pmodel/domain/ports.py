@@ -1,0 +1,47 @@
+"""What one room needs of another, as protocols: rooms of floor 2 meet here, not by import."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from p2pmodel.domain.ids import Digest
+from p2pmodel.domain.swarm import SessionRequest
+
+Buffer = bytes | bytearray | memoryview
+
+
+class StageRunner(Protocol):
+    """The computation behind a chain of streams. `step` and `close` are called from one thread, the compute thread;
+    `open` from the thread that admits sessions. A session's handle is the runner's own object."""
+
+    def open(self, request: SessionRequest) -> Any:
+        """Raises P2PModelError when the span, version, codec or room for max_tokens cannot be had."""
+
+    def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
+        """Each item is (handle, position of the first token, meta, encoded hidden states); at most one item a session.
+        Returns the encoded outputs in the same order; an exception in an item's place ends that session alone."""
+
+    def close(self, handle: Any) -> None:
+        """Frees the session's cache. Called exactly once for every opened session."""
+
+
+class BlobSource(Protocol):
+    """Verified bytes by digest; what the blob streams serve from."""
+
+    def size(self, digest: Digest) -> int | None:
+        """None when it is not here."""
+
+    def read(self, digest: Digest, offset: int, length: int) -> bytes: ...
+
+
+class BlobSink(Protocol):
+    """Where a blob goes while it arrives. `finish` verifies the digest and makes it visible; `abort` leaves nothing."""
+
+    def write(self, chunk: Buffer) -> None: ...
+
+    def finish(self) -> None:
+        """Raises Rejected("digest", …) when the bytes are not what was asked for."""
+
+    def abort(self) -> None: ...
+
+
+MakeSink = Callable[[Digest, int], BlobSink]
