@@ -1,0 +1,73 @@
+"""`p2pmodel`: the map of the product. Each command lives in a module named after what it is about."""
+
+import contextlib
+import os
+import sys
+
+import click
+import typer
+
+from p2pmodel import __version__
+from p2pmodel.cli import inspecting, joining, modelling, patching, prompting, quickstart
+from p2pmodel.cli.options import Home
+from p2pmodel.domain.errors import NotFound, P2PModelError
+
+app = typer.Typer(
+    name="p2pmodel", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"auto_envvar_prefix": "P2PMODEL", "help_option_names": ["-h", "--help"]},
+    help="Host, use, train and improve a model together, from machine to machine.")
+
+START, USE, IMPROVE, LOOK = "Start here", "Use a model", "Improve a model", "Look"
+
+app.command(rich_help_panel=START)(quickstart.quickstart)
+app.command(rich_help_panel=START)(inspecting.doctor)
+app.command(rich_help_panel=USE)(joining.join)
+app.command(rich_help_panel=USE)(prompting.infer)
+app.command(rich_help_panel=IMPROVE)(patching.train)
+app.add_typer(patching.app, name="patch", rich_help_panel=IMPROVE)
+app.add_typer(modelling.app, name="model", rich_help_panel=IMPROVE)
+app.command("eval", rich_help_panel=IMPROVE)(prompting.evaluate)
+app.command(rich_help_panel=LOOK)(inspecting.status)
+app.command(rich_help_panel=LOOK)(inspecting.log)
+app.add_typer(inspecting.identity, name="id", rich_help_panel=LOOK)
+app.command(rich_help_panel=LOOK)(inspecting.fsck)
+
+
+@app.callback()
+def options(
+    context: typer.Context, home: Home = None,
+    log_level: str = typer.Option("WARNING", "--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=True),
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+) -> None:
+    if version:
+        typer.echo(f"p2pmodel {__version__}")
+        raise typer.Exit
+    if context.resilient_parsing or "--help" in sys.argv or "-h" in sys.argv:
+        return
+    from p2pmodel.store.home import Home as HomeFolder
+    from p2pmodel.telemetry.logs import configure
+    configure(log_level)
+    if home is not None:
+        os.environ["P2PMODEL_HOME"] = str(home)
+    with contextlib.suppress(NotFound):
+        context.default_map = HomeFolder.open(home, create=False).settings()
+
+
+def main() -> None:
+    """Entry point: errors of users, peers and machines end in one sentence and a status (docs/exit-codes.md)."""
+    try:
+        status = app(standalone_mode=False)
+    except P2PModelError as error:
+        typer.echo(f"p2pmodel: {error}", err=True)
+        status = error.exit_code
+    except click.exceptions.Abort:
+        status = 130
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)

@@ -1,0 +1,53 @@
+"""What commands print: results on stdout, as text or JSON; everything else on stderr."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+
+def emit(data: Any, text: str, as_json: bool) -> None:
+    """The result of a command, in the form that was asked for."""
+    typer.echo(json.dumps(plain(data), indent=2) if as_json else text)
+
+
+def plain(value: Any) -> Any:
+    """Nouns as maps and lists that JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    return value
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as wide as it has to be; columns of figures are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        figures = bool(rows) and all(_is_figure(row[index]) for row in rows)
+        grid.add_column(name, justify="right" if figures else "left", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 1.5 MB."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _is_figure(text: str) -> bool:
+    return text.strip("-+% ").replace(".", "").replace(",", "").isdigit() or text in ("", "-")

@@ -1,0 +1,65 @@
+"""`p2pmodel infer` and `p2pmodel eval`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from p2pmodel.cli import options
+from p2pmodel.cli.output import emit
+from p2pmodel.domain.errors import UsageError
+
+
+def infer(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    model: options.Model = None,
+    peers: options.Peers = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    version: options.Version = "head",
+    codec: Annotated[str, typer.Option("--codec", help="How activations travel: fp32, bf16 or fp16.")] = "fp16",
+    base: options.Base = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Continue a text with the swarm's model; the answer is streamed as it is made."""
+    from p2pmodel.node.client import Sampling, SwarmClient
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+
+    def show(piece: str) -> None:
+        if not json:
+            typer.echo(piece, nl=False)
+
+    with SwarmClient.connect(home, tuple(peers or ()), model, base) as client:
+        show(text)
+        answer = client.generate(text, sampling, version, codec, show)
+    summary = (f"{answer.tokens} tokens of {answer.model} {answer.number} in {answer.seconds:.1f} s "
+               f"({answer.tokens / answer.seconds:.1f} a second), through {answer.route_text}"
+               + (f", {answer.failovers} failovers" if answer.failovers else ""))
+    if json:
+        emit(answer, "", True)
+    else:
+        typer.echo()
+        typer.echo(summary, err=True)
+
+
+def evaluate(
+    data: Annotated[list[Path], typer.Option("--data", help="Text to measure the loss on; may be repeated.")],
+    model: options.Model = None,
+    version: options.Version = "head",
+    patch: Annotated[str | None, typer.Option("--patch", help="A patch file, or the id of a known patch.")] = None,
+    base: options.Base = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Measure a version's or a patch's loss on a text of your own: nats per token and per byte."""
+    if patch is not None and version != "head":
+        raise UsageError("--patch and --version exclude each other.", "A patch names its own parent version.")
+    from p2pmodel.node.evaluating import evaluate_files
+    result = evaluate_files(home, model, base, version, patch, data)
+    emit(result, f"{result.nats_per_token:.4f} nats per token, {result.nats_per_byte:.4f} per byte "
+                 f"({result.tokens} tokens, {result.bytes} bytes; {result.what})", json)

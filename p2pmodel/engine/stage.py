@@ -1,0 +1,227 @@
+"""A stage: the layers of one span, run by the family's own forward, whatever the family.
+
+The base model keeps its list of layers at full length, with stand-ins for what is not hosted, and for embeddings and
+norms. Its forward prepares masks, rotary embeddings and windows, and runs through the list; the received hidden state is
+put in before the first layer of the span, and an exception ends the forward behind the last one.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.swarm import Span
+from p2pmodel.engine import family
+from p2pmodel.engine.cache import StageCache
+from p2pmodel.engine.checkpoint import Checkpoint
+from p2pmodel.tensors.ia3 import Applier
+
+PAGE_BYTES = 4096
+TRIAL_TOKENS = 2
+
+
+def load_stage(
+    checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+) -> "Stage":
+    """Reads the tensors of `span` and no others, and runs a few tokens. Raises InvalidInput when the checkpoint lacks the
+    span or some of its weights, and when models of its family cannot be split."""
+    if span.end > checkpoint.layers:
+        raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
+    scratch = family.Scratch()
+
+    def cut(base: PreTrainedModel) -> None:
+        scratch.width = _embeddings_width(base)
+        _hollow(base, checkpoint.stack, span, scratch)
+
+    def wanted(name: str) -> bool:
+        layer = family.layer_of(name, checkpoint.stack)
+        return layer is not None and layer in span
+
+    base = family.load_parts(
+        checkpoint.base_class(), checkpoint.config, checkpoint.path, dtype, device, cut, wanted, tied=False)
+    stage = Stage(base, checkpoint, span, dtype, scratch)
+    _touch(base)
+    _try_out(stage)
+    return stage
+
+
+class Stage:
+    """Shapes: B rows, T tokens, H the width of the model. Thread-safe: one forward runs at a time."""
+
+    def __init__(
+        self, base: PreTrainedModel, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, scratch: family.Scratch,
+    ) -> None:
+        self.base = base
+        self.checkpoint = checkpoint
+        self.span = span
+        self.dtype = dtype
+        self.device = base.device
+        self.width = checkpoint.hidden_size
+        self._scratch = scratch
+        self._cache_name = family.cache_argument(base.forward)
+        self._siblings = family.owners(base, checkpoint.stack)[-1]._modules
+        self._leaf = checkpoint.stack.rsplit(".", 1)[-1]
+        self._layers = list(base.get_submodule(checkpoint.stack).children())
+        self._lock = threading.RLock()
+        self._hidden: Tensor | None = None
+        self._selected: Span | None = None
+        self._view = _View(self._layers)
+        self._edges: list[RemovableHandle] = []
+        self._applier = Applier(base, ())
+        self._slots: frozenset[str] = frozenset()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.numel() * t.itemsize for t in (*self.base.parameters(), *self.base.buffers()))
+
+    def new_cache(self, span: Span, max_tokens: int) -> StageCache:
+        """For a session that runs `span`, at most what is hosted. Memory is taken as tokens come."""
+        return StageCache(self.checkpoint.config, span, max_tokens)
+
+    def prepare_slots(self, names: frozenset[str]) -> None:
+        """From now on, forwards apply vectors of these names. Names of places that are not here are passed over."""
+        with self._lock:
+            if names <= self._slots:
+                return
+            self._applier.remove()
+            self._slots |= names
+            self._applier = Applier(self.base, sorted(self._slots))
+
+    def forward(
+        self, hidden: Tensor, cache: StageCache | None, span: Span, *, position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, vectors: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """hidden [B, T, H] through the layers of `span`, part of what is hosted -> [B, T, H], in the stage's dtype.
+
+        cache: of the same span; it takes in T tokens. None for a run without state. position_ids [B, T];
+        attention_mask [B, seen + T], for padded rows; vectors: slot state, [D] or by row [B, D], of slots that
+        `prepare_slots` was told. Raises InvalidInput for a span that is not hosted.
+        """
+        with self._lock:
+            if span != self._selected:
+                self._select(span)
+            scratch = self._scratch
+            self._hidden = hidden = hidden.to(self.device, self.dtype)
+            # Never the hidden state itself: some families change their embeddings in place.
+            scratch.value = hidden.new_zeros(hidden.shape[0], hidden.shape[1], scratch.width)
+            arguments: dict[str, Any] = {
+                "inputs_embeds": scratch.value, "use_cache": cache is not None, self._cache_name: cache}
+            if position_ids is not None:
+                arguments["position_ids"] = position_ids
+            if attention_mask is not None:
+                arguments["attention_mask"] = attention_mask
+            hosted = self._siblings[self._leaf]
+            self._siblings[self._leaf] = self._view
+            try:
+                with self._applier.use(vectors):
+                    self.base(**arguments)
+            except _Left as left:
+                output = left.hidden
+            else:
+                raise RuntimeError(f"{type(self.base).__name__} did not run its layers")
+            finally:
+                self._siblings[self._leaf] = hosted
+                self._hidden = scratch.value = None
+        if cache is not None:
+            cache.seen += hidden.shape[1]
+        return output
+
+    def _select(self, span: Span) -> None:
+        if not self.span.covers(span):
+            raise InvalidInput(f"Layers {span} are not among those that are hosted, {self.span}.")
+        for edge in self._edges:
+            edge.remove()
+        first, last = self._layers[span.start], self._layers[span.end - 1]
+        self._edges = [
+            first.register_forward_pre_hook(self._enter, with_kwargs=True), last.register_forward_hook(_leave)]
+        self._view = _View([
+            layer if index in span or index not in self.span else family.StandIn(self._scratch, layer, is_layer=True)
+            for index, layer in enumerate(self._layers)])
+        self._selected = span
+
+    def _enter(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._hidden}
+
+
+class _Left(BaseException):
+    """The span's last layer has run. Not an Exception, so that no family's own handler stops it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def _leave(layer: nn.Module, args: Any, output: Any) -> None:
+    raise _Left(output[0] if isinstance(output, tuple | list) else output)
+
+
+class _View(nn.Module):
+    """What the family's loop takes for its list of layers. Slicing an nn.ModuleList, as most loops do, registers all
+    the modules anew, at every token."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self._list = layers
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._list)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._list[index]
+
+
+def _hollow(base: nn.Module, stack: str, span: Span, scratch: family.Scratch) -> None:
+    """Puts stand-ins for the layers outside of `span`, and for all else that has parameters on the way to the list."""
+    layers = base.get_submodule(stack)
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        if index not in span:
+            layers[index] = family.StandIn(scratch, layer, is_layer=True)
+    chain = family.owners(base, stack)
+    for owner in chain:
+        for name, child in list(owner.named_children()):
+            if child is not layers and child not in chain and any(True for _ in child.parameters()):
+                setattr(owner, name, family.StandIn(scratch, child))
+
+
+def _embeddings_width(base: PreTrainedModel) -> int:
+    weight = base.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[-1]
+
+
+def _touch(base: nn.Module) -> None:
+    """Weights are mapped from their files: brings every page in, so that no session waits for the disk."""
+    for tensor in base.parameters():
+        tensor.detach().reshape(-1)[:: max(1, PAGE_BYTES // tensor.itemsize)].sum()
+
+
+def _try_out(stage: Stage) -> None:
+    """Finds the form in which the family's loop takes a layer's output, for the stand-ins to give it."""
+    hidden = torch.zeros(1, TRIAL_TOKENS, stage.width, dtype=stage.dtype, device=stage.device)
+    problem: Exception | None = None
+    for arity in family.ARITIES:
+        stage._scratch.arity = arity
+        try:
+            with torch.inference_mode():
+                cache = stage.new_cache(stage.span, 2 * TRIAL_TOKENS)
+                outputs = [stage.forward(hidden, cache, stage.span) for _ in range(2)]
+        except family.FAMILY_ERRORS as error:
+            problem = problem or error
+            continue
+        if all(output.shape == hidden.shape for output in outputs):
+            return
+        problem = problem or ValueError(f"its layers make {tuple(outputs[0].shape)} of {tuple(hidden.shape)}")
+    detail = family.first_line(problem) if problem else ""
+    raise InvalidInput(f"Models of type {stage.checkpoint.architecture} cannot be split into stages: {detail}.")

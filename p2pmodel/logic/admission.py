@@ -1,0 +1,86 @@
+"""What a record has to satisfy, besides its signature and schema, before it is kept and passed on.
+
+`Rejected.reason` is one word: model, parent, kind, size, duplicate, proposer, round, number, merge, patches,
+maintainer, scores. What is inside the tensors (slots, shapes, finiteness) is checked where they are unpacked.
+"""
+
+from collections.abc import Collection
+from math import prod
+
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.ids import ModelId, PeerId, VersionId, short
+from p2pmodel.domain.model import Manifest
+from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.version import Candidate, Verdict, VersionNumber
+
+MAX_FAILED_ROUNDS = 1 << 20
+"""How far a candidate's round may be ahead of its parent's, so that nobody can use the numbers up."""
+
+_BYTES_EACH = 8          # the widest dtype of a slot
+_OVERHEAD_EACH = 4096    # a slot's entry in the header of a safetensors file
+
+
+def check_patch(
+    patch: Patch, manifest: Manifest, head: VersionId, known_parents: Collection[VersionId], *, model: ModelId,
+    contributors: Collection[PeerId] = (),
+) -> None:
+    """Whether `patch` may take part in the round on `head`. Raises Rejected.
+
+    known_parents: the versions of the lineage, to tell a stale patch from one of a version never heard of;
+    contributors: those with another patch in this round already: a contributor's first one stands. Leave it empty for a
+    patch that a candidate names, because its proposer may have met another one first.
+    """
+    if patch.model != model:
+        raise Rejected("model", f"The patch is for model {short(patch.model)}, not {short(model)}.")
+    if patch.kind not in manifest.kinds:
+        raise Rejected("kind", f"{manifest.name} takes no patches of kind {patch.kind[:32]!r}.",
+                       f"It takes {', '.join(manifest.kinds)}.")
+    size = patch.adapter.size + patch.fisher.size
+    if size > manifest.limits.max_patch_bytes or not patch.adapter.size:
+        raise Rejected("size", f"The patch has {size} bytes; {manifest.name} takes 1 to "
+                               f"{manifest.limits.max_patch_bytes}.")
+    if patch.parent != head:
+        known = patch.parent in known_parents
+        what = f"was trained on {short(patch.parent)}, " + ("an older version" if known else "a version not known here")
+        raise Rejected("parent", f"The patch {what}; the head is {short(head)}.",
+                       "Train again on the head." if known else "")
+    if patch.contributor in contributors:
+        raise Rejected("duplicate", f"{patch.contributor} has a patch in this round already.",
+                       "The next one can be proposed in the next round.")
+
+
+def check_candidate(
+    candidate: Candidate, manifest: Manifest, *, model: ModelId, proposer: PeerId, parent_number: VersionNumber,
+    parent_round: int,
+) -> None:
+    """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. Raises
+    Rejected."""
+    if candidate.model != model:
+        raise Rejected("model", f"The candidate is for model {short(candidate.model)}, not {short(model)}.")
+    if proposer not in manifest.maintainers:
+        raise Rejected("proposer", f"{proposer} proposes a version, and is no maintainer of {manifest.name}.")
+    if not parent_round < candidate.round <= parent_round + MAX_FAILED_ROUNDS:
+        raise Rejected("round", f"The candidate is of round {candidate.round}, and its parent of {parent_round}.")
+    if candidate.number != parent_number.next_patch():
+        raise Rejected("number", f"The candidate is numbered {candidate.number}, and has to be "
+                                 f"{parent_number.next_patch()}.")
+    if candidate.merge != manifest.merge:
+        raise Rejected("merge", f"The candidate is merged by {candidate.merge.strategy[:32]!r} or with parameters that "
+                                f"are not those of {manifest.name}.")
+    left_out = [entry.patch for entry in candidate.left_out]
+    settled = [*candidate.patches, *left_out]
+    if len(settled) > manifest.schedule.max_patches or len(set(settled)) != len(settled):
+        raise Rejected("patches", "The candidate names a patch twice, or more patches than a round may have.")
+    room = sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in manifest.slots) + _OVERHEAD_EACH
+    if not 0 < candidate.result.size <= room:
+        raise Rejected("size", f"The candidate's result has {candidate.result.size} bytes; the slots need {room}.")
+
+
+def check_verdict(verdict: Verdict, manifest: Manifest, *, model: ModelId) -> None:
+    """Whether `verdict` counts at all. Raises Rejected."""
+    if verdict.model != model:
+        raise Rejected("model", f"The verdict is for model {short(verdict.model)}, not {short(model)}.")
+    if verdict.maintainer not in manifest.maintainers:
+        raise Rejected("maintainer", f"{verdict.maintainer} gives a verdict, and is no maintainer of {manifest.name}.")
+    if len({score.domain for score in verdict.scores}) != len(verdict.scores):
+        raise Rejected("scores", "The verdict scores a domain of the exam twice.")

@@ -1,0 +1,155 @@
+"""The nouns of rounds.py: phases, what a node knows of its round, what happens to it, and what follows."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from p2pmodel.domain.ids import ModelId, PatchId, PeerId, VersionId
+from p2pmodel.domain.model import Manifest, Schedule
+from p2pmodel.domain.version import Verdict
+from p2pmodel.logic.quorum import Vote
+
+
+class Phase(Enum):
+    OPEN = "open"            # patches are admitted
+    SEALED = "sealed"        # a proposer merges and examines
+    VOTING = "voting"        # a candidate is known, verdicts are awaited
+    ADOPTED = "adopted"
+    REJECTED = "rejected"    # too many maintainers said no, or were divided
+    ABANDONED = "abandoned"  # too few said anything in time
+
+
+@dataclass(frozen=True)
+class RoundRules:
+    """What the Manifest says of rounds."""
+
+    schedule: Schedule
+    maintainers: tuple[PeerId, ...]
+    threshold: int
+    model: ModelId
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, model: ModelId) -> "RoundRules":
+        return cls(manifest.schedule, manifest.maintainers, manifest.threshold, model)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A known candidate. `patches` are those that it settles, merged or left out."""
+
+    version: VersionId
+    round: int
+    proposer: PeerId
+    patches: tuple[PatchId, ...]
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """since: when the phase began, opened: when the round did, by the local clock; patches: admitted to this round,
+    sorted; late: admitted after it was sealed; settled: those of failed candidates on this parent, never taken again;
+    signed: the version of this round that this node examines or has signed; signed_round: the highest round that it
+    signed in, on any parent."""
+
+    phase: Phase
+    round: int
+    parent: VersionId
+    since: float
+    opened: float
+    patches: tuple[PatchId, ...] = ()
+    late: tuple[PatchId, ...] = ()
+    settled: frozenset[PatchId] = frozenset()
+    candidates: tuple[Proposal, ...] = ()
+    votes: tuple[Vote, ...] = ()
+    proposed: bool = False
+    signed: VersionId | None = None
+    signed_round: int = 0
+    adopted: Proposal | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in (Phase.ADOPTED, Phase.REJECTED, Phase.ABANDONED)
+
+
+@dataclass(frozen=True)
+class PatchAdmitted:
+    """A patch on the state's parent passed all checks."""
+
+    patch: PatchId
+
+
+@dataclass(frozen=True)
+class PatchesRefused:
+    """This node, as proposer, found that none of these can be merged, and makes no candidate of them."""
+
+    patches: tuple[PatchId, ...]
+
+
+@dataclass(frozen=True)
+class CandidateSeen:
+    """A candidate on the state's parent passed `admission.check_candidate`. `patches`: merged and left out."""
+
+    version: VersionId
+    proposer: PeerId
+    patches: tuple[PatchId, ...]
+    round: int
+
+
+@dataclass(frozen=True)
+class VerdictSeen:
+    """Anybody's, this node's own too: any round, any version."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = PatchAdmitted | PatchesRefused | CandidateSeen | VerdictSeen | Tick
+
+
+@dataclass(frozen=True)
+class Propose:
+    """This node is the proposer now: examine and merge `patches`, announce a candidate if `may_propose` still holds."""
+
+    round: int
+    parent: VersionId
+    patches: tuple[PatchId, ...]
+
+
+@dataclass(frozen=True)
+class Examine:
+    """This maintainer recomputes the version and runs the exam, and signs a verdict if `may_sign` still holds."""
+
+    version: VersionId
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """A threshold of maintainers accepted it: the new head."""
+
+    version: VersionId
+
+
+@dataclass(frozen=True)
+class Reject:
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Abandon:
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Misbehaviour:
+    """The maintainer signed two versions in one round; its two verdicts are the proof."""
+
+    maintainer: PeerId
+    version_a: VersionId
+    version_b: VersionId
+
+
+Effect = Propose | Examine | Adopt | Reject | Abandon | Misbehaviour

@@ -1,0 +1,249 @@
+"""One attempt after another to go from a version to the next, as one node sees it.
+
+`TRANSITIONS` is the specification: what a phase does not know changes nothing. Whatever the order in which messages
+arrive, a version is adopted when a threshold of maintainers accepted it: before the node sealed, after it gave the
+round up, or with verdicts that came before the candidate. One state adopts once, and quorum.py says when all nodes
+agree.
+
+A round's number moves only when a candidate fails, so nodes that know the same candidates are in the same round. One
+that waits in an earlier round follows a candidate of a later one; one that votes ends its round first. All candidates
+and verdicts on the same parent stay in the state from round to round, since a verdict can be late.
+
+A maintainer signs one version a round, and none of a round before one that it signed in. It stops signing when
+`verdict_seconds` have passed and gives the round up `proposer_seconds` later, so that a verdict signed at the last
+moment is known before anybody votes on another child of the same parent. As long as candidates and verdicts take less
+than half of `proposer_seconds` each, and no maintainer holds its verdict back, no parent gets two adopted children.
+Beyond that `lineage.assemble` chooses between them.
+
+The node feeds the events, and at every new state feeds again what its store holds for it: its own verdicts first,
+then the others', then the candidates and patches on `parent`. Feeding anything twice changes nothing.
+"""
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from p2pmodel.domain.ids import PeerId, VersionId
+from p2pmodel.logic.quorum import Vote, is_hopeless, proposers, tally
+from p2pmodel.logic.round_state import (
+    Abandon,
+    Adopt,
+    CandidateSeen,
+    Effect,
+    Event,
+    Examine,
+    Misbehaviour,
+    PatchAdmitted,
+    PatchesRefused,
+    Phase,
+    Proposal,
+    Propose,
+    Reject,
+    RoundRules,
+    RoundState,
+    Tick,
+    VerdictSeen,
+)
+
+__all__ = [
+    "TRANSITIONS", "Abandon", "Adopt", "CandidateSeen", "Effect", "Event", "Examine", "Misbehaviour",
+    "PatchAdmitted", "PatchesRefused", "Phase", "Proposal", "Propose", "Reject", "RoundRules", "RoundState",
+    "Tick", "VerdictSeen", "advance", "follow", "may_propose", "may_sign", "reopen", "start",
+]
+
+KEPT_EACH = 16
+"""Candidates and votes kept of one maintainer on one parent, the latest rounds first: what bounds the state."""
+
+Outcome = tuple[RoundState, tuple[Effect, ...]]
+
+
+def start(round: int, parent: VersionId, now: float) -> RoundState:
+    """The first state on `parent`; `round` is one more than that in which `parent` was adopted, 1 for the base."""
+    return RoundState(Phase.OPEN, round, parent, since=now, opened=now)
+
+
+def follow(state: RoundState, parent: VersionId, round: int, now: float) -> RoundState:
+    """The state after the head moved to `parent`, which was adopted in `round`: by this state, or by proof."""
+    votes = tuple(vote for vote in state.votes if vote.round > round)
+    return replace(start(round + 1, parent, now), votes=votes, signed_round=state.signed_round)
+
+
+def reopen(state: RoundState, now: float) -> RoundState:
+    """The next round on the same parent after a rejected or abandoned one, with the patches that are not settled."""
+    failed = [c for c in state.candidates if c.round <= state.round]
+    settled = state.settled.union(*(c.patches for c in failed))
+    patches = tuple(sorted(p for p in {*state.patches, *state.late} if p not in settled))
+    return replace(state, phase=Phase.OPEN, round=state.round + 1, since=now, opened=now, patches=patches, late=(),
+                   settled=settled, proposed=False, signed=None)
+
+
+def may_propose(state: RoundState, round: int) -> bool:
+    """Whether a candidate that this node has made for `round` is still wanted."""
+    return state.phase is Phase.SEALED and state.round == round
+
+
+def may_sign(state: RoundState, version: VersionId, now: float, rules: RoundRules) -> bool:
+    """Whether this maintainer may still sign the verdict on `version` that it was asked for."""
+    return (state.phase is Phase.VOTING and state.signed == version and state.signed_round < state.round
+            and now - state.since < rules.schedule.verdict_seconds)
+
+
+def advance(state: RoundState, event: Event, now: float, rules: RoundRules, me: PeerId | None) -> Outcome:
+    """What follows from `event` at `now` (seconds of a clock that never goes back) on the node of `me`; None, or a peer
+    that is no maintainer, only watches."""
+    handler = TRANSITIONS.get((state.phase, type(event)))
+    return handler(state, event, _Here(now, rules, me)) if handler else (state, ())
+
+
+@dataclass(frozen=True)
+class _Here:
+    now: float
+    rules: RoundRules
+    me: PeerId | None
+
+
+def _admit(state: RoundState, event: PatchAdmitted, here: _Here) -> Outcome:
+    full = len(state.patches) >= here.rules.schedule.max_patches
+    if full or event.patch in state.patches or event.patch in state.settled:
+        return state, ()
+    return _seal(replace(state, patches=tuple(sorted((*state.patches, event.patch)))), here)
+
+
+def _keep_for_next(state: RoundState, event: PatchAdmitted, here: _Here) -> Outcome:
+    full = len(state.patches) + len(state.late) >= here.rules.schedule.max_patches
+    if full or event.patch in state.patches or event.patch in state.late or event.patch in state.settled:
+        return state, ()
+    return replace(state, late=(*state.late, event.patch)), ()
+
+
+def _refuse(state: RoundState, event: PatchesRefused, here: _Here) -> Outcome:
+    refused = state.settled.union(event.patches)
+    left = tuple(sorted(p for p in {*state.patches, *state.late} if p not in refused))
+    return _seal(replace(state, phase=Phase.OPEN, since=here.now, patches=left, late=(), settled=refused,
+                         proposed=False), here)
+
+
+def _wait_for_patches(state: RoundState, event: Tick, here: _Here) -> Outcome:
+    decided, effects = _decide(state, here)
+    return (decided, effects) if decided.phase is not Phase.OPEN else _seal(decided, here)
+
+
+def _seal(state: RoundState, here: _Here) -> Outcome:
+    schedule = here.rules.schedule
+    overdue = bool(state.patches) and here.now - state.since >= schedule.open_seconds
+    if len(state.patches) < schedule.min_patches and not overdue:
+        return state, ()
+    # A round that this maintainer signed in on another parent is not to be signed again: it proposes in one after it.
+    round = max(state.round, state.signed_round + 1)
+    return _take_turn(replace(state, phase=Phase.SEALED, since=here.now, round=round), Tick(), here)
+
+
+def _take_turn(state: RoundState, event: Tick, here: _Here) -> Outcome:
+    rank = _rank(here.me, state.round, here.rules)
+    if rank is None or state.proposed or here.now - state.since < rank * here.rules.schedule.proposer_seconds:
+        return state, ()
+    return replace(state, proposed=True), (Propose(state.round, state.parent, state.patches),)
+
+
+def _learn(state: RoundState, event: CandidateSeen, here: _Here) -> Outcome:
+    known = any(c.version == event.version for c in state.candidates)
+    if known or event.proposer not in here.rules.maintainers:
+        return state, ()
+    mine = [c for c in state.candidates if c.proposer == event.proposer]
+    insort(mine, Proposal(event.version, event.round, event.proposer, event.patches), key=lambda c: c.round)
+    others = [c for c in state.candidates if c.proposer != event.proposer]
+    return _decide(replace(state, candidates=(*others, *mine[-KEPT_EACH:])), here)
+
+
+def _count(state: RoundState, event: VerdictSeen, here: _Here) -> Outcome:
+    vote = Vote.of(event.verdict)
+    if vote.maintainer not in here.rules.maintainers or event.verdict.model != here.rules.model:
+        return state, ()
+    mine = [v for v in state.votes if v.maintainer == vote.maintainer]
+    same = [v for v in mine if (v.round, v.version) == (vote.round, vote.version)]
+    if any(v.accept or v == vote for v in same):
+        return state, ()
+    other = [v for v in mine if v.round == vote.round and v.version != vote.version]
+    mine = [v for v in mine if v not in same]
+    insort(mine, vote, key=lambda v: v.round)
+    others = [v for v in state.votes if v.maintainer != vote.maintainer]
+    state = replace(state, votes=(*others, *mine[-KEPT_EACH:]))
+    if vote.maintainer == here.me:
+        state = replace(state, signed_round=max(state.signed_round, vote.round),
+                        signed=vote.version if vote.round == state.round else state.signed)
+    decided, effects = _decide(state, here)
+    if len(other) == 1 and not same:
+        effects = (Misbehaviour(vote.maintainer, other[0].version, vote.version), *effects)
+    return decided, effects
+
+
+def _expire(state: RoundState, event: Tick, here: _Here) -> Outcome:
+    schedule = here.rules.schedule
+    if here.now - state.since < schedule.verdict_seconds + schedule.proposer_seconds:
+        return _decide(state, here)
+    heard = {vote.maintainer for vote in state.votes if vote.round == state.round}
+    reason = f"{len(heard)} of {len(here.rules.maintainers)} maintainers gave a verdict in time"
+    return replace(state, phase=Phase.ABANDONED, since=here.now), (Abandon(state.round, reason),)
+
+
+def _decide(state: RoundState, here: _Here) -> Outcome:
+    """What the known candidates and votes amount to."""
+    rules = here.rules
+    for candidate in sorted(state.candidates, key=lambda c: (c.round, c.version)):
+        votes = tally(candidate.version, candidate.round, state.votes, rules.maintainers)
+        if len(votes.accepts) >= rules.threshold:
+            return replace(state, phase=Phase.ADOPTED, since=here.now, adopted=candidate), (Adopt(candidate.version),)
+    if state.phase in (Phase.OPEN, Phase.SEALED):
+        round = max((c.round for c in state.candidates), default=0)
+        if round < state.round:
+            return state, ()
+        signed = next((v.version for v in state.votes if v.maintainer == here.me and v.round == round), None)
+        state = replace(state, phase=Phase.VOTING, round=round, since=here.now, signed=signed)
+    if state.phase is Phase.VOTING:
+        return _vote(state, here)
+    return state, ()
+
+
+def _vote(state: RoundState, here: _Here) -> Outcome:
+    rules = here.rules
+    if is_hopeless(state.round, state.votes, rules.maintainers, rules.threshold):
+        rejected = replace(state, phase=Phase.REJECTED, since=here.now)
+        return rejected, (Reject(state.round, f"no candidate can get {rules.threshold} accepting verdicts any more"),)
+    late = here.now - state.since >= rules.schedule.verdict_seconds
+    if late or here.me not in rules.maintainers or state.signed or state.signed_round >= state.round:
+        return state, ()
+    order = proposers(rules.model, state.round, rules.maintainers)
+    first = min((c for c in state.candidates if c.round == state.round),
+                key=lambda c: (order.index(c.proposer), c.version), default=None)
+    if first is None:
+        return state, ()
+    return replace(state, signed=first.version), (Examine(first.version),)
+
+
+def _rank(me: PeerId | None, round: int, rules: RoundRules) -> int | None:
+    return proposers(rules.model, round, rules.maintainers).index(me) if me in rules.maintainers else None
+
+
+TRANSITIONS: dict[tuple[Phase, type], Callable[[RoundState, Any, _Here], Outcome]] = {
+    (Phase.OPEN, PatchAdmitted): _admit,
+    (Phase.OPEN, CandidateSeen): _learn,
+    (Phase.OPEN, VerdictSeen): _count,
+    (Phase.OPEN, Tick): _wait_for_patches,
+    (Phase.SEALED, PatchAdmitted): _keep_for_next,
+    (Phase.SEALED, PatchesRefused): _refuse,
+    (Phase.SEALED, CandidateSeen): _learn,
+    (Phase.SEALED, VerdictSeen): _count,
+    (Phase.SEALED, Tick): _take_turn,
+    (Phase.VOTING, PatchAdmitted): _keep_for_next,
+    (Phase.VOTING, CandidateSeen): _learn,
+    (Phase.VOTING, VerdictSeen): _count,
+    (Phase.VOTING, Tick): _expire,
+    # A verdict can come after the round was given up here, and still make the threshold.
+    (Phase.REJECTED, PatchAdmitted): _keep_for_next,
+    (Phase.REJECTED, CandidateSeen): _learn,
+    (Phase.REJECTED, VerdictSeen): _count,
+    (Phase.ABANDONED, PatchAdmitted): _keep_for_next,
+    (Phase.ABANDONED, CandidateSeen): _learn,
+    (Phase.ABANDONED, VerdictSeen): _count,
+}

@@ -1,0 +1,57 @@
+"""A node's word that it is there: its presence, and the lease on what it serves, renewed until it leaves."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from p2pmodel import __version__
+from p2pmodel.domain.errors import P2PModelError
+from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence
+from p2pmodel.node.community import Community
+from p2pmodel.node.hosting import Hosting
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.swarm.directory import Directory
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.wire.signing import Key
+
+log = logging.getLogger(__name__)
+
+RENEW_SECONDS = LEASE_SECONDS / 3
+
+
+class Attendance:
+    def __init__(self, key: Key, host: PeerHost, lineage: Lineage, directory: Directory, community: Community,
+                 hosting: Hosting | None, roles: Sequence[str]) -> None:
+        self._key, self._host, self._lineage, self._directory = key, host, lineage, directory
+        self._community, self._hosting, self._roles = community, hosting, tuple(roles)
+        self.leases: list[Lease] = []
+
+    async def run(self) -> None:
+        """Until cancelled. A DHT that does not answer is tried again: it may be this machine that was cut off."""
+        while True:
+            try:
+                await self.renew()
+                self.leases = await self._directory.leases()
+            except P2PModelError as error:
+                log.warning("%s", error)
+            await asyncio.sleep(RENEW_SECONDS)
+
+    async def renew(self) -> None:
+        await self._directory.publish_presence(self._key.sign("presence", self._presence()))
+        if self._hosting:
+            await self._directory.publish_lease(self._key.sign("lease", self._hosting.lease(self._host.peer)))
+
+    async def leave(self) -> None:
+        """Withdraws the lease, so that nobody routes here any more."""
+        if self._hosting:
+            try:
+                await self._directory.publish_lease(self._key.sign("lease", self._hosting.lease(self._host.peer, leaving=True)))
+            except P2PModelError as error:
+                log.warning("the lease could not be withdrawn: %s", error)
+
+    def _presence(self) -> Presence:
+        gossip_peer, gossip_addresses = self._community.gossip_identity
+        return Presence(
+            peer=self._host.peer, model=self._lineage.model, addresses=self._host.addresses, gossip_peer=gossip_peer,
+            gossip_addresses=gossip_addresses, roles=self._roles, software=f"p2pmodel/{__version__}", expires=time.time() + LEASE_SECONDS)

@@ -1,0 +1,245 @@
+"""A peer that only asks: it routes a request through the swarm, and holds no more than embeddings and head.
+
+The network runs on a loop in a thread of its own, so that `generate()` can block in the caller's.
+"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import uvloop
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from p2pmodel.control.client import ControlClient
+from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed, Unreachable
+from p2pmodel.domain.ids import Digest, PeerId, VersionId
+from p2pmodel.domain.swarm import Presence, Route
+from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
+from p2pmodel.engine.head import load_head
+from p2pmodel.logic.routing import find_route
+from p2pmodel.node.bases import find_base
+from p2pmodel.node.discovery import bootstrap_peers, swarm_lineage
+from p2pmodel.node.exchange import Exchange
+from p2pmodel.node.inference import RoutedChain
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.chain_client import ChainClient
+from p2pmodel.swarm.directory import Directory
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.tensors.codecs import get_codec
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 30.0
+CONTACTS = "contacts"
+"""The ref that holds the addresses which answered last."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """bytes_sent and bytes_received are the client's own activations, beside what stages sent each other."""
+
+    text: str
+    tokens: int
+    model: str
+    version: VersionId
+    number: str
+    route: Route
+    route_text: str
+    failovers: int
+    bytes_sent: int
+    bytes_received: int
+    seconds: float
+
+
+class SwarmClient:
+    """A context manager. Made by `connect`."""
+
+    def __init__(self, home: Home, peers: tuple[str, ...], model: str | None, base: Path | None) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm", daemon=True)
+        self._thread.start()
+        self._host: PeerHost | None = None
+        self._chain: ChainClient | None = None
+        try:
+            self._host = self._await(PeerHost.start(None, bootstrap=peers, client_only=True))
+            known = bootstrap_peers(peers)
+            self.lineage: Lineage = self._await(swarm_lineage(home, self._host, known, model))
+            self._directory = Directory(self._host, self.lineage.model)
+            self._chain = ChainClient(self._host)
+            self._chain.start()
+            self.checkpoint: Checkpoint = read_checkpoint(find_base(home, self.lineage, base))
+            self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.checkpoint.path)
+            self._model: PreTrainedModel | None = None
+            self._known = known
+            self.refresh()
+            remember_contacts(home, peers)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(cls, home: Path | None, peers: tuple[str, ...], model: str | None, base: Path | None) -> "SwarmClient":
+        """With no peers named: the node on this home, or else the peers that answered last. Raises Unreachable."""
+        folder = Home.open(home)
+        return cls(folder, peers or contacts(folder), model, base)
+
+    def __enter__(self) -> "SwarmClient":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def refresh(self) -> None:
+        """Learns the versions that have been adopted since, each with its proof."""
+        async def ask() -> None:
+            exchange = Exchange(self._started, self.lineage, _Nobody(), kinds=("candidate", "verdict"))
+            for peer in self._known:
+                try:
+                    await exchange.ask(peer)
+                    return await exchange.settle(REFRESH_SECONDS)
+                except PeerFailed as error:
+                    log.warning("%s", error)
+
+        self._await(ask())
+
+    def generate(self, text: str, sampling: Sampling, version: str, codec: str, show: Callable[[str], None]) -> Answer:
+        """Continues the text; `show` is given the answer piece by piece.
+
+        Raises InvalidInput for a prompt that leaves no room in the context, Unreachable naming the layers that nobody
+        serves.
+        """
+        wanted = self.lineage.find_version(version)
+        ids = self.tokenizer(text, return_tensors="pt").input_ids if text else torch.empty(1, 0, dtype=torch.long)
+        start = self.tokenizer.bos_token_id
+        if start is not None and (ids.shape[1] == 0 or ids[0, 0] != start):
+            ids = torch.cat([torch.tensor([[start]]), ids], dim=1)
+        if ids.shape[1] == 0:
+            raise InvalidInput("The prompt is empty, and this model has no token to begin with.", "Write at least one word.")
+        room = self.checkpoint.context - ids.shape[1]
+        if room < 1:
+            raise InvalidInput(f"The prompt has {ids.shape[1]} tokens, but {self.lineage.manifest.name} reads {self.checkpoint.context} "
+                               "at most, answer included.", "Shorten it.")
+        new_tokens = min(room, sampling.max_new_tokens)
+        chain = RoutedChain(self._chain_client, self.find_route(wanted), self.lineage.model, wanted, get_codec(codec))
+        if self._model is None:
+            self._model = load_head(self.checkpoint, chain)
+        model = self._model
+        model.chain = chain
+        began = time.monotonic()
+        torch.manual_seed(sampling.seed)
+        options: dict[str, Any] = {"do_sample": False} if sampling.temperature == 0 else {
+            "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                             streamer=_Pieces(self.tokenizer, show), **options)
+        session = chain.last
+        assert session is not None
+        sent, received = session.bytes
+        session.close()
+        answer = out[0, ids.shape[1]:]
+        return Answer(
+            text=self.tokenizer.decode(answer, skip_special_tokens=True), tokens=len(answer), model=self.lineage.manifest.name,
+            version=wanted, number=str(self.lineage.number(wanted)), route=session.route, failovers=session.failovers,
+            route_text=" → ".join(f"{h.span} at {h.peer[-8:]}" for h in session.route.hops),
+            bytes_sent=sent, bytes_received=received, seconds=time.monotonic() - began)
+
+    def find_route(self, version: VersionId) -> Callable[[frozenset[PeerId]], Route]:
+        """Looks the leases up anew at every call, and connects to the hops."""
+        async def find(banned: frozenset[PeerId]) -> Route:
+            leases, presences = await asyncio.gather(self._directory.leases(), self._directory.presences())
+            by_peer: dict[PeerId, Presence] = {p.peer: p for p in presences}
+            gone: set[PeerId] = set()
+            while True:
+                route = find_route(leases, self.checkpoint.layers, version, banned=banned | gone)
+                for hop in route.hops:
+                    try:
+                        await self._started.connect(hop.peer, by_peer[hop.peer].addresses if hop.peer in by_peer else ())
+                    except PeerFailed as error:
+                        log.info("%s", error)
+                        gone.add(hop.peer)
+                        break
+                else:
+                    return route
+
+        return lambda banned: self._await(find(banned))
+
+    def close(self) -> None:
+        if self._chain is not None:
+            self._chain.stop()
+        if self._host is not None:
+            self._await(self._host.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    @property
+    def _started(self) -> PeerHost:
+        assert self._host is not None
+        return self._host
+
+    @property
+    def _chain_client(self) -> ChainClient:
+        assert self._chain is not None
+        return self._chain
+
+
+class _Nobody:
+    """Implements `exchange.Observer` for a peer that keeps no rounds."""
+
+    async def on_record(self, kind: str, digest: Digest) -> None:
+        log.debug("%s %s came in", kind, digest)
+
+    def on_refused(self, kind: str, reason: str) -> None:
+        log.debug("a %s is refused: %s", kind, reason)
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands on text as soon as it can't change any more."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._show(text)
+
+
+def contacts(home: Home) -> tuple[str, ...]:
+    """Addresses to begin with: of the node that runs on the home, or those that answered last. Raises Unreachable."""
+    try:
+        return tuple(ControlClient.connect(home.control_socket).status().addresses)
+    except NotRunning:
+        noted = home.refs.get(CONTACTS)
+    if not noted:
+        raise Unreachable("No swarm is known on this machine.", "Name a node with --peers, or start one: p2pmodel join")
+    return tuple(json.loads(noted))
+
+
+def remember_contacts(home: Home, peers: Sequence[str]) -> None:
+    note = json.dumps(list(peers))
+    if home.refs.get(CONTACTS) != note:
+        home.refs.set(CONTACTS, note)

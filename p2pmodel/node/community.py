@@ -1,0 +1,143 @@
+"""A node among its peers: it hears by gossip, asks them for what gossip lost, and takes part in rounds."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+from p2pmodel.domain.announcement import Announcement
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Unreachable
+from p2pmodel.domain.ids import Digest, PeerId, VersionId
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.swarm import Presence
+from p2pmodel.gossip.link import GossipLink, GossipStats
+from p2pmodel.logic.rounds import RoundState
+from p2pmodel.node.exchange import Exchange
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.maintaining import Maintainer
+from p2pmodel.node.roundkeeper import RoundKeeper
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.blobs import BlobFetcher
+from p2pmodel.swarm.directory import Directory
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.telemetry.metrics import Metrics
+from p2pmodel.wire import records
+from p2pmodel.wire.signing import Key
+
+log = logging.getLogger(__name__)
+
+ASK_SECONDS = 4.0
+"""Between two peers that are asked what they have. Gossip is faster; this finds what it lost."""
+CATCH_UP_SECONDS = 60.0
+
+
+class Community:
+    def __init__(self, host: PeerHost, home: Home, lineage: Lineage, directory: Directory, metrics: Metrics, *, listen: str) -> None:
+        """listen: multiaddr of the gossip child."""
+        self._host, self._home, self._lineage, self._directory, self._metrics = host, home, lineage, directory, metrics
+        self._gossip = GossipLink(home.key, self._heard, listen=listen)
+        self.exchange = Exchange(host, lineage, self)
+        self._keeper: RoundKeeper | None = None
+        self.presences: dict[PeerId, Presence] = {}
+
+    async def start(self, contacts: Sequence[PeerId]) -> None:
+        """Starts gossip, and catches up with the peers that the node came in by."""
+        await asyncio.gather(self._gossip.start([self._lineage.model]), self._catch_up(contacts))
+
+    async def stop(self) -> None:
+        await self._gossip.stop()
+
+    def keep_rounds(self, key: Key, maintainer: Maintainer | None, adopted: Callable[[VersionId], Awaitable[None]]) -> None:
+        """From now on what comes in moves the rounds."""
+        self._keeper = RoundKeeper(self._lineage, key, maintainer, self.announce, adopted, self._ask_everybody, self._metrics)
+
+    async def run(self) -> None:
+        assert self._keeper
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.exchange.run())
+            tasks.create_task(self._keeper.run())
+            tasks.create_task(self._ask_around())
+
+    @property
+    def round(self) -> RoundState:
+        assert self._keeper
+        return self._keeper.state
+
+    @property
+    def gossip(self) -> GossipStats:
+        return self._gossip.stats()
+
+    @property
+    def gossip_identity(self) -> tuple[str, tuple[str, ...]]:
+        """Id and multiaddrs of the gossip child."""
+        return self._gossip.peer, self._gossip.addresses
+
+    async def announce(self, kind: str, record: BlobRef) -> None:
+        """Tells everybody that this node has a record. A failure is logged: peers that ask will find it."""
+        noun = Announcement(self._home.key.peer, self._lineage.model, kind, record)
+        try:
+            await self._gossip.publish(self._lineage.model, self._home.key.sign("announcement", noun))
+        except P2PModelError as error:
+            log.warning("%s %s could not be announced: %s", kind, record.digest, error)
+
+    async def publish(self, kind: str, digest: Digest) -> BlobRef:
+        """A record that another process of this home has put into the store is announced, and moves the round."""
+        self._lineage.refresh()
+        record = BlobRef(digest, self._home.objects.size(digest) or 0)
+        await self.on_record(kind, digest)
+        await self.announce(kind, record)
+        return record
+
+    async def fetch(self, blob: BlobRef) -> None:
+        """From any peer that is there. Raises Unreachable."""
+        await BlobFetcher(self._host, self._home.objects.sink).fetch(blob, await self._host.peers())
+
+    async def on_record(self, kind: str, digest: Digest) -> None:
+        if kind == "patch":
+            self._metrics.patches.labels("admitted").inc()
+        if self._keeper:
+            await self._keeper.on_record(kind, digest)
+
+    def on_refused(self, kind: str, reason: str) -> None:
+        self._metrics.refused.labels(kind, reason).inc()
+
+    def _heard(self, raw: bytes) -> None:
+        announcement = records.open_announcement(raw)
+        self.exchange.hear(announcement.kind, announcement.record, announcement.holder)
+
+    async def _catch_up(self, contacts: Sequence[PeerId]) -> None:
+        for peer in contacts:
+            try:
+                await self.exchange.ask(peer)
+                await self.exchange.settle(CATCH_UP_SECONDS)
+            except PeerFailed as error:
+                log.warning("%s", error)
+
+    async def _ask_around(self) -> None:
+        """Which peer is asked is random, so that news spreads as fast as rumours do."""
+        chance = random.Random(self._home.key.peer)
+        while True:
+            try:
+                self.presences = {p.peer: p for p in await self._directory.presences()}
+                await self._gossip.connect([a for p in self.presences.values() if p.peer != self._host.peer for a in p.gossip_addresses])
+                others = [p for p in self.presences.values() if p.peer != self._host.peer]
+                if others:
+                    await self._ask(chance.choice(others))
+            except (PeerFailed, Unreachable) as error:
+                log.debug("%s", error)
+            await asyncio.sleep(ASK_SECONDS * chance.uniform(0.75, 1.25))
+
+    async def _ask_everybody(self) -> None:
+        for presence in list(self.presences.values()):
+            if presence.peer != self._host.peer:
+                try:
+                    await self._ask(presence)
+                    await self.exchange.settle(CATCH_UP_SECONDS)
+                except PeerFailed as error:
+                    log.debug("%s", error)
+
+    async def _ask(self, presence: Presence) -> None:
+        await self._host.connect(presence.peer, presence.addresses)
+        found = await self.exchange.ask(presence.peer)
+        if found:
+            self._metrics.repaired.inc(found)

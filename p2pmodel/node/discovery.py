@@ -1,0 +1,86 @@
+"""Which lineage a user means, and how its Manifest comes from peers."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from p2pmodel import starter
+from p2pmodel.domain.errors import InvalidInput, NotFound, PeerFailed, Rejected
+from p2pmodel.domain.ids import PeerId, short
+from p2pmodel.domain.swarm import LineageOffer
+from p2pmodel.node import bases, founding
+from p2pmodel.node.lineage import Lineage, find_lineage
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.blobs import BlobFetcher
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.swarm.sync import lineages
+from p2pmodel.wire import records
+
+log = logging.getLogger(__name__)
+
+
+def bootstrap_peers(addresses: Sequence[str]) -> tuple[PeerId, ...]:
+    return tuple(PeerId(address.rsplit("/p2p/", 1)[-1]) for address in addresses)
+
+
+def local_lineage(home: Home, text: str | None) -> Lineage:
+    """Of a name, an id, a checkpoint's folder or a hub id, without asking anybody; None is the starter model.
+
+    A folder that no known lineage is based on begins one, with this home's key as its maintainer, and the starter's exam
+    standing in for its own until a Manifest is made on purpose.
+    """
+    if text is None:
+        return founding.found_starter(home)
+    if Path(text).is_dir():
+        folder = Path(text)
+        known = founding.lineage_of_folder(home, folder)
+        if known:
+            return known
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.resolve().name)[:64]
+        return founding.found(home, folder, founding.Founding(name, (home.key.peer,), 1, starter.EXAM))
+    if "/" in text and len(text.split("/")) == 2:
+        return local_lineage(home, str(bases.download(text)))
+    return find_lineage(home, text)
+
+
+async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:
+    """The lineage that the user means, among those that the peers take part in. Raises NotFound with what they offer."""
+    return await _choose(home, host, await _offers(host, peers), text)
+
+
+async def _offers(host: PeerHost, peers: Sequence[PeerId]) -> dict[str, tuple[LineageOffer, list[PeerId]]]:
+    offers: dict[str, tuple[LineageOffer, list[PeerId]]] = {}
+    for peer in peers:
+        try:
+            for offer in await lineages(host, peer):
+                offers.setdefault(offer.model, (offer, []))[1].append(peer)
+        except PeerFailed as error:
+            log.debug("%s", error)
+    return offers
+
+
+async def _choose(home: Home, host: PeerHost, offers: dict[str, tuple[LineageOffer, list[PeerId]]], text: str | None) -> Lineage:
+    folder = starter.MODEL if text is None else Path(text)
+    by_files = folder.is_dir()
+    found = []
+    for model, (offer, holders) in sorted(offers.items()):
+        if not by_files and text is not None and offer.name != text and not (len(text) >= 4 and model.startswith(text)):
+            continue
+        lineage = await _with_manifest(home, host, offer, holders)
+        if not by_files or bases.is_base_of(folder, lineage.manifest):
+            found.append(lineage)
+    if len(found) == 1:
+        return found[0]
+    offered = ", ".join(f"{o.name} ({short(o.model)})" for o, _ in offers.values()) or "none at all"
+    wanted = "the starter model" if text is None else repr(text)
+    if found:
+        raise InvalidInput(f"Several models of these peers match {wanted}.", f"Name one by its id: {offered}.")
+    raise NotFound(f"These peers have no model {wanted}.", f"They have: {offered}; name one with --model.")
+
+
+async def _with_manifest(home: Home, host: PeerHost, offer: LineageOffer, holders: Sequence[PeerId]) -> Lineage:
+    if not home.objects.has(offer.model):
+        if offer.manifest.digest != offer.model or offer.manifest.size > records.MAX_MANIFEST_BYTES + records.RECORD_OVERHEAD:
+            raise Rejected("schema", f"{holders[0]} offers a Manifest that is not the model's.")
+        await BlobFetcher(host, home.objects.sink).fetch(offer.manifest, holders)
+    return Lineage.create(home, home.objects.load(offer.model))

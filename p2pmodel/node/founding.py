@@ -1,0 +1,78 @@
+"""How a lineage begins: a Manifest made from a checkpoint, signed by its creator."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from p2pmodel import starter
+from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.ids import PeerId
+from p2pmodel.domain.model import Limits, Manifest, MergeSpec, Schedule
+from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
+from p2pmodel.engine.exams import Suite
+from p2pmodel.node.bases import file_digests, remember_base
+from p2pmodel.node.lineage import Lineage, known_lineages
+from p2pmodel.store.home import Home
+from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.merge import get_strategy
+
+DEFAULT_KIND = "ia3@1"
+DEFAULT_STRATEGY = "fisher@1"
+
+
+@dataclass(frozen=True)
+class Founding:
+    """What the creator decides; everything else is read from the checkpoint."""
+
+    name: str
+    maintainers: tuple[PeerId, ...]
+    threshold: int
+    exam: Path
+    source: str = ""
+    licence: str = ""
+    strategy: str = DEFAULT_STRATEGY
+    schedule: Schedule = Schedule()
+    limits: Limits = Limits()
+
+
+def found(home: Home, folder: Path, founding: Founding) -> Lineage:
+    """Makes, signs and stores the Manifest and the exam. Raises InvalidInput with the field that is wrong."""
+    checkpoint = read_checkpoint(folder)
+    suite = Suite.load(founding.exam)
+    get_strategy(founding.strategy)
+    try:
+        manifest = Manifest(
+            name=founding.name, created=int(time.time()), architecture=checkpoint.architecture, layers=checkpoint.layers,
+            files=file_digests(folder, checkpoint.files), source=founding.source, licence=founding.licence,
+            kinds=(DEFAULT_KIND,), slots=get_kind(DEFAULT_KIND).find_slots(_skeleton(checkpoint)),
+            merge=MergeSpec(founding.strategy), exam=home.objects.put(suite.pack()), schedule=founding.schedule,
+            limits=founding.limits, maintainers=tuple(sorted(founding.maintainers)), threshold=founding.threshold)
+    except ValueError as error:
+        raise InvalidInput(f"The Manifest can't be made: {error}.") from None
+    lineage = Lineage.create(home, home.key.sign("manifest", manifest))
+    remember_base(home, lineage, folder)
+    return lineage
+
+
+def found_starter(home: Home) -> Lineage:
+    """The lineage of the starter model that this home began, made at the first call, with the home's key as maintainer."""
+    files = file_digests(starter.MODEL, read_checkpoint(starter.MODEL).files)
+    for lineage in known_lineages(home):
+        if lineage.manifest.files == files:
+            return lineage
+    return found(home, starter.MODEL, Founding(starter.NAME, (home.key.peer,), 1, starter.EXAM, licence=starter.LICENCE))
+
+
+def lineage_of_folder(home: Home, folder: Path) -> Lineage | None:
+    """The known lineage whose base is the checkpoint in the folder, if there is one."""
+    files = file_digests(folder, read_checkpoint(folder).files)
+    return next((x for x in known_lineages(home) if x.manifest.files == files), None)
+
+
+def _skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModel.from_config(checkpoint.config)
+    return model

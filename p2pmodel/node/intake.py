@@ -1,0 +1,112 @@
+"""What a lineage lets in: every record is opened, admitted, and its tensors checked, before it is stored."""
+
+import time
+from collections.abc import Sequence
+
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.ids import PatchId, PeerId, short
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.version import BASE_NUMBER, Candidate
+from p2pmodel.logic import admission
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.store.index import RecordRow
+from p2pmodel.tensors import blob
+from p2pmodel.wire import bundle, canonical, records
+
+
+def record_limit(lineage: Lineage, kind: str) -> int:
+    """The most bytes that a record of the kind may have."""
+    body = {"patch": lineage.manifest.limits.max_header_bytes, "candidate": records.MAX_CANDIDATE_BYTES,
+            "verdict": records.MAX_VERDICT_BYTES}[kind]
+    return body + records.RECORD_OVERHEAD
+
+
+def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, ...]:
+    """Admits the record on its own, and names the blobs that have to be here before it is stored. Raises Rejected;
+    with the reason "parent" it may be admitted later, when what it stands on has come."""
+    if kind == "patch":
+        patch = records.open_patch(record, lineage.manifest.limits.max_header_bytes)
+        _admit_patch(lineage, canonical.digest(record), patch)
+        return patch.adapter, patch.fisher
+    if kind == "candidate":
+        candidate, proposer, _ = records.open_candidate(record)
+        _admit_candidate(lineage, candidate, proposer)
+        return (candidate.result,)
+    admission.check_verdict(records.open_verdict(record), lineage.manifest, model=lineage.model)
+    return ()
+
+
+def _admit_patch(lineage: Lineage, patch_id: PatchId, patch: Patch) -> None:
+    """A patch on the head takes part in its round; one on an older version belongs to the history. The first patch of a
+    contributor on a parent stands, unless a maintainer's candidate names another."""
+    parents = {lineage.model, *(v.id for v in lineage.versions)}
+    named = any(patch_id in c.patches or any(x.patch == patch_id for x in c.left_out) for c in lineage.candidates.values())
+    others = set() if named else {p.contributor for i, p in lineage.patches.items() if p.parent == patch.parent and i != patch_id}
+    head = patch.parent if patch.parent in parents else lineage.head
+    admission.check_patch(patch, lineage.manifest, head, parents, model=lineage.model, contributors=others)
+
+
+def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -> None:
+    parent = lineage.candidates.get(candidate.parent)
+    if parent is None and candidate.parent != lineage.model:
+        raise Rejected("parent", f"The candidate's parent {short(candidate.parent)} is not known here.")
+    admission.check_candidate(
+        candidate, lineage.manifest, model=lineage.model, proposer=proposer,
+        parent_number=parent.number if parent else BASE_NUMBER, parent_round=parent.round if parent else 0)
+
+
+def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
+    """Checks the tensors of an admitted record and stores it; its blobs, `needed_blobs`, have to be here.
+
+    May run on any thread: the lineage sees the record when it is refreshed. Raises Rejected, and then removes the blobs
+    that nothing else refers to.
+    """
+    objects, slots, limit = lineage.home.objects, lineage.manifest.slots, lineage.manifest.limits.max_patch_bytes
+    try:
+        blobs = [objects.load(ref.digest, limit) for ref in refs]
+        if kind == "patch":
+            check_tensors(lineage, *blobs)
+        elif kind == "candidate" and blob.unpack(blobs[0], slots, limit).keys() != {slot.name for slot in slots}:
+            raise Rejected("shape", "The candidate does not give a value for every slot of the model.")
+    except Rejected:
+        kept = {ref.digest for ref in tuple(lineage.blobs())}
+        for ref in refs:
+            if ref.digest not in kept:
+                objects.remove(ref.digest)
+        raise
+    stored = objects.put(record)
+    lineage.home.index.add(RecordRow(kind, lineage.model, stored, _round(kind, record), time.time()))
+    return stored
+
+
+def check_tensors(lineage: Lineage, adapter: bytes, fisher: bytes) -> None:
+    """A patch's two blobs against the Manifest. Raises Rejected."""
+    slots, limit = lineage.manifest.slots, lineage.manifest.limits.max_patch_bytes
+    values, masses = blob.unpack(adapter, slots, limit), blob.unpack(fisher, slots, limit)
+    if not values:
+        raise Rejected("shape", "The patch changes nothing.")
+    if values.keys() != masses.keys():
+        raise Rejected("shape", "The patch's Fisher is not of the slots that it changes.")
+    if any(bool((mass < 0).any()) for mass in masses.values()):
+        raise Rejected("finite", "The patch's Fisher has negative values.")
+
+
+def check_patch_file(lineage: Lineage, raw: bytes) -> None:
+    """All that a peer checks of a patch, on a patch file. Raises Rejected."""
+    opened = bundle.open_bundle(raw)
+    needed_blobs(lineage, "patch", opened.raw.header)
+    check_tensors(lineage, opened.raw.adapter, opened.raw.fisher)
+
+
+def check_stored_patch(lineage: Lineage, patch: PatchId) -> None:
+    """The same on a patch in the store. Raises Rejected."""
+    record = lineage.home.objects.load(patch)
+    adapter, fisher = needed_blobs(lineage, "patch", record)
+    check_tensors(lineage, lineage.home.objects.load(adapter.digest), lineage.home.objects.load(fisher.digest))
+
+
+def _round(kind: str, record: bytes) -> int:
+    if kind == "candidate":
+        return records.open_candidate(record)[0].round
+    return records.open_verdict(record).round if kind == "verdict" else 0

@@ -1,0 +1,213 @@
+"""A node: the parts started in order, kept going, and stopped in the reverse order."""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2pmodel.control.server import ControlServer
+from p2pmodel.domain.errors import P2PModelError, UsageError
+from p2pmodel.domain.ids import VersionId, short
+from p2pmodel.domain.swarm import Span
+from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
+from p2pmodel.logic.placement import choose_span
+from p2pmodel.node.attendance import Attendance
+from p2pmodel.node.bases import find_base
+from p2pmodel.node.client import remember_contacts
+from p2pmodel.node.community import Community
+from p2pmodel.node.discovery import bootstrap_peers, local_lineage, swarm_lineage
+from p2pmodel.node.gauges import Gauges
+from p2pmodel.node.hosting import Device, Hosting, choose_device
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.maintaining import Maintainer
+from p2pmodel.node.service import Service
+from p2pmodel.node.threads import use_threads
+from p2pmodel.node.traffic import Traffic
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.blobs import BlobServer
+from p2pmodel.swarm.directory import Directory
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.swarm.sync import SyncServer
+from p2pmodel.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+GAUGE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    home: Path | None = None
+    model: str | None = None
+    peers: tuple[str, ...] = ()
+    layers: Span | str = "auto"
+    capacity: int | None = None
+    base: Path | None = None
+    gpu: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    metrics_port: int | None = None
+    maintain: bool = False
+    threads: int | None = None
+
+
+async def run(options: NodeOptions, say: Callable[[str], None]) -> None:
+    """Runs a node until SIGINT or SIGTERM; `say` is told what a person wants to know. Raises P2PModelError."""
+    began = time.monotonic()
+    device = choose_device(options.gpu)
+    use_threads(options.threads)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    async with AsyncExitStack() as stack:
+        starting = asyncio.ensure_future(_start(options, device, stack, stopping, say))
+        stopped = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return
+        node = starting.result()
+        say(f"{node.serving} (ready after {time.monotonic() - began:.1f} s)")
+        failing = asyncio.ensure_future(node.run())
+        await asyncio.wait({failing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            failing.result()
+        failing.cancel()
+        await asyncio.wait({failing})
+        say("leaving")
+
+
+@dataclass
+class Node:
+    """What has been started; the stack stops it."""
+
+    community: Community
+    attendance: Attendance
+    gauges: Gauges
+    host: PeerHost
+    serving: str
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.community.run())
+            tasks.create_task(self.attendance.run())
+            tasks.create_task(self._measure())
+            tasks.create_task(self._watch_daemon())
+
+    async def _measure(self) -> None:
+        while True:
+            await self.gauges.refresh()
+            await asyncio.sleep(GAUGE_SECONDS)
+
+    async def _watch_daemon(self) -> None:
+        status = await self.host.ended()
+        raise P2PModelError(f"The P2P daemon of this node ended with status {status}.", "Start the node again: p2pmodel join")
+
+
+async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, stopping: asyncio.Event, say: Callable[[str], None]) -> Node:
+    home = Home.open(options.home)
+    stack.callback(home.lock().release)
+    key = home.key
+    metrics = Metrics()
+    if options.metrics_port is not None:
+        server = metrics.serve(options.metrics_port)
+        stack.callback(server.stop)
+        say(f"metrics at http://127.0.0.1:{server.port}/metrics")
+    local = None if options.peers else local_lineage(home, options.model)
+    host = await PeerHost.start(home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers)
+    stack.push_async_callback(host.stop)
+    contacts = bootstrap_peers(options.peers)
+    lineage = local or await swarm_lineage(home, host, contacts, options.model)
+    say(f"peer {key.peer}")
+    say(f"model {lineage.manifest.name} {lineage.number(lineage.head)}, id {lineage.model}")
+
+    directory = Directory(host, lineage.model)
+    community = Community(host, home, lineage, directory, metrics,
+                          listen=f"/ip4/{options.host}/tcp/{options.port + 1 if options.port else 0}")
+    stack.push_async_callback(community.stop)
+    blobs = BlobServer(host, home.objects)
+    sync = SyncServer(host, lambda model: lineage.inventory() if model == lineage.model else (), lambda: [lineage.offer()])
+    for service in (blobs, sync):
+        await service.start()
+        stack.push_async_callback(service.stop)
+    await community.start(contacts)
+    base = _base(home, lineage, options, say)
+    maintainer = await _maintainer(lineage, base, home, community, metrics) if base and options.maintain else None
+    hosting = await _hosting(options, device, host, lineage, directory, base, say) if base and options.layers != "none" else None
+    if hosting:
+        stack.push_async_callback(hosting.stop)
+
+    async def adopted(version: VersionId) -> None:
+        if hosting:
+            await asyncio.to_thread(hosting.adopt, version)
+        home.refs.set(f"models/{lineage.model}/head", version)
+        say(f"adopted {lineage.manifest.name} {lineage.number(version)} ({short(version)})")
+        await attendance.renew()
+
+    community.keep_rounds(key, maintainer, adopted)
+    attendance = Attendance(key, host, lineage, directory, community, hosting, roles=_roles(options, hosting))
+    await attendance.renew()
+    stack.push_async_callback(attendance.leave)
+    traffic = Traffic(blobs, community.exchange, hosting)
+    control = ControlServer(home.control_socket, Service(
+        home, host, lineage, directory, community, attendance, hosting, traffic, options.maintain, stopping.set))
+    await control.start()
+    stack.push_async_callback(control.stop)
+    for address in host.addresses:
+        say(f"to join this swarm: p2pmodel join --peers {address}")
+    remember_contacts(home, host.addresses)
+    gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
+    return Node(community, attendance, gauges, host, _serving(lineage, hosting, options))
+
+
+def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str], None]) -> Path | None:
+    """The folder of the base checkpoint, when what the node does needs it."""
+    if options.layers == "none" and not options.maintain:
+        return None
+    return find_base(home, lineage, options.base, say)
+
+
+async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Community, metrics: Metrics) -> Maintainer:
+    if home.key.peer not in lineage.manifest.maintainers:
+        raise UsageError(f"{home.key.peer} is no maintainer of {lineage.manifest.name}.",
+                         "Leave --maintain out, or use the home of a maintainer's key.")
+    if not home.objects.has(lineage.manifest.exam.digest):
+        await community.fetch(lineage.manifest.exam)
+    return await asyncio.to_thread(Maintainer, lineage, home.key.peer, base, metrics.merge_seconds.observe)
+
+
+async def _hosting(options: NodeOptions, device: Device, host: PeerHost, lineage: Lineage, directory: Directory, base: Path,
+                   say: Callable[[str], None]) -> Hosting:
+    checkpoint = read_checkpoint(base)
+    span = await _span(options, checkpoint, directory, host, say)
+    return await Hosting.start(host, lineage, checkpoint, span, device)
+
+
+async def _span(options: NodeOptions, checkpoint: Checkpoint, directory: Directory, host: PeerHost, say: Callable[[str], None]) -> Span:
+    if isinstance(options.layers, Span):
+        if options.layers.end > checkpoint.layers:
+            raise UsageError(f"There are no layers {options.layers}: the model has {checkpoint.layers}.",
+                             f"Use at most --layers 0:{checkpoint.layers}.")
+        say(f"layers {options.layers} of {checkpoint.layers}, as asked")
+        return options.layers
+    leases = [lease for lease in await directory.leases() if lease.peer != host.peer]
+    # A node that begins a swarm alone holds the whole model, so that there is something to join.
+    capacity = options.capacity or (max(1, checkpoint.layers // 2) if options.peers else checkpoint.layers)
+    span, reason = choose_span(leases, checkpoint.layers, capacity, salt=host.peer)
+    say(f"layers {span} of {checkpoint.layers}: {reason}")
+    return span
+
+
+def _roles(options: NodeOptions, hosting: Hosting | None) -> tuple[str, ...]:
+    return tuple(role for role, has in (("host", hosting), ("maintainer", options.maintain)) if has) or ("peer",)
+
+
+def _serving(lineage: Lineage, hosting: Hosting | None, options: NodeOptions) -> str:
+    what = f"layers {hosting.span} on {hosting.device.name} in {hosting.device.dtype}" if hosting else "records and patches, no layers"
+    return f"serving {what} of {lineage.manifest.name} {lineage.number(lineage.head)}" + (", as a maintainer" if options.maintain else "")

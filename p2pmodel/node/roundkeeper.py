@@ -1,0 +1,152 @@
+"""Feeds what happens into the round's transition table, and does what comes out.
+
+What decides is `p2pmodel.logic.rounds`; that a version is adopted is proven by the lineage's records alone. Propositions
+and examinations block, so they run on a thread, one at a time.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from p2pmodel.domain.errors import P2PModelError
+from p2pmodel.domain.ids import Digest, VersionId, short
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.logic import rounds
+from p2pmodel.node import intake
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.maintaining import Maintainer
+from p2pmodel.telemetry.metrics import Metrics
+from p2pmodel.wire.signing import Key
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+Announce = Callable[[str, BlobRef], Awaitable[None]]
+Adopted = Callable[[VersionId], Awaitable[None]]
+
+
+class RoundKeeper:
+    def __init__(self, lineage: Lineage, key: Key, maintainer: Maintainer | None, announce: Announce, adopted: Adopted,
+                 find_missing: Callable[[], Awaitable[None]], metrics: Metrics) -> None:
+        """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here."""
+        self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
+        self._announce, self._adopted, self._find_missing = announce, adopted, find_missing
+        self._rules = rounds.RoundRules.from_manifest(lineage.manifest, lineage.model)
+        self._me = key.peer if maintainer else None
+        self._head = lineage.head
+        self._work: asyncio.Queue[rounds.Propose | rounds.Examine] = asyncio.Queue()
+        self.state = self._first_state()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._feed_all()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tick())
+            if self._maintainer:
+                tasks.create_task(self._labour())
+
+    async def on_record(self, kind: str, digest: Digest) -> None:
+        """A record has come into the lineage, whoever made it."""
+        lineage = self._lineage
+        if lineage.head != self._head:
+            await self._move_head()
+        elif kind == "patch" and lineage.patches[digest].parent == self._head:
+            self._advance(rounds.PatchAdmitted(digest))
+        elif kind == "candidate":
+            self._see_candidates()
+        elif kind == "verdict":
+            self._advance(rounds.VerdictSeen(lineage.verdicts[digest]))
+
+    def _first_state(self) -> rounds.RoundState:
+        lineage = self._lineage
+        last = lineage.versions[-1].candidate.round if lineage.versions else 0
+        signed = max((v.round for v in lineage.verdicts.values() if v.maintainer == self._key.peer), default=0)
+        return rounds.start(last + 1, lineage.head, time.monotonic(), signed)
+
+    def _feed_all(self) -> None:
+        """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing."""
+        lineage = self._lineage
+        for verdict in sorted(lineage.verdicts.values(), key=lambda v: v.maintainer != self._key.peer):
+            self._advance(rounds.VerdictSeen(verdict))
+        self._see_candidates()
+        for patch, header in sorted(lineage.patches.items()):
+            if header.parent == self._head:
+                self._advance(rounds.PatchAdmitted(patch))
+
+    def _see_candidates(self) -> None:
+        for version, candidate in self._lineage.candidates.items():
+            if candidate.parent == self._head:
+                patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
+                self._advance(rounds.CandidateSeen(version, self._lineage.proposers[version], patches, candidate.round))
+
+    async def _move_head(self) -> None:
+        self._head = self._lineage.head
+        number, last = self._lineage.number(self._head), self._lineage.versions[-1].candidate.round
+        log.info("version %s (%s) is adopted in round %d", number, short(self._head), last)
+        await self._adopted(self._head)
+        self._metrics.rounds.labels("adopted").inc()
+        self.state = rounds.follow(self.state, self._head, last, time.monotonic())
+        self._feed_all()
+
+    def _advance(self, event: rounds.Event) -> None:
+        self.state, effects = rounds.advance(self.state, event, time.monotonic(), self._rules, self._me)
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: rounds.Effect) -> None:
+        match effect:
+            case rounds.Propose() | rounds.Examine():
+                self._work.put_nowait(effect)
+            case rounds.Adopt(version):
+                log.debug("enough maintainers accept %s", short(version))
+            case rounds.Reject(round, reason) | rounds.Abandon(round, reason):
+                outcome = "rejected" if isinstance(effect, rounds.Reject) else "abandoned"
+                log.warning("round %d is %s: %s", round, outcome, reason)
+                self._metrics.rounds.labels(outcome).inc()
+                self.state = rounds.reopen(self.state, time.monotonic())
+                self._feed_all()
+            case rounds.Misbehaviour(maintainer, one, other):
+                log.error("maintainer %s signed two versions in one round: %s and %s", maintainer, short(one), short(other))
+                self._metrics.rounds.labels("misbehaviour").inc()
+
+    async def _tick(self) -> None:
+        while True:
+            self._advance(rounds.Tick())
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _labour(self) -> None:
+        while True:
+            task = await self._work.get()
+            try:
+                await (self._propose(task) if isinstance(task, rounds.Propose) else self._examine(task))
+            except P2PModelError as error:
+                log.error("the round's work failed: %s", error)
+
+    async def _propose(self, task: rounds.Propose) -> None:
+        assert self._maintainer
+        log.info("round %d: examining %d patches", task.round, len(task.patches))
+        proposal = await asyncio.to_thread(self._maintainer.propose, task.round, task.parent, task.patches)
+        if proposal is None:
+            log.warning("round %d: none of the patches can be merged", task.round)
+            self._advance(rounds.PatchesRefused(task.patches))
+        elif rounds.may_propose(self.state, task.round):
+            self._lineage.home.objects.put(proposal.result)
+            await self._publish("candidate", self._key.sign("candidate", proposal.candidate))
+
+    async def _examine(self, task: rounds.Examine) -> None:
+        assert self._maintainer
+        candidate = self._lineage.candidates[task.version]
+        if any(patch not in self._lineage.patches for patch in candidate.patches):
+            await self._find_missing()
+        verdict = await asyncio.to_thread(self._maintainer.examine, task.version)
+        if rounds.may_sign(self.state, task.version, time.monotonic(), self._rules):
+            await self._publish("verdict", self._key.sign("verdict", verdict))
+
+    async def _publish(self, kind: str, record: bytes) -> None:
+        """Stored before it is said, so that a restart can't say something else."""
+        refs = intake.needed_blobs(self._lineage, kind, record)
+        ref = await asyncio.to_thread(intake.store, self._lineage, kind, record, refs)
+        self._lineage.refresh()
+        await self._announce(kind, ref)
+        await self.on_record(kind, ref.digest)

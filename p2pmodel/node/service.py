@@ -1,0 +1,76 @@
+"""What a node answers to the commands on its machine (proto/p2pmodel/wire/v1/control.proto)."""
+
+import os
+import time
+from collections.abc import Callable
+
+from p2pmodel import __version__
+from p2pmodel.domain.errors import NotFound
+from p2pmodel.domain.ids import Digest, VersionId, short
+from p2pmodel.domain.swarm import Lease
+from p2pmodel.logic.routing import coverage
+from p2pmodel.node.attendance import Attendance
+from p2pmodel.node.community import Community
+from p2pmodel.node.hosting import Hosting
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.traffic import Traffic
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.directory import Directory
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.wire.v1 import control_pb2 as pb
+
+
+class Service:
+    """Implements `control.server.ControlService`."""
+
+    def __init__(self, home: Home, host: PeerHost, lineage: Lineage, directory: Directory, community: Community,
+                 attendance: Attendance, hosting: Hosting | None, traffic: Traffic, maintains: bool, stop: Callable[[], None]) -> None:
+        self._home, self._host, self._lineage, self._directory = home, host, lineage, directory
+        self._community, self._attendance, self._hosting = community, attendance, hosting
+        self._traffic, self._maintains, self._stop = traffic, maintains, stop
+        self._began = time.monotonic()
+
+    async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
+        leases = await self._directory.leases()
+        presences = await self._directory.presences()
+        lineage, head = self._lineage, self._lineage.served_head
+        model = pb.ModelStatus(
+            id=lineage.model, name=lineage.manifest.name, head=self._ref(head), layers=lineage.manifest.layers, round=self._round(),
+            leases=[self._lease(lease) for lease in sorted(leases, key=lambda x: x.span)],
+            presences=[pb.PresenceStatus(peer=p.peer, roles=p.roles, software=p.software, addresses=p.addresses) for p in presences],
+            coverage=coverage(leases, lineage.manifest.layers, head), maintains=self._maintains)
+        if self._hosting:
+            model.hosted.CopyFrom(pb.Span(start=self._hosting.span.start, end=self._hosting.span.end))
+        return pb.StatusReply(
+            peer=self._host.peer, addresses=self._host.addresses, home=str(self._home.path), pid=os.getpid(),
+            software=f"p2pmodel/{__version__}", uptime_seconds=time.monotonic() - self._began, models=[model], traffic=self._traffic.totals())
+
+    async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
+        self._lineage.refresh()
+        patch = Digest(request.record)
+        if patch not in self._lineage.patches:
+            raise NotFound(f"Patch {short(patch)} of {self._lineage.manifest.name} is not in this home.", "Publish its file: p2pmodel patch publish")
+        await self._community.publish("patch", patch)
+        return pb.PublishReply(patch=patch, model=self._lineage.model, round=self._community.round.round)
+
+    async def stop(self, request: pb.StopRequest) -> pb.StopReply:
+        self._stop()
+        return pb.StopReply()
+
+    def _ref(self, version: VersionId) -> pb.VersionRef:
+        """A lease may name a version that this node has not heard of yet; it has no number here."""
+        try:
+            return pb.VersionRef(id=version, number=str(self._lineage.number(version)))
+        except NotFound:
+            return pb.VersionRef(id=version)
+
+    def _round(self) -> pb.RoundStatus:
+        state, rules = self._community.round, self._lineage.manifest
+        accepts = {v.maintainer for v in state.votes if v.round == state.round and v.accept}
+        return pb.RoundStatus(number=state.round, phase=state.phase.value, patches=len(state.patches),
+                              since_seconds=time.monotonic() - state.since, accepts=len(accepts), threshold=rules.threshold)
+
+    def _lease(self, lease: Lease) -> pb.LeaseStatus:
+        return pb.LeaseStatus(
+            peer=lease.peer, span=pb.Span(start=lease.span.start, end=lease.span.end), versions=[self._ref(v) for v in lease.versions],
+            dtype=lease.dtype, queue=lease.queue, layer_seconds=lease.layer_seconds, expires_in_seconds=lease.expires - time.time())

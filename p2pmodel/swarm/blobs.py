@@ -1,0 +1,174 @@
+"""Blobs by digest, over p2pd's binary streams.
+
+The client asks for a digest from an offset on; the server answers with the blob's size, and then its bytes.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected, Unreachable
+from p2pmodel.domain.ids import Digest, PeerId, check_digest, short
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.ports import BlobSource, MakeSink
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.swarm.rpc import Channel, Service, open_channel
+
+PROTOCOL = "p2pmodel/blob/1"
+CHUNK_BYTES = 256 << 10
+STALL_SECONDS = 10.0
+SLOWEST_BYTES_PER_SECOND = 32 << 10
+"""A transfer slower than this on the whole is broken off by both sides: a trickle of bytes holds no stream for long."""
+
+_MAX_MESSAGE_BYTES = 1024
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BlobRequest:
+    digest: Digest
+    offset: int
+
+    def __post_init__(self) -> None:
+        check_digest(self.digest, "requested digest")
+        if self.offset < 0:
+            raise ValueError("the offset is negative")
+
+
+@dataclass(frozen=True)
+class BlobHeader:
+    """`size` of the whole blob: as many bytes follow, less the offset."""
+
+    size: int
+
+
+class BlobServer:
+    """Serves what `source` has and `may_serve` allows. `bytes_sent` counts bodies only."""
+
+    def __init__(
+        self, host: PeerHost, source: BlobSource, may_serve: Callable[[Digest], bool] = lambda digest: True,
+    ) -> None:
+        self.bytes_sent = 0
+        self._source = source
+        self._may_serve = may_serve
+        self._service = Service(host, PROTOCOL, self._serve, seconds=None)
+
+    async def start(self) -> None:
+        await self._service.start()
+
+    async def stop(self) -> None:
+        await self._service.stop()
+
+    async def _serve(self, channel: Channel) -> None:
+        request = await channel.receive(BlobRequest, _MAX_MESSAGE_BYTES)
+        size = self._source.size(request.digest) if self._may_serve(request.digest) else None
+        if size is None or request.offset > size:
+            await channel.refuse("unknown")
+            return
+        await channel.send(BlobHeader(size))
+        async with asyncio.timeout(_patience(size - request.offset)):
+            for at in range(request.offset, size, CHUNK_BYTES):
+                try:
+                    chunk = await asyncio.to_thread(self._source.read, request.digest, at, min(CHUNK_BYTES, size - at))
+                except (P2PModelError, OSError) as error:
+                    log.warning("Blob %s cannot be read: %s", short(request.digest), error)
+                    channel.abort()               # after the header, a refusal would be taken for the blob's bytes
+                    return
+                await channel.write(chunk, STALL_SECONDS)
+                self.bytes_sent += len(chunk)
+
+
+class BlobFetcher:
+    """Fetches blobs into the sinks that `make_sink` makes. `bytes_received` counts bodies, wrong ones too."""
+
+    def __init__(self, host: PeerHost, make_sink: MakeSink) -> None:
+        self.bytes_received = 0
+        self._host = host
+        self._make_sink = make_sink
+
+    async def fetch(self, ref: BlobRef, sources: Sequence[PeerId]) -> None:
+        """Returns when the blob is verified and visible. Sources are tried in turn, each from the byte where the one
+        before broke off; if what they sent together is wrong, each alone, since one liar spoils the others' bytes.
+
+        Raises Unreachable when none of them has it, whole and right; StorageError from the sink.
+        """
+        candidates = list(dict.fromkeys(source for source in sources if source != self._host.peer))
+        liars = await self._attempt(ref, candidates)
+        if liars is None:
+            return
+        for source in candidates if liars else ():
+            if liars != {source} and await self._attempt(ref, [source]) is None:
+                return
+        raise Unreachable(
+            f"Blob {short(ref.digest)} of {ref.size} bytes cannot be had from any of {len(candidates)} peers.",
+            "Try again when more peers are there.")
+
+    async def _attempt(self, ref: BlobRef, sources: Sequence[PeerId]) -> set[PeerId] | None:
+        """None when the blob is there; else the peers whose bytes make up a wrong one: none when it is incomplete."""
+        sink = self._make_sink(ref.digest, ref.size)
+        received, contributors = 0, set[PeerId]()
+        try:
+            for source in sources:
+                if received == ref.size:
+                    break
+                before = received
+                try:
+                    async with open_channel(self._host, source, PROTOCOL) as channel:
+                        async for chunk in self._chunks(channel, ref, received):
+                            await _to_the_end(partial(sink.write, chunk))
+                            received += len(chunk)
+                except (PeerFailed, Rejected) as error:
+                    log.info("Blob %s: %s", short(ref.digest), error)
+                if received > before:
+                    contributors.add(source)
+            if received == ref.size:
+                await _to_the_end(sink.finish)
+                return None
+        except Rejected as error:
+            log.warning("Blob %s of %s: %s", short(ref.digest), ", ".join(sorted(contributors)), error)
+            sink.abort()
+            return contributors
+        except BaseException:
+            sink.abort()
+            raise
+        sink.abort()
+        return set()
+
+    async def _chunks(self, channel: Channel, ref: BlobRef, offset: int) -> AsyncIterator[bytes]:
+        """Pieces of about CHUNK_BYTES; what came before a failure is yielded before it is raised."""
+        await channel.send(BlobRequest(ref.digest, offset))
+        header = await channel.receive(BlobHeader, _MAX_MESSAGE_BYTES, STALL_SECONDS)
+        if header.size != ref.size:
+            raise PeerFailed(f"{channel.peer} has {header.size} bytes instead of {ref.size}.", channel.peer)
+        missing, piece, failure = ref.size - offset, bytearray(), None
+        give_up = asyncio.get_running_loop().time() + _patience(missing)
+        while missing and failure is None:
+            seconds = min(STALL_SECONDS, give_up - asyncio.get_running_loop().time())
+            try:
+                piece += (chunk := await channel.read(min(missing, CHUNK_BYTES - len(piece)), seconds))
+                missing -= len(chunk)
+                self.bytes_received += len(chunk)
+            except PeerFailed as error:
+                failure = error
+            if piece and (len(piece) == CHUNK_BYTES or failure or not missing):
+                yield bytes(piece)
+                piece.clear()
+        if failure:
+            raise failure
+
+
+def _patience(size: int) -> float:
+    return STALL_SECONDS + size / SLOWEST_BYTES_PER_SECOND
+
+
+async def _to_the_end(work: Callable[[], None]) -> None:
+    """Runs it in a thread, and waits for it even when cancelled: nobody else may touch a sink that is being written."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

@@ -1,0 +1,183 @@
+"""Opens sessions through a route of stages, and takes in the streams that their last stages open to this peer."""
+
+import logging
+import secrets
+import select
+import socket
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+
+from p2pmodel.domain.errors import NotRunning, P2PModelError, PeerFailed, Rejected
+from p2pmodel.domain.ids import ModelId, PeerId, VersionId
+from p2pmodel.domain.swarm import Route, SessionRequest
+from p2pmodel.swarm.chain_session import GRACE_SECONDS, ChainSession
+from p2pmodel.swarm.framing import receive_frame
+from p2pmodel.swarm.opening import CHAIN, SINK, Failure, Opening, lost
+from p2pmodel.swarm.ping import probe, probe_all
+from p2pmodel.swarm.streams import Host, Listener, open_stream
+from p2pmodel.wire.frames import Kind
+
+SINK_SECONDS = 2.0
+PROBE_SECONDS = 1.5
+MAX_OPEN_SHARE = 0.75
+"""Of the time to open a session, what may pass before pings look for the peer that is stuck."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Awaited:
+    """A session that waits for its last stage's stream; a byte on `bell` says that `sink` has come."""
+
+    last: PeerId
+    bell: socket.socket
+    sink: socket.socket | None = None
+
+
+class ChainClient:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._awaited: dict[str, _Awaited] = {}
+        self._sessions: weakref.WeakSet[ChainSession] = weakref.WeakSet()
+
+    def start(self) -> None:
+        """Raises Unreachable when the daemon is gone, or another client of this peer has the protocol."""
+        self._listener = Listener(self._host, SINK)
+        self._thread = threading.Thread(target=self._accept, args=(self._listener,), name="chain-sink", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Closes all sessions. Blocks; not for the event loop."""
+        if self._listener is None or self._thread is None:
+            return
+        self._listener.close()
+        self._thread.join()
+        self._listener = None
+        for session in list(self._sessions):
+            session.close()
+
+    def open(self, route: Route, model: ModelId, version: VersionId, codec: str, max_tokens: int,
+             timeout: float = 15.0) -> ChainSession:
+        """Returns when every stage of the route has opened the session; blocks, so not for the event loop's thread.
+
+        Raises within `timeout` seconds: PeerFailed, with the peer to blame as best known and a stage's own error as its
+        cause; the error that a stage named, where the request was at fault; ValueError when the arguments are no valid
+        request; Unreachable when this node's own daemon is gone.
+        """
+        if self._listener is None:
+            raise NotRunning("The chain client is not started.")
+        began = time.monotonic()
+        first, rest = route.hops[0], route.hops[1:]
+        request = SessionRequest(secrets.token_hex(16), model, version, codec, first.span, max_tokens)
+        opening = Opening(request, rest, PeerId(self._host.peer))
+        bell, ringer = socket.socketpair()
+        awaited = _Awaited(route.hops[-1].peer, ringer)
+        with self._lock:
+            self._awaited[request.session] = awaited
+        out: socket.socket | None = None
+        try:
+            out = open_stream(self._host, first.peer, CHAIN, timeout * MAX_OPEN_SHARE)
+            self._send_opening(out, first.peer, opening, timeout)
+            sink = self._await(awaited, bell, out, route, began, timeout)
+        except BaseException:
+            with self._lock:
+                self._awaited.pop(request.session, None)
+            for stream in (out, awaited.sink):
+                if stream is not None:
+                    stream.close()
+            raise
+        finally:
+            bell.close()
+            ringer.close()
+        session = ChainSession(route, out, sink, lambda waited: self._diagnose(route, waited, PROBE_SECONDS))
+        self._sessions.add(session)
+        return session
+
+    def ping(self, peer: PeerId, timeout: float = 2.0) -> float:
+        """Seconds of a round trip to `peer`'s ping thread, which answers while its compute thread computes.
+
+        Raises PeerFailed when it does not answer in time.
+        """
+        return probe(self._host, peer, timeout).seconds
+
+    def _send_opening(self, out: socket.socket, peer: PeerId, opening: Opening, timeout: float) -> None:
+        try:
+            out.settimeout(timeout)
+            out.sendall(opening.frame())
+        except OSError:
+            raise lost(peer) from None
+
+    def _await(self, awaited: _Awaited, bell: socket.socket, out: socket.socket, route: Route, began: float,
+               timeout: float) -> socket.socket:
+        """The sink's stream, or the error that comes back on `out` instead."""
+        patience, deadline = began + timeout * MAX_OPEN_SHARE, began + timeout
+        poll = select.poll()
+        poll.register(bell, select.POLLIN)
+        poll.register(out, select.POLLIN)
+        while (left := patience - time.monotonic()) > 0:
+            happened = dict(poll.poll(left * 1000))
+            if bell.fileno() in happened:
+                assert awaited.sink is not None
+                return awaited.sink
+            if out.fileno() in happened:
+                raise self._refusal(out, route)
+        raise self._diagnose(route, patience - began, max(GRACE_SECONDS, deadline - time.monotonic()))
+
+    def _refusal(self, out: socket.socket, route: Route) -> P2PModelError:
+        first = route.hops[0].peer
+        try:
+            frame = receive_frame(out, GRACE_SECONDS)
+            if frame.kind is Kind.ERROR:
+                return Failure.read(frame.meta).error_for(route, first)
+        except (OSError, EOFError):
+            return lost(first)
+        except Rejected:
+            pass
+        return PeerFailed(f"Peer …{first[-8:]} answered with a frame that has no place there.", first)
+
+    def _diagnose(self, route: Route, waited: float, seconds: float) -> PeerFailed:
+        """After a silence: the first peer that answers no ping, else the one that sits in a step for about as long."""
+        pongs = probe_all(self._host, (hop.peer for hop in route.hops), seconds)
+        for peer, pong in pongs.items():
+            if pong is None:
+                return PeerFailed(f"Peer …{peer[-8:]} does not answer any more.", peer)
+        busy, peer = max((pong.busy_seconds, peer) for peer, pong in pongs.items() if pong is not None)
+        if busy > waited / 2:
+            return PeerFailed(f"Peer …{peer[-8:]} has been busy with one step for {busy:.1f} s.", peer)
+        return PeerFailed("No answer came in time, though every peer of the route answers pings.", hint="Try again.")
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                stream, peer = listener.accept()
+            except EOFError:
+                return
+            with self._lock:
+                expected = any(awaited.last == peer for awaited in self._awaited.values())
+            if expected:
+                self._match(stream, peer)
+            else:
+                log.info("peer %s opened a stream that nobody waits for", peer)
+                stream.close()
+
+    def _match(self, stream: socket.socket, peer: PeerId) -> None:
+        try:
+            frame = receive_frame(stream, SINK_SECONDS)
+            session = Opening.read(frame.kind, frame.meta).request.session
+        except (OSError, EOFError, Rejected) as error:
+            log.info("peer %s opened a stream with nonsense: %s", peer, error)
+            stream.close()
+            return
+        with self._lock:
+            awaited = self._awaited.get(session)
+            if awaited is not None and awaited.last == peer:
+                del self._awaited[session]
+                awaited.sink = stream
+                awaited.bell.send(b"\0")
+                return
+        stream.close()

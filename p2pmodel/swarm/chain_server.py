@@ -1,0 +1,323 @@
+"""Serves a span of layers in chains: hidden states come from the hop before, go through the runner, and on to the next.
+
+One thread, the compute thread, owns the sockets of all sessions. It takes every frame that is ready as one batch, runs
+it, and sends without blocking; so a token passes no event loop, no queue and no other thread. What waits for somebody
+(handshakes, dials, pings) has threads of its own.
+
+A session ends for one reason, and both neighbours are told: an ERROR frame, or a CLOSE, goes to each side from which
+the end did not come, and that side's socket is kept until the other end has read it and closed.
+"""
+
+import contextlib
+import logging
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
+from p2pmodel.domain.ids import PeerId
+from p2pmodel.domain.ports import Buffer, StageRunner
+from p2pmodel.swarm.admission import Admission, Admitted, Outcomes
+from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, Outbox
+from p2pmodel.swarm.lingering import Lingering
+from p2pmodel.swarm.opening import Failure, lost
+from p2pmodel.swarm.ping import PingResponder
+from p2pmodel.swarm.stage_session import ChainStats as ChainStats
+from p2pmodel.swarm.stage_session import Counts, StageSession
+from p2pmodel.swarm.streams import Host
+from p2pmodel.wire import frames
+from p2pmodel.wire.frames import Kind
+
+OUTBOX_BYTES = 8 << 20
+"""A session whose next hop is this far behind is not read any further."""
+SWEEP_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class ChainServer:
+    """`start` and `stop` once each; every method may be called from any thread."""
+
+    def __init__(
+        self, host: Host, runner: StageRunner, *, max_sessions: int = 256, idle_seconds: float = 120.0
+    ) -> None:
+        self._runner, self._idle_seconds = runner, idle_seconds
+        self._peer = PeerId(host.peer)
+        self._seats = threading.Semaphore(max_sessions)
+        self._admission = Admission(host, runner, self._seats, Outcomes(
+            admitted=lambda admitted: self._call(partial(self._join, admitted)),
+            refused=lambda stream, error: self._call(partial(self._refuse, stream, error)),
+            abandoned=lambda handle: self._call(partial(self._release, handle))))
+        self._pings = PingResponder(host, self._state)
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = socket.socketpair()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._sessions: set[StageSession] = set()
+        self._ready: dict[StageSession, None] = {}
+        self._lingering = Lingering(self._selector, self._scratch)
+        self._counts = Counts()
+        self._step_began: float | None = None
+        self._leaving = False
+        self._next_sweep = 0.0
+        self._thread = threading.Thread(target=self._serve, name="chain-compute", daemon=True)
+
+    def start(self) -> None:
+        """Raises Unreachable when the daemon is gone, or another server of this peer has the protocol."""
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
+        self._thread.start()
+        self._admission.start()
+        self._pings.start()
+
+    def stop(self) -> None:
+        """Every session's neighbours hear that this peer leaves. Blocks for seconds at most; not for the event loop."""
+        self._admission.stop()
+        self._pings.stop()
+        if self._thread.is_alive():
+            self._call(self._leave)
+            self._thread.join()
+
+    @property
+    def sessions(self) -> int:
+        return len(self._sessions)
+
+    def stats(self) -> ChainStats:
+        return ChainStats(sessions=len(self._sessions), **vars(self._counts))
+
+    def _state(self) -> tuple[float, int]:
+        began = self._step_began
+        return (0.0 if began is None else time.monotonic() - began), len(self._sessions)
+
+    def _call(self, what: Callable[[], None]) -> None:
+        """Has the compute thread do it."""
+        self._calls.put(what)
+        with contextlib.suppress(BlockingIOError):      # then it is being woken already
+            self._waker.send(b"\0")
+
+    # ---- all below runs in the compute thread
+
+    def _serve(self) -> None:
+        while not (self._leaving and not self._lingering):
+            try:
+                self._turn()
+            except Exception:
+                log.exception("the compute thread failed; its sessions end")
+                self._end_all(PeerFailed("This peer failed.", self._peer))
+        self._selector.close()
+        self._wake.close()
+        self._waker.close()
+
+    def _turn(self) -> None:
+        idle = None if not (self._sessions or self._lingering) else SWEEP_SECONDS
+        for key, events in self._selector.select(0 if self._ready else idle):
+            key.data(events)
+        if self._ready:
+            self._compute()
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_SECONDS
+            self._sweep(now)
+
+    def _run_calls(self, _events: int) -> None:
+        self._wake.recv(4096)
+        while not self._calls.empty():
+            self._calls.get()()
+
+    def _join(self, admitted: Admitted) -> None:
+        session = StageSession(admitted, time.monotonic())
+        self._selector.register(session.before, selectors.EVENT_READ, partial(self._from_before, session))
+        self._selector.register(session.after, selectors.EVENT_READ, partial(self._from_after, session))
+        self._sessions.add(session)
+        self._counts.opened += 1
+
+    def _from_before(self, session: StageSession, _events: int) -> None:
+        if not session.open:
+            return
+        received = session.incoming.received
+        try:
+            arrived = session.incoming.read(session.before, self._scratch)
+        except BlockingIOError:
+            return
+        except (OSError, EOFError):
+            self._end(session, lost(session.before_peer), source=session.before)
+            return
+        except Rejected:
+            self._end(session, self._malformed(session))
+            return
+        self._counts.bytes_in += session.incoming.received - received
+        session.active = time.monotonic()
+        if arrived:
+            session.frames.extend(arrived)
+            self._ready[session] = None
+
+    def _from_after(self, session: StageSession, events: int) -> None:
+        """The next hop takes what waits for it, and says nothing but why it gives up."""
+        if not session.open:
+            return
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._flush(session)
+            if events & selectors.EVENT_READ:
+                for frame in session.returning.read(session.after, self._scratch):
+                    if frame.kind is not Kind.ERROR:
+                        raise Rejected("frame", "Nothing but an error comes back on this stream.")
+                    self._end(session, self._told(frame, session.after_peer), source=session.after)
+                    return
+        except BlockingIOError:
+            return
+        except (OSError, EOFError):
+            self._end(session, lost(session.after_peer), source=session.after)
+        except Rejected:
+            self._end(session, PeerFailed("It sent a malformed frame.", session.after_peer))
+
+    def _compute(self) -> None:
+        batch: list[tuple[Any, int, bytes, Buffer]] = []
+        owners: list[tuple[StageSession, Frame]] = []
+        for session in list(self._ready):
+            frame = session.frames.popleft()
+            if not session.frames:
+                del self._ready[session]
+            if frame.kind is Kind.CLOSE:
+                self._end(session, None, source=session.before)
+            elif frame.kind is Kind.ERROR:
+                self._end(session, self._told(frame, session.before_peer), source=session.before)
+            elif frame.kind is not Kind.DATA:
+                self._end(session, self._malformed(session))
+            elif not 1 <= frame.tokens <= session.max_tokens - frame.position:
+                self._end(session, Rejected("frame", f"The session has room for {session.max_tokens} tokens."))
+            else:
+                batch.append((session.handle, frame.position, frame.meta, frame.body))
+                owners.append((session, frame))
+        if not batch:
+            return
+        for (session, frame), output in zip(owners, self._step(batch), strict=True):
+            if isinstance(output, Exception):
+                self._end(session, self._explain(output))
+                continue
+            self._counts.frames += 1
+            self._counts.tokens += frame.tokens
+            try:
+                session.outbox.put_data(output, frame.position, frame.tokens, frame.meta)
+            except (Rejected, TypeError) as error:
+                self._end(session, self._explain(error))
+            else:
+                self._flush(session)
+
+    def _step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
+        began = self._step_began = time.monotonic()
+        try:
+            outputs = self._runner.step(batch)
+            if len(outputs) != len(batch):
+                raise ValueError(f"the runner gave {len(outputs)} outputs for {len(batch)} items")
+        except Exception as error:
+            log.exception("a step of %d sessions failed", len(batch))
+            outputs = [error] * len(batch)
+        self._step_began = None
+        self._counts.batches += 1
+        self._counts.step_seconds += time.monotonic() - began
+        return outputs
+
+    def _flush(self, session: StageSession) -> None:
+        sent = session.outbox.sent
+        session.outbox.flush(session.after)
+        if session.outbox.sent > sent:
+            self._counts.bytes_out += session.outbox.sent - sent
+            session.active = time.monotonic()
+        waits = session.outbox.size > 0
+        if waits != session.writing:
+            session.writing = waits
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
+            self._selector.modify(session.after, events, partial(self._from_after, session))
+        self._read_or_pause(session)
+
+    def _read_or_pause(self, session: StageSession) -> None:
+        """A session that is ahead of its computation or of its next hop is left in the kernel's buffers."""
+        wanted = not session.frames and session.outbox.size <= OUTBOX_BYTES
+        if wanted != session.reading:
+            session.reading = wanted
+            if wanted:
+                self._selector.register(session.before, selectors.EVENT_READ, partial(self._from_before, session))
+            else:
+                self._selector.unregister(session.before)
+
+    def _malformed(self, session: StageSession) -> P2PModelError:
+        """Of what came from before: the client's own mistake, or that of a peer on the route."""
+        if session.before_peer == session.client:
+            return Rejected("frame", "A malformed frame arrived from the client.")
+        return PeerFailed("It sent a malformed frame.", session.before_peer)
+
+    def _told(self, frame: Frame, sender: PeerId) -> Failure:
+        """Why a neighbour gives up. What it says is passed on as it is; the client judges it."""
+        try:
+            return Failure.read(frame.meta)
+        except Rejected:
+            return Failure.of(PeerFailed("It failed, and did not say why.", sender), self._peer)
+
+    def _explain(self, error: Exception) -> P2PModelError:
+        if isinstance(error, P2PModelError):
+            return error
+        log.error("a session's step failed", exc_info=error)
+        return PeerFailed("This peer failed to compute the step.", self._peer)
+
+    # ---- ends
+
+    def _end(self, session: StageSession, why: P2PModelError | Failure | None, source: socket.socket | None = None) -> None:
+        """`why` is None when the client said CLOSE. `source` is the side that the end came from: it needs no word."""
+        if not session.open:
+            return
+        session.open = False
+        self._sessions.discard(session)
+        self._ready.pop(session, None)
+        failure = Failure.of(why, self._peer) if isinstance(why, P2PModelError) else why
+        last = frames.pack(Kind.CLOSE) if failure is None else failure.frame()
+        if failure is not None:
+            self._counts.failed += 1
+            log.info("a session ended: %s: %s", failure.error, failure.message)
+        if session.reading:
+            self._selector.unregister(session.before)
+        self._selector.unregister(session.after)
+        session.outbox.put(last)
+        back = Outbox()
+        back.put(last)
+        for stream, outbox, quiet in ((session.before, back, False), (session.after, session.outbox, True)):
+            if stream is source:
+                stream.close()
+            else:
+                self._lingering.add(stream, outbox, quiet=quiet)
+        self._release(session.handle)
+
+    def _end_all(self, why: P2PModelError) -> None:
+        for session in list(self._sessions):
+            self._end(session, why)
+
+    def _release(self, handle: Any) -> None:
+        try:
+            self._runner.close(handle)
+        except Exception:
+            log.exception("the runner failed to close a session")
+        finally:
+            self._seats.release()
+
+    def _refuse(self, stream: socket.socket, error: P2PModelError) -> None:
+        self._counts.failed += 1
+        log.info("a session was refused: %s", error)
+        stream.setblocking(False)
+        outbox = Outbox()
+        outbox.put(Failure.of(error, self._peer).frame())
+        self._lingering.add(stream, outbox, quiet=False)
+
+    def _sweep(self, now: float) -> None:
+        for session in [s for s in self._sessions if s.active + self._idle_seconds < now]:
+            self._end(session, PeerFailed(f"It closed a session idle for {self._idle_seconds:g} s.", self._peer))
+        self._lingering.sweep(now)
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self._end_all(PeerFailed("It leaves the swarm.", self._peer))

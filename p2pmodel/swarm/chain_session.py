@@ -1,0 +1,189 @@
+"""The client's end of a chain: what it sends goes to the first stage, what the last one computed comes back on a sink.
+
+Both sockets are watched at all times, since either may bring the news of a failure. Who is to blame is taken from an
+ERROR frame where one arrives, from the order of events where not, and by pings when nothing happens at all.
+"""
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
+from p2pmodel.domain.ids import PeerId
+from p2pmodel.domain.ports import Buffer
+from p2pmodel.domain.swarm import Route
+from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
+from p2pmodel.swarm.opening import Failure, lost
+from p2pmodel.wire import frames
+from p2pmodel.wire.frames import Kind
+
+GRACE_SECONDS = 0.25
+"""After one side has closed, for the other one to say why: the news travels along the chain."""
+CLOSE_SECONDS = 0.5
+
+_CAME = select.POLLIN | select.POLLHUP | select.POLLERR
+
+
+class ChainSession:
+    """One thread at a time steps, sends and receives; `close` may come from any. After an error it is closed."""
+
+    def __init__(
+        self, route: Route, out: socket.socket, sink: socket.socket, diagnose: Callable[[float], PeerFailed]
+    ) -> None:
+        """`diagnose` finds out by pings who is to blame for a silence of so many seconds. The sockets are the session's
+        own from now on."""
+        self.route = route
+        self._out, self._sink, self._diagnose = out, sink, diagnose
+        for stream in (out, sink):
+            stream.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(out, select.POLLIN)
+        self._poll.register(sink, select.POLLIN)
+        self._sides = {out.fileno(): (out, FrameReader(), route.hops[0].peer),
+                       sink.fileno(): (sink, FrameReader(), route.hops[-1].peer)}
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._outbox = Outbox()
+        self._inbox: deque[Frame] = deque()
+        self._using = threading.Lock()
+        self._suspect: tuple[float, PeerId] | None = None
+        self._error: P2PModelError | None = None
+        self._watched = set(self._sides)
+        self._closing = False
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._outbox.sent
+
+    @property
+    def bytes_received(self) -> int:
+        return sum(reader.received for _, reader, _ in self._sides.values())
+
+    def step(
+        self, body: Buffer, position: int, tokens: int, meta: bytes = b"", timeout: float = 30.0
+    ) -> tuple[bytes, Buffer]:
+        """Sends one frame and waits for its answer: (meta, body), the body writable and the caller's own.
+
+        Raises PeerFailed, with the peer to blame as best known (empty where all of them answer pings), or the error
+        that a stage named, where the request was at fault. `timeout` in seconds, plus at most two to find who is stuck.
+        """
+        began = time.monotonic()
+        self.send(body, position, tokens, meta, timeout)
+        return self.receive(timeout - (time.monotonic() - began))
+
+    def send(self, body: Buffer, position: int, tokens: int, meta: bytes = b"", timeout: float = 30.0) -> None:
+        """Returns when all of it is on its way; answers that arrive meanwhile are kept for `receive`. So several
+        frames can be under way at once, each on another stage. Raises as `step` does."""
+        with self._using:
+            self._check()
+            self._outbox.put_data(body, position, tokens, meta)
+            self._outbox.flush(self._out)
+            if self._outbox.size:
+                self._poll.modify(self._out, select.POLLIN | select.POLLOUT)
+                deadline = time.monotonic() + timeout
+                while self._outbox.size:
+                    self._wait(deadline, timeout)
+                self._poll.modify(self._out, select.POLLIN)
+
+    def receive(self, timeout: float = 30.0) -> tuple[bytes, Buffer]:
+        """The next answer, in the order of the frames sent. Raises as `step` does."""
+        with self._using:
+            deadline = time.monotonic() + timeout
+            if not self._inbox:
+                self._check()
+            while not self._inbox:
+                self._wait(deadline, timeout)
+            frame = self._inbox.popleft()
+            return frame.meta, frame.body
+
+    def close(self) -> None:
+        """Tells the stages, which free what they hold. A step that another thread waits in ends with PeerFailed."""
+        self._closing = True
+        if not self._using.acquire(blocking=False):
+            for stream in (self._out, self._sink):
+                with contextlib.suppress(OSError):      # it may fail at this moment
+                    stream.shutdown(socket.SHUT_RDWR)
+            self._using.acquire()
+        try:
+            if self._error is None:
+                self._say_goodbye()
+                self._fail(PeerFailed("The session is closed."))
+        finally:
+            self._using.release()
+
+    def _say_goodbye(self) -> None:
+        self._outbox.put(frames.pack(Kind.CLOSE))
+        deadline = time.monotonic() + CLOSE_SECONDS
+        try:
+            self._outbox.flush(self._out)
+            while self._sink.fileno() in self._watched and time.monotonic() < deadline:
+                self._poll_once(deadline)
+        except P2PModelError:
+            pass    # it ends either way
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self, deadline: float, timeout: float) -> None:
+        """Lets something happen on the sockets. Raises when the session has failed, or the deadline has passed."""
+        if self._closing:
+            raise self._fail(PeerFailed("The session is closed."))
+        if self._suspect is not None:
+            lost_at, peer = self._suspect
+            if not self._watched or time.monotonic() >= lost_at + GRACE_SECONDS:
+                raise self._fail(lost(peer))
+            deadline = min(deadline, lost_at + GRACE_SECONDS)
+        elif time.monotonic() >= deadline:
+            raise self._fail(self._diagnose(timeout))
+        self._poll_once(deadline)
+
+    def _poll_once(self, deadline: float) -> None:
+        for descriptor, events in self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if events & select.POLLOUT:
+                self._outbox.flush(self._out)
+            if events & _CAME:
+                self._read(descriptor)
+
+    def _read(self, descriptor: int) -> None:
+        stream, reader, neighbour = self._sides[descriptor]
+        try:
+            arrived = reader.read(stream, self._scratch)
+        except BlockingIOError:
+            return
+        except (OSError, EOFError):
+            self._silent(descriptor)
+            return
+        except Rejected:
+            raise self._fail(PeerFailed(f"Peer …{neighbour[-8:]} sent a malformed frame.", neighbour)) from None
+        for frame in arrived:
+            if frame.kind is Kind.DATA and stream is self._sink:
+                self._inbox.append(frame)
+            elif frame.kind is Kind.ERROR:
+                raise self._fail(self._reported(frame, neighbour))
+            elif frame.kind is Kind.CLOSE and self._closing:
+                self._silent(descriptor)
+            else:
+                raise self._fail(PeerFailed(f"Peer …{neighbour[-8:]} sent a frame that has no place there.", neighbour))
+
+    def _silent(self, descriptor: int) -> None:
+        """One side has closed. The first to do so is the suspect, until the other side says more."""
+        stream, _, neighbour = self._sides[descriptor]
+        self._suspect = self._suspect or (time.monotonic(), neighbour)
+        self._poll.unregister(stream)
+        self._watched.discard(descriptor)
+
+    def _reported(self, frame: Frame, neighbour: PeerId) -> P2PModelError:
+        try:
+            return Failure.read(frame.meta).error_for(self.route, neighbour)
+        except Rejected:
+            return PeerFailed(f"Peer …{neighbour[-8:]} failed, and did not say why.", neighbour)
+
+    def _fail(self, error: P2PModelError) -> P2PModelError:
+        self._error = error
+        self._out.close()
+        self._sink.close()
+        return error

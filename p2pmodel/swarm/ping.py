@@ -1,0 +1,150 @@
+"""Is a peer there, how far is it, and does its compute thread still turn? Answered by a thread that does nothing else.
+
+A PONG's position is how long the running step has taken so far, in milliseconds; its tokens the number of sessions.
+"""
+
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
+from p2pmodel.domain.ids import PeerId
+from p2pmodel.swarm.framing import SCRATCH_BYTES, FrameReader, receive_frame
+from p2pmodel.swarm.opening import lost
+from p2pmodel.swarm.streams import Host, Listener, open_stream
+from p2pmodel.wire import frames
+from p2pmodel.wire.frames import Kind
+
+PING = "p2pmodel/ping/1"
+MAX_PINGERS = 64
+STREAM_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pong:
+    """seconds: round trip; busy_seconds: age of the step that runs now, 0 if none does; sessions: open at the peer."""
+
+    seconds: float
+    busy_seconds: float
+    sessions: int
+
+
+class PingResponder:
+    """`state` gives (age of the running step in seconds, open sessions); it is called for every ping, so it must not
+    wait for anything."""
+
+    def __init__(self, host: Host, state: Callable[[], tuple[float, int]]) -> None:
+        self._host, self._state = host, state
+        self._listener: Listener | None = None
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = socket.socketpair()
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._streams: dict[socket.socket, tuple[FrameReader, float]] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        self._listener = Listener(self._host, PING)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        accepting = threading.Thread(target=self._accept, args=(self._listener,), name="ping-accept", daemon=True)
+        answering = threading.Thread(target=self._answer, name="ping", daemon=True)
+        self._threads = [accepting, answering]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        if self._listener is None:
+            return
+        self._listener.close()
+        self._listener = None
+        accepting, answering = self._threads
+        accepting.join()
+        self._waker.close()
+        answering.join()
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                stream, _ = listener.accept()
+            except EOFError:
+                return
+            if len(self._streams) >= MAX_PINGERS:
+                stream.close()
+                continue
+            stream.setblocking(False)
+            self._streams[stream] = FrameReader(), time.monotonic() + STREAM_SECONDS
+            self._selector.register(stream, selectors.EVENT_READ)
+
+    def _answer(self) -> None:
+        while True:
+            for key, _ in self._selector.select(1.0):
+                if key.fileobj is self._wake:
+                    for stream in list(self._streams):
+                        self._drop(stream)
+                    self._selector.close()
+                    self._wake.close()
+                    return
+                assert isinstance(key.fileobj, socket.socket)
+                self._pong(key.fileobj)
+            now = time.monotonic()
+            for stream in [s for s, (_, until) in list(self._streams.items()) if until < now]:
+                self._drop(stream)
+
+    def _pong(self, stream: socket.socket) -> None:
+        reader, _ = self._streams[stream]
+        try:
+            for frame in reader.read(stream, self._scratch):
+                if frame.kind is not Kind.PING:
+                    raise Rejected("frame", "Only pings are answered here.")
+                busy, sessions = self._state()
+                stream.send(frames.pack(Kind.PONG, position=int(busy * 1000), tokens=sessions))
+        except (OSError, EOFError, Rejected):
+            self._drop(stream)
+
+    def _drop(self, stream: socket.socket) -> None:
+        del self._streams[stream]
+        self._selector.unregister(stream)
+        stream.close()
+
+
+def probe(host: Host, peer: PeerId, timeout: float = 2.0) -> Pong:
+    """Two pings on a stream of their own; the first one also pays for the stream's handshake, so the faster one counts.
+
+    Raises PeerFailed when no answer comes within `timeout`, Unreachable when this node's daemon is gone.
+    """
+    deadline = time.monotonic() + timeout
+    seconds = float("inf")
+    with open_stream(host, peer, PING, timeout) as stream:
+        try:
+            for _ in range(2):
+                began = time.monotonic()
+                stream.sendall(frames.pack(Kind.PING))
+                pong = receive_frame(stream, deadline - began)
+                seconds = min(seconds, time.monotonic() - began)
+        except TimeoutError:
+            raise PeerFailed(f"Peer …{peer[-8:]} did not answer a ping within {timeout:g} s.", peer) from None
+        except (OSError, EOFError, Rejected):
+            raise lost(peer) from None
+    if pong.kind is not Kind.PONG:
+        raise PeerFailed(f"Peer …{peer[-8:]} answered a ping with something else.", peer)
+    return Pong(seconds, pong.position / 1000, pong.tokens)
+
+
+def probe_all(host: Host, peers: Iterable[PeerId], timeout: float) -> dict[PeerId, Pong | None]:
+    """All at the same time; None for a peer that does not answer."""
+    def one(peer: PeerId) -> Pong | None:
+        try:
+            return probe(host, peer, timeout)
+        except (P2PModelError, OSError) as error:
+            log.debug("no pong from %s: %s", peer, error)
+            return None
+
+    unique = list(dict.fromkeys(peers))
+    with ThreadPoolExecutor(min(len(unique), 16), "probe") as pool:
+        return dict(zip(unique, pool.map(one, unique), strict=True))

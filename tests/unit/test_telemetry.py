@@ -1,0 +1,140 @@
+"""Metrics as a scrape sees them, and logs as they arrive."""
+
+import io
+import logging
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from p2pmodel.domain.errors import Busy, UsageError
+from p2pmodel.telemetry import logs
+from p2pmodel.telemetry.metrics import Metrics
+
+ALLOWED_LABELS = {"direction", "outcome", "kind", "reason", "le", "version", "python", "number"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def scrape(metrics: Metrics) -> str:
+    server = metrics.serve(0)
+    try:
+        with urlopen(f"http://127.0.0.1:{server.port}/metrics") as reply:
+            return str(reply.read().decode())
+    finally:
+        server.stop()
+
+
+def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
+def test_a_scrape_shows_what_was_counted() -> None:
+    metrics = Metrics()
+    metrics.tokens.inc(3)
+    metrics.layers_covered.set(5)
+    metrics.activation_bytes.labels("sent").inc(1024)
+    metrics.merge_seconds.observe(0.4)
+    metrics.set_head("1.0.0")
+    metrics.set_head("1.0.1")
+    found = samples(scrape(metrics))
+    assert found["p2pmodel_tokens_processed_total", ()] == 3
+    assert found["p2pmodel_layers_covered", ()] == 5
+    assert found["p2pmodel_activation_bytes_total", (("direction", "sent"),)] == 1024
+    assert found["p2pmodel_activation_bytes_total", (("direction", "received"),)] == 0
+    assert found["p2pmodel_merge_seconds_bucket", (("le", "0.5"),)] == 1
+    assert [key for key in found if key[0] == "p2pmodel_head_version_info"] == [
+        ("p2pmodel_head_version_info", (("number", "1.0.1"),))]
+
+
+def test_every_metric_is_named_by_the_rules_and_documented() -> None:
+    families = [f for f in text_string_to_metric_families(scrape(Metrics())) if not f.name.startswith("process_")]
+    assert len(families) >= 12
+    document = DOCUMENT.read_text()
+    for family in families:
+        assert family.name.startswith("p2pmodel_")
+        assert family.documentation.endswith(".")
+        assert not re.search(r"_(ms|millis|kb|mb|minutes)(_|$)", family.name)
+        assert {label for sample in family.samples for label in sample.labels} <= ALLOWED_LABELS
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"`{name}" in document
+
+
+def test_two_nodes_in_one_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.tokens.inc()
+    assert samples(scrape(other))["p2pmodel_tokens_processed_total", ()] == 0
+
+
+def test_a_port_in_use_is_busy() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(Busy, match="--metrics-port"):
+            Metrics().serve(taken.getsockname()[1])
+
+
+def test_an_address_that_is_not_this_machines_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot be served"):
+        Metrics().serve(0, "192.0.2.1")
+    with pytest.raises(UsageError, match="no port"):
+        Metrics().serve(70_000)
+
+
+def test_a_stopped_server_frees_its_port() -> None:
+    server = Metrics().serve(0)
+    server.stop()
+    Metrics().serve(server.port).stop()
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_logs_are_one_plain_line_each_in_a_pipe() -> None:
+    stream = io.StringIO()
+    logs.configure("info", stream)
+    logging.getLogger("p2pmodel.node").info("a peer says %s", "this\nand\rthat")
+    logging.getLogger("p2pmodel.node").debug("hidden")
+    assert len(stream.getvalue().splitlines()) == 1
+    assert "INFO    p2pmodel.node: a peer says this\\nand\\rthat" in stream.getvalue()
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_third_parties_are_quiet_unless_one_debugs() -> None:
+    stream = io.StringIO()
+    logs.configure("INFO", stream)
+    logging.getLogger("hivemind.dht").warning("chatter")
+    logging.getLogger("libp2p.pubsub").error("broken")
+    assert "chatter" not in stream.getvalue()
+    assert "broken" in stream.getvalue()
+    logs.configure("DEBUG", stream)
+    logging.getLogger("hivemind.dht").warning("chatter")
+    assert stream.getvalue().count("chatter") == 1
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_terminal_gets_rich_logs() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+    stream = Terminal()
+    logs.configure("INFO", stream)
+    logging.getLogger("p2pmodel").info("hello")
+    assert "hello" in stream.getvalue()
+
+
+def test_an_unknown_level_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="WARNING"):
+        logs.configure("LOUD")
