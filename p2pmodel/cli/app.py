@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 
-import click
 import typer
 
 from p2pmodel import __version__
@@ -56,18 +55,10 @@ def options(
 def main() -> None:
     """Entry point: errors of users, peers and machines end in one sentence and a status (docs/exit-codes.md)."""
     try:
-        status = app(standalone_mode=False)
+        app()
     except P2PModelError as error:
         typer.echo(f"p2pmodel: {error}", err=True)
-        status = error.exit_code
-    except click.exceptions.Abort:
-        status = 130
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except KeyboardInterrupt:
-        status = 130
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    sys.exit(status)
+        sys.exit(141)

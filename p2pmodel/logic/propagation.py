@@ -9,7 +9,6 @@ again after a growing delay, since it may be back.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from p2pmodel.domain.announcement import RECORD_KINDS
 from p2pmodel.domain.ids import Digest, PeerId
@@ -43,8 +42,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Backlog:
+    """named: how many of the entries each peer was the first to name; heard: entries ever made."""
+
     rules: BacklogRules = field(default_factory=BacklogRules)
-    entries: Mapping[Digest, Wanted] = field(default_factory=lambda: MappingProxyType({}))
+    entries: Mapping[Digest, Wanted] = field(default_factory=dict)
+    named: Mapping[PeerId, int] = field(default_factory=dict)
     heard: int = 0
 
     def __len__(self) -> int:
@@ -77,8 +79,7 @@ def want(backlog: Backlog, digest: Digest, kind: str, holder: PeerId, size: int,
         kept = entry.holders[:-1] if full else entry.holders
         holders = (holder, *kept) if entry.failures else (*kept, holder)
         return _put(backlog, replace(entry, holders=holders, after=min(entry.after, now)))
-    crowded = len(backlog) >= rules.max_each
-    if crowded and sum(known.named_by == holder for known in backlog.entries.values()) >= rules.max_each:
+    if backlog.named.get(holder, 0) >= rules.max_each:
         return backlog
     if len(backlog) >= rules.max_entries:
         idle = [known for known in backlog.entries.values() if known.failures and known.asking is None]
@@ -86,7 +87,8 @@ def want(backlog: Backlog, digest: Digest, kind: str, holder: PeerId, size: int,
             return backlog
         backlog = done(backlog, max(idle, key=lambda known: (known.failures, known.order)).digest)
     new = Wanted(digest, kind, size, holder, (holder,), backlog.heard, after=now)
-    return replace(_put(backlog, new), heard=backlog.heard + 1)
+    named = {**backlog.named, holder: backlog.named.get(holder, 0) + 1}
+    return replace(_put(backlog, new), named=named, heard=backlog.heard + 1)
 
 
 def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch, ...]]:
@@ -117,7 +119,14 @@ def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch,
 
 def done(backlog: Backlog, digest: Digest) -> Backlog:
     """It is here, however it came, or it is no longer wanted."""
-    return replace(backlog, entries=MappingProxyType({d: e for d, e in backlog.entries.items() if d != digest}))
+    entries = dict(backlog.entries)
+    entry = entries.pop(digest, None)
+    if entry is None:
+        return backlog
+    named = {**backlog.named, entry.named_by: backlog.named[entry.named_by] - 1}
+    if not named[entry.named_by]:
+        del named[entry.named_by]
+    return replace(backlog, entries=entries, named=named)
 
 
 def failed(backlog: Backlog, digest: Digest, holder: PeerId, now: float, *, has_not: bool = False) -> Backlog:
@@ -146,7 +155,7 @@ def lost(backlog: Backlog, holder: PeerId) -> Backlog:
         holders = tuple(peer for peer in entry.holders if peer != holder or peer == entry.asking)
         if holders:
             entries[digest] = replace(entry, holders=holders)
-    return replace(backlog, entries=MappingProxyType(entries))
+    return replace(backlog, entries=entries, named=Counter(entry.named_by for entry in entries.values()))
 
 
 def next_due(backlog: Backlog) -> float | None:
@@ -155,7 +164,7 @@ def next_due(backlog: Backlog) -> float | None:
 
 
 def _put(backlog: Backlog, entry: Wanted) -> Backlog:
-    return replace(backlog, entries=MappingProxyType({**backlog.entries, entry.digest: entry}))
+    return replace(backlog, entries={**backlog.entries, entry.digest: entry})
 
 
 def _urgency(kind: str) -> int:

@@ -28,7 +28,7 @@ from p2pmodel.logic.routing import find_route
 from p2pmodel.node.bases import find_base
 from p2pmodel.node.discovery import bootstrap_peers, swarm_lineage
 from p2pmodel.node.exchange import Exchange
-from p2pmodel.node.inference import RoutedChain
+from p2pmodel.node.inference import RoutedChain, RoutedSession
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.chain_client import ChainClient
@@ -90,6 +90,7 @@ class SwarmClient:
             self.checkpoint: Checkpoint = read_checkpoint(find_base(home, self.lineage, base))
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.checkpoint.path)
             self._model: PreTrainedModel | None = None
+            self._routed: RoutedChain | None = None
             self._known = known
             self.refresh()
             remember_contacts(home, peers)
@@ -141,15 +142,14 @@ class SwarmClient:
                                "at most, answer included.", "Shorten it.")
         new_tokens = min(room, sampling.max_new_tokens)
         chain = RoutedChain(self._chain_client, self.find_route(wanted), self.lineage.model, wanted, get_codec(codec))
+        self._routed = chain
         if self._model is None:
-            self._model = load_head(self.checkpoint, chain)
-        model = self._model
-        model.chain = chain
+            self._model = load_head(self.checkpoint, self)
         began = time.monotonic()
         torch.manual_seed(sampling.seed)
         options: dict[str, Any] = {"do_sample": False} if sampling.temperature == 0 else {
             "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+        out = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
                              pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                              streamer=_Pieces(self.tokenizer, show), **options)
         session = chain.last
@@ -162,6 +162,11 @@ class SwarmClient:
             version=wanted, number=str(self.lineage.number(wanted)), route=session.route, failovers=session.failovers,
             route_text=" → ".join(f"{h.span} at {h.peer[-8:]}" for h in session.route.hops),
             bytes_sent=sent, bytes_received=received, seconds=time.monotonic() - began)
+
+    def open(self, max_tokens: int) -> RoutedSession:
+        """Implements `engine.head.RemoteChain`: a session at the version of the generation under way."""
+        assert self._routed is not None
+        return self._routed.open(max_tokens)
 
     def find_route(self, version: VersionId) -> Callable[[frozenset[PeerId]], Route]:
         """Looks the leases up anew at every call, and connects to the hops."""

@@ -11,7 +11,7 @@ from p2pmodel.domain.ids import Digest, PeerId, VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.swarm import Presence
 from p2pmodel.gossip.link import GossipLink, GossipStats
-from p2pmodel.logic.rounds import RoundState
+from p2pmodel.logic.round_state import RoundState
 from p2pmodel.node.exchange import Exchange
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.maintaining import Maintainer

@@ -62,7 +62,7 @@ class Hosting:
         """Loads the span's tensors at the head's values; returns when it can serve."""
         def load() -> tuple[Runner, VersionTable]:
             stage = load_stage(checkpoint, span, DTYPES[device.dtype], device.name)
-            versions = VersionTable(stage.slots)
+            versions = VersionTable(stage)
             return Runner(stage, lineage.model, versions, max_cached_tokens=device.cached_tokens), versions
 
         runner, versions = await asyncio.to_thread(load)

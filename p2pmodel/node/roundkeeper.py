@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.domain.model import BlobRef
-from p2pmodel.logic import rounds
+from p2pmodel.logic import round_state, rounds
 from p2pmodel.node import intake
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.maintaining import Maintainer
@@ -32,10 +32,10 @@ class RoundKeeper:
         """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here."""
         self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
         self._announce, self._adopted, self._find_missing = announce, adopted, find_missing
-        self._rules = rounds.RoundRules.from_manifest(lineage.manifest, lineage.model)
+        self._rules = round_state.RoundRules.from_manifest(lineage.manifest, lineage.model)
         self._me = key.peer if maintainer else None
         self._head = lineage.head
-        self._work: asyncio.Queue[rounds.Propose | rounds.Examine] = asyncio.Queue()
+        self._work: asyncio.Queue[round_state.Propose | round_state.Examine] = asyncio.Queue()
         self.state = self._first_state()
 
     async def run(self) -> None:
@@ -52,33 +52,32 @@ class RoundKeeper:
         if lineage.head != self._head:
             await self._move_head()
         elif kind == "patch" and lineage.patches[digest].parent == self._head:
-            self._advance(rounds.PatchAdmitted(digest))
+            self._advance(round_state.PatchAdmitted(digest))
         elif kind == "candidate":
             self._see_candidates()
         elif kind == "verdict":
-            self._advance(rounds.VerdictSeen(lineage.verdicts[digest]))
+            self._advance(round_state.VerdictSeen(lineage.verdicts[digest]))
 
-    def _first_state(self) -> rounds.RoundState:
+    def _first_state(self) -> round_state.RoundState:
         lineage = self._lineage
         last = lineage.versions[-1].candidate.round if lineage.versions else 0
-        signed = max((v.round for v in lineage.verdicts.values() if v.maintainer == self._key.peer), default=0)
-        return rounds.start(last + 1, lineage.head, time.monotonic(), signed)
+        return rounds.start(last + 1, lineage.head, time.monotonic())
 
     def _feed_all(self) -> None:
         """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing."""
         lineage = self._lineage
         for verdict in sorted(lineage.verdicts.values(), key=lambda v: v.maintainer != self._key.peer):
-            self._advance(rounds.VerdictSeen(verdict))
+            self._advance(round_state.VerdictSeen(verdict))
         self._see_candidates()
         for patch, header in sorted(lineage.patches.items()):
             if header.parent == self._head:
-                self._advance(rounds.PatchAdmitted(patch))
+                self._advance(round_state.PatchAdmitted(patch))
 
     def _see_candidates(self) -> None:
         for version, candidate in self._lineage.candidates.items():
             if candidate.parent == self._head:
                 patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
-                self._advance(rounds.CandidateSeen(version, self._lineage.proposers[version], patches, candidate.round))
+                self._advance(round_state.CandidateSeen(version, self._lineage.proposers[version], patches, candidate.round))
 
     async def _move_head(self) -> None:
         self._head = self._lineage.head
@@ -89,52 +88,52 @@ class RoundKeeper:
         self.state = rounds.follow(self.state, self._head, last, time.monotonic())
         self._feed_all()
 
-    def _advance(self, event: rounds.Event) -> None:
+    def _advance(self, event: round_state.Event) -> None:
         self.state, effects = rounds.advance(self.state, event, time.monotonic(), self._rules, self._me)
         for effect in effects:
             self._perform(effect)
 
     def _perform(self, effect: rounds.Effect) -> None:
         match effect:
-            case rounds.Propose() | rounds.Examine():
+            case round_state.Propose() | round_state.Examine():
                 self._work.put_nowait(effect)
-            case rounds.Adopt(version):
+            case round_state.Adopt(version):
                 log.debug("enough maintainers accept %s", short(version))
-            case rounds.Reject(round, reason) | rounds.Abandon(round, reason):
-                outcome = "rejected" if isinstance(effect, rounds.Reject) else "abandoned"
+            case round_state.Reject(round, reason) | round_state.Abandon(round, reason):
+                outcome = "rejected" if isinstance(effect, round_state.Reject) else "abandoned"
                 log.warning("round %d is %s: %s", round, outcome, reason)
                 self._metrics.rounds.labels(outcome).inc()
                 self.state = rounds.reopen(self.state, time.monotonic())
                 self._feed_all()
-            case rounds.Misbehaviour(maintainer, one, other):
+            case round_state.Misbehaviour(maintainer, one, other):
                 log.error("maintainer %s signed two versions in one round: %s and %s", maintainer, short(one), short(other))
                 self._metrics.rounds.labels("misbehaviour").inc()
 
     async def _tick(self) -> None:
         while True:
-            self._advance(rounds.Tick())
+            self._advance(round_state.Tick())
             await asyncio.sleep(TICK_SECONDS)
 
     async def _labour(self) -> None:
         while True:
             task = await self._work.get()
             try:
-                await (self._propose(task) if isinstance(task, rounds.Propose) else self._examine(task))
+                await (self._propose(task) if isinstance(task, round_state.Propose) else self._examine(task))
             except P2PModelError as error:
                 log.error("the round's work failed: %s", error)
 
-    async def _propose(self, task: rounds.Propose) -> None:
+    async def _propose(self, task: round_state.Propose) -> None:
         assert self._maintainer
         log.info("round %d: examining %d patches", task.round, len(task.patches))
         proposal = await asyncio.to_thread(self._maintainer.propose, task.round, task.parent, task.patches)
         if proposal is None:
             log.warning("round %d: none of the patches can be merged", task.round)
-            self._advance(rounds.PatchesRefused(task.patches))
+            self._advance(round_state.PatchesRefused(task.patches))
         elif rounds.may_propose(self.state, task.round):
             self._lineage.home.objects.put(proposal.result)
             await self._publish("candidate", self._key.sign("candidate", proposal.candidate))
 
-    async def _examine(self, task: rounds.Examine) -> None:
+    async def _examine(self, task: round_state.Examine) -> None:
         assert self._maintainer
         candidate = self._lineage.candidates[task.version]
         if any(patch not in self._lineage.patches for patch in candidate.patches):

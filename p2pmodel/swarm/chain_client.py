@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from p2pmodel.domain.errors import NotRunning, P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId
 from p2pmodel.domain.swarm import Route, SessionRequest
-from p2pmodel.swarm.chain_session import GRACE_SECONDS, ChainSession
+from p2pmodel.swarm.chain_session import GRACE_SECONDS
+from p2pmodel.swarm.chain_session import ChainSession as ChainSession
 from p2pmodel.swarm.framing import receive_frame
 from p2pmodel.swarm.opening import CHAIN, SINK, Failure, Opening, lost
 from p2pmodel.swarm.ping import probe, probe_all

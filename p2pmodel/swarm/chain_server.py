@@ -268,7 +268,9 @@ class ChainServer:
 
     # ---- ends
 
-    def _end(self, session: StageSession, why: P2PModelError | Failure | None, source: socket.socket | None = None) -> None:
+    def _end(
+        self, session: StageSession, why: P2PModelError | Failure | None, source: socket.socket | None = None
+    ) -> None:
         """`why` is None when the client said CLOSE. `source` is the side that the end came from: it needs no word."""
         if not session.open:
             return

@@ -53,8 +53,8 @@ class Daemon(P2P):  # type: ignore[misc]
         try:
             daemon: Daemon = await cls.create(
                 identity_path=key_file, check_if_identity_free=False, startup_timeout=STARTUP_SECONDS,
-                host_maddrs=list(listen), dht_mode="client" if client_only else "server", nat_port_map=not is_loopback(listen),
-                use_auto_relay=bool(relays), trusted_relays=list(relays) or None)
+                host_maddrs=list(listen), dht_mode="client" if client_only else "server",
+                nat_port_map=not is_loopback(listen), use_auto_relay=bool(relays), trusted_relays=list(relays) or None)
         except (P2PDaemonError, OSError) as error:
             hint = "Check the addresses to listen on."
             raise P2PModelError(f"The P2P daemon did not start: {error}.", hint) from None
@@ -69,6 +69,9 @@ class Daemon(P2P):  # type: ignore[misc]
             with contextlib.suppress(ProcessLookupError):
                 self._child.kill()
             await self._child.wait()
+
+    def _terminate(self) -> None:
+        super()._terminate()
         for address in (self._daemon_listen_maddr, self._client_listen_maddr):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(address["unix"])

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from hivemind.dht import DHTNode
 from hivemind.p2p import PeerID
@@ -17,6 +18,8 @@ from p2pmodel.swarm.addresses import check_listen_address, parse_peer_address
 from p2pmodel.swarm.daemon import Daemon
 from p2pmodel.swarm.dht import create_node
 from p2pmodel.wire.signing import Key
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 10.0
@@ -93,15 +96,14 @@ class PeerHost:
         await self.p2p.dial(peer, [way for owner, way in known if owner == peer], CONNECT_SECONDS)
 
     async def peers(self) -> list[PeerId]:
-        """The peers that there is a connection to, sorted."""
-        async with asyncio.timeout(_CONTROL_SECONDS):
-            connected = [PeerId(info.peer_id.to_base58()) for info in await self.p2p.list_peers()]
+        """The peers that there is a connection to, sorted. Raises Unreachable when the daemon is gone."""
+        connected = [PeerId(info.peer_id.to_base58()) for info in await self._own(self.p2p.list_peers())]
         return sorted(peer for peer in connected if _is_ours(peer))
 
     async def refresh_addresses(self) -> tuple[str, ...]:
-        """Asks the daemon again: a router's port or a relay may have been found since the start."""
-        async with asyncio.timeout(_CONTROL_SECONDS):
-            _, ways = await self.p2p._client.identify()
+        """Asks the daemon again: a router's port or a relay may have been found since the start.
+        Raises Unreachable when the daemon is gone."""
+        _, ways = await self._own(self.p2p._client.identify())
         self.addresses = tuple(f"{way}/p2p/{self.peer}" for way in ways)
         return self.addresses
 
@@ -113,6 +115,13 @@ class PeerHost:
         """The daemon is gone when this returns."""
         self.dht.is_alive = False
         await self.p2p.end()
+
+    async def _own(self, answer: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(_CONTROL_SECONDS):
+                return await answer
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            raise Unreachable("This node's own P2P daemon does not answer.", "Start the node again.") from None
 
     async def _meet(self, peer: PeerId, ways: Sequence[Multiaddr]) -> bool:
         try:

@@ -22,7 +22,8 @@ CLOCK_TOLERANCE_SECONDS = 3.0
 """How far ahead of ours a peer's clock may be."""
 
 MAX_VALUE_BYTES = records.MAX_DHT_BYTES + RECORD_OVERHEAD
-_OPENERS: dict[str, Callable[[bytes], Lease | Presence]] = {"lease": records.open_lease, "presence": records.open_presence}
+_OPENERS: dict[str, Callable[[bytes], Lease | Presence]] = {
+    "lease": records.open_lease, "presence": records.open_presence}
 
 
 def dht_key(kind: str, model: ModelId) -> DHTID:

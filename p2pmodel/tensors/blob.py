@@ -109,6 +109,9 @@ def _flat(layout: _Layout, data: NDArray[np.uint8]) -> Tensors:
 def _separate(layout: _Layout, data: Tensor) -> Tensors:
     tensors = Tensors()
     for name, dtype, shape, begin, end in sorted(layout.entries):
+        if begin == end:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
         # A view has to begin at a multiple of its element size.
         part = data[begin:end].clone() if begin % dtype.itemsize else data[begin:end]
         tensors[name] = part.view(dtype).view(shape)
@@ -144,7 +147,8 @@ def _layout(header: bytes, size: int) -> _Layout:
     if at != size:
         raise Rejected("schema", f"The tensors of a blob take {at} bytes, but it holds {size}.")
     names = [name for name, _, _, _, _ in layout]
-    flat = bool(layout) and names == sorted(names) and all(dtype == torch.float32 for _, dtype, _, _, _ in layout)
+    flat = bool(layout) and names == sorted(names) and all(
+        dtype == torch.float32 and begin < end for _, dtype, _, begin, end in layout)
     return _Layout(tuple(layout), flat, tuple(prod(shape) for _, _, shape, _, _ in layout),
                    tuple((name, shape) for name, _, shape, _, _ in layout))
 

@@ -169,14 +169,15 @@ def _norm_scales(norms: F64, clip: float) -> F64:
 
 
 def _fold(rows: F64) -> F64:
-    """Sum over the first axis, overwriting it: the second half is added to the first until one row is left, so that the
-    order of additions depends on the number of rows alone."""
+    """Sum over the first axis, overwriting it: the second half is added to the first until one row is left, so that
+    the order of additions depends on the number of rows alone."""
     n = len(rows)
     while n > 1:
         half = (n + 1) // 2
         rows[:n - half] += rows[half:n]
         n = half
-    return rows[0]
+    total: F64 = rows[0]
+    return total
 
 
 class _Layout:

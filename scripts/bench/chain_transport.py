@@ -187,8 +187,8 @@ def main(options: argparse.Namespace) -> None:
 
     stages, told = start_stages(options.stages)
     host = run(Host.start())
-    for stage in told:
-        run(host.meet(stage["peer"], stage["addresses"]))
+    for me in told:
+        run(host.meet(me["peer"], me["addresses"]))
     client = ChainClient(host)
     client.start()
     measure(client, host, told, options)

@@ -39,6 +39,8 @@ from p2pmodel.wire.signing import Key
 
 MODEL = canonical.digest(b"model")
 PATIENCE = 10.0
+ZEROS = bytes(16)
+"""Four numbers in float32."""
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Adder:
             raise ZeroDivisionError
         numbers = np.frombuffer(body, np.float32)
         numbers += self.constant
-        return memoryview(numbers)
+        return numbers.data
 
 
 @dataclass
@@ -164,10 +166,11 @@ def swarm(started: dict[str, Any]) -> Iterator[Swarm]:
     runners = {"a": Adder(1.0), "b": Adder(2.0), "c": Adder(4.0)}
     servers = {name: ChainServer(hosts[name], runner) for name, runner in runners.items()}
     chain = ChainClient(client)
-    for part in (*servers.values(), chain):
+    parts: list[ChainServer | ChainClient] = [*servers.values(), chain]
+    for part in parts:
         part.start()
     yield Swarm(run, client, spare, hosts, servers, runners, chain)
-    for part in (*servers.values(), chain):
+    for part in parts:
         part.stop()
     for host in (client, spare, a, b, c):
         run(host.p2p.shutdown())
@@ -192,7 +195,7 @@ def test_fifty_steps_through_three_stages(swarm: Swarm) -> None:
     session = swarm.open("a", "b", "c")
     for position in range(50):
         numbers = np.arange(64, dtype=np.float32) + position
-        meta, body = session.step(numbers, position, 1, meta=b"x" * (position % 3))
+        meta, body = session.step(numbers.data, position, 1, meta=b"x" * (position % 3))
         assert meta == b"x" * (position % 3)
         np.testing.assert_array_equal(np.frombuffer(body, np.float32), np.arange(64) + position + 7)
     session.close()
@@ -209,7 +212,7 @@ def test_fifty_steps_through_three_stages(swarm: Swarm) -> None:
 def test_a_large_body(swarm: Swarm) -> None:
     session = swarm.open("a", "b", "c")
     numbers = np.random.default_rng(0).random(5 * (1 << 20) // 4, np.float32)
-    _, body = session.step(numbers, 0, 1000)
+    _, body = session.step(numbers.data, 0, 1000)
     expected = numbers + np.float32(1) + np.float32(2) + np.float32(4)
     np.testing.assert_array_equal(np.frombuffer(body, np.float32), expected)
     np.frombuffer(body, np.float32)[0] = 0.0
@@ -219,9 +222,9 @@ def test_a_large_body(swarm: Swarm) -> None:
 def test_many_chunks_under_way_at_once(swarm: Swarm) -> None:
     session = swarm.open("a", "b", "c")
     chunk = 1 << 18
-    for n in range(32):
-        session.send(np.full(chunk, n, np.float32), n * 100, 100)
-    for n in range(32):
+    for n in range(12):
+        session.send(np.full(chunk, n, np.float32).data, n * 100, 100)
+    for n in range(12):
         _, body = session.receive()
         assert (np.frombuffer(body, np.float32) == n + 7).all()
     session.close()
@@ -235,10 +238,10 @@ def test_sessions_that_are_ready_together_are_one_batch(swarm: Swarm) -> None:
         runner.gate.clear()
         runner.entered.clear()
         runner.batches.clear()
-        first.send(np.zeros(4, np.float32), 0, 1, b"gate")
+        first.send(ZEROS, 0, 1, b"gate")
         assert runner.entered.wait(PATIENCE)
         for session in others:
-            session.send(np.zeros(4, np.float32), 0, 1)
+            session.send(ZEROS, 0, 1)
         for _ in range(3):
             swarm.chain.ping(swarm.hosts["a"].peer)
         runner.gate.set()
@@ -257,7 +260,7 @@ def test_two_clients_at_once_get_their_own_numbers(swarm: Swarm) -> None:
     def use(start: int) -> None:
         session = swarm.open("a", "b", "c")
         for position in range(40):
-            _, body = session.step(np.full(16, start + position, np.float32), position, 1)
+            _, body = session.step(np.full(16, start + position, np.float32).data, position, 1)
             if not (np.frombuffer(body, np.float32) == start + position + 7).all():
                 wrong.append(position)
         session.close()
@@ -312,9 +315,9 @@ def test_an_error_of_one_step_ends_that_session_alone(swarm: Swarm) -> None:
     ):
         session = swarm.open("a", "b")
         with pytest.raises(kind, match=sentence):
-            session.step(np.zeros(4, np.float32), 0, 1, meta)
+            session.step(ZEROS, 0, 1, meta)
         with pytest.raises(kind, match=sentence):
-            session.step(np.zeros(4, np.float32), 0, 1)
+            session.step(ZEROS, 0, 1)
     assert add_up(other) == 3.0
     other.close()
     until(swarm.quiet)
@@ -324,7 +327,7 @@ def test_more_tokens_than_asked_for_are_refused(swarm: Swarm) -> None:
     session = swarm.open("a", max_tokens=10)
     assert add_up(session, position=9) == 1.0
     with pytest.raises(Rejected, match="room for 10 tokens"):
-        session.step(np.zeros(4, np.float32), 9, 2)
+        session.step(ZEROS, 9, 2)
 
 
 def test_seats_idleness_and_leaving(swarm: Swarm) -> None:
@@ -342,7 +345,7 @@ def test_seats_idleness_and_leaving(swarm: Swarm) -> None:
     session = swarm.open("a", "spare", "b")
     server.stop()
     with pytest.raises(PeerFailed, match="leaves") as failed:
-        session.step(np.zeros(4, np.float32), 0, 1)
+        session.step(ZEROS, 0, 1)
     assert failed.value.peer == swarm.spare.peer
     assert len(runner.opened) == len(runner.closed) == 2
     until(swarm.quiet)
@@ -422,7 +425,7 @@ def test_a_session_closed_by_another_thread(swarm: Swarm) -> None:
 
     def wait() -> None:
         try:
-            session.step(np.zeros(4, np.float32), 0, 1, b"gate")
+            session.step(ZEROS, 0, 1, b"gate")
         except P2PModelError as error:
             errors.append(error)
 
@@ -440,7 +443,7 @@ def test_pings_go_on_while_a_stage_computes_and_find_the_busy_one(swarm: Swarm) 
     runner, session = swarm.runners["b"], swarm.open("a", "b", "c")
     runner.gate.clear()
     with pytest.raises(PeerFailed, match="busy with one step") as failed:
-        session.step(np.zeros(4, np.float32), 0, 1, b"gate", timeout=0.5)
+        session.step(ZEROS, 0, 1, b"gate", timeout=0.5)
     assert failed.value.peer == swarm.hosts["b"].peer
     assert 0 < swarm.chain.ping(swarm.hosts["b"].peer) < 1
     runner.gate.set()
@@ -463,7 +466,7 @@ def test_a_stage_that_stands_still_runs_into_the_deadline(swarm: Swarm, processe
     os.kill(processes["y"].pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(PeerFailed, match="does not answer") as failed:
-        session.step(np.zeros(4, np.float32), 1, 1, timeout=1.0)
+        session.step(ZEROS, 1, 1, timeout=1.0)
     assert failed.value.peer == swarm.hosts["y"].peer
     assert time.monotonic() - began < 4
     with pytest.raises(PeerFailed) as failed:
@@ -495,7 +498,7 @@ def route(*peers: PeerId) -> Route:
 
 def add_up(session: ChainSession, position: int = 0) -> float:
     """What the stages of the session add to a zero."""
-    _, body = session.step(np.zeros(4, np.float32), position, 1)
+    _, body = session.step(ZEROS, position, 1)
     return float(np.frombuffer(body, np.float32)[0])
 
 

@@ -330,7 +330,7 @@ def test_any_events_keep_the_promises_of_a_single_node(
 def test_all_nodes_end_a_round_with_the_same_version_in_whatever_order_messages_come(
     data: st.DataObject, count: int, chance: random.Random
 ) -> None:
-    """Loss-free delivery, any order, slow proposers, and as many maintainers that sign everything as the threshold bears."""
+    """Loss-free delivery, slow proposers, and as many maintainers that sign everything as the threshold bears."""
     threshold = data.draw(st.integers(count // 2 + 1, count))
     liars = set(peers(count)[: data.draw(st.integers(0, quorum.tolerated_liars(count, threshold)))])
     schedule = dataclasses.replace(SCHEDULE, verdict_seconds=1e9)
