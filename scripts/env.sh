@@ -17,8 +17,10 @@ find_python() {
     for candidate in ${P2PMODEL_PYTHON:-python3 python3.11 python3.12}; do
         if fits "$candidate"; then command -v "$candidate"; return; fi
     done
-    die "p2pmodel needs Python 3.11 or 3.12, and ${P2PMODEL_PYTHON:-python3} is $("${P2PMODEL_PYTHON:-python3}" --version 2>&1 || echo not there)." \
-        "Install one of them, or name it: P2PMODEL_PYTHON=/path/to/python3.11 $0"
+    local first=${P2PMODEL_PYTHON:-python3} version
+    version=$("$first" --version 2>/dev/null) || version="not there"
+    die "p2pmodel needs Python 3.11 or 3.12, and $first is $version. Install one of them, or name it:" \
+        "P2PMODEL_PYTHON=/path/to/python3.11 $0"
 }
 
 # pip of the environment, or where a distribution has stripped ensurepip from Python, its own pip on the environment.

@@ -42,8 +42,8 @@ def train(
     from p2pmodel.node.contributing import train_patch
     from p2pmodel.node.discovery import local_lineage
     from p2pmodel.node.threads import use_threads
-    from p2pmodel.store.files import write_file
     from p2pmodel.store.home import Home
+    from p2pmodel.store.scratch import Scratch
     use_threads(threads)
     folder = Home.open(home)
     lineage = local_lineage(folder, model)
@@ -56,7 +56,7 @@ def train(
         new = train_patch(folder, lineage, find_base(folder, lineage, base), parent, data, f"{kind}@1", settings, licence,
                           lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.3f}"))
     path = output or Path(f"{data[0].stem}-{lineage.number(parent)}.p2patch")
-    write_file(path, new.file)
+    Scratch(path.resolve().parent).write(path, new.file, 0o644)
     number = lineage.number(parent)
     emit({"file": str(path), "id": new.id, "parent": str(number), "loss_before": new.patch.loss_before,
           "loss_after": new.patch.loss_after, "bytes": len(new.file), "adapter_bytes": new.patch.adapter.size,

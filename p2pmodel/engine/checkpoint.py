@@ -62,7 +62,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with torch.device("meta"):
             base = _class_for(config, MODEL_MAPPING)(deepcopy(config))
     except CONFIG_ERRORS as error:
-        raise InvalidInput(f"{path / 'config.json'} describes no model that can be built: {family.first_line(error)}.") from None
+        raise InvalidInput(
+            f"{path / 'config.json'} describes no model that can be built: {family.first_line(error)}.") from None
     stack = family.find_stack(base, layers)
     return Checkpoint(path, config, config.model_type, layers, hidden_size, context, tuple(sorted(files)), stack)
 
@@ -111,7 +112,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise InvalidInput(f"The model in {path} is a {kind}, not a decoder-only language model.")
     causal = _class_for(config, MODEL_FOR_CAUSAL_LM_MAPPING).__name__
     if config.architectures and causal not in config.architectures:
-        raise InvalidInput(f"The model in {path} is a {config.architectures[0]}, not a causal language model, {causal}.")
+        raise InvalidInput(f"The model in {path} is a {config.architectures[0]}, not a causal language model.")
     return config
 
 

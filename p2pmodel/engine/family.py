@@ -30,11 +30,11 @@ with it."""
 
 def find_stack(base: nn.Module, layers: int) -> str:
     """Path of the list of `layers` modules that has the most parameters. Raises InvalidInput when there is none."""
-    sizes = {path: sum(parameter.numel() for parameter in module.parameters()) for path, module in base.named_modules()
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in base.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) == layers}
     if not sizes:
         raise InvalidInput(f"{type(base).__name__} has no list of {layers} decoder layers, so it cannot be split.")
-    return max(sizes, key=lambda path: sizes[path])
+    return str(max(sizes, key=lambda path: sizes[path]))
 
 
 def owners(base: nn.Module, stack: str) -> list[nn.Module]:

@@ -113,7 +113,7 @@ class RemoteLayers(nn.Module):
         if self._on_trial:
             return family.layer_output(hidden, self.arity)
         if hidden.shape[0] != 1:
-            raise UsageError("The swarm generates one sequence at a time.", "Send each prompt by itself, without beams.")
+            raise UsageError("The swarm generates one sequence at a time.", "Send each prompt alone, without beams.")
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if isinstance(cache, RemoteCache):
             output = self._call(cache, hidden)

@@ -33,8 +33,8 @@ class StageSession:
 
 
 class Runner:
-    """A `StageRunner`. max_cached_tokens: how many positions all open sessions together may ask for, whatever part of the
-    hosted span each of them runs."""
+    """A `StageRunner`. max_cached_tokens: how many positions all open sessions together may ask for, whatever part of
+    the hosted span each of them runs."""
 
     def __init__(self, stage: Stage, model: ModelId, versions: VersionTable, *, max_cached_tokens: int) -> None:
         self._stage = stage
@@ -50,7 +50,7 @@ class Runner:
         return self._cached_tokens
 
     def open(self, request: SessionRequest) -> StageSession:
-        """Raises NotFound (model, span, version), InvalidInput (codec), Rejected("context"), Busy when it has no room."""
+        """Raises NotFound (model, span, version), InvalidInput (codec), Rejected("context"), Busy when it is full."""
         stage = self._stage
         if request.model != self._model:
             raise NotFound("This stage serves another model.")

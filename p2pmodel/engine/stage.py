@@ -1,8 +1,8 @@
 """A stage: the layers of one span, run by the family's own forward, whatever the family.
 
 The base model keeps its list of layers at full length, with stand-ins for what is not hosted, and for embeddings and
-norms. Its forward prepares masks, rotary embeddings and windows, and runs through the list; the received hidden state is
-put in before the first layer of the span, and an exception ends the forward behind the last one.
+norms. Its forward prepares masks, rotary embeddings and windows, and runs through the list; the received hidden state
+is put in before the first layer of the span, and an exception ends the forward behind the last one.
 """
 
 import threading
@@ -28,8 +28,8 @@ TRIAL_TOKENS = 2
 def load_stage(
     checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> "Stage":
-    """Reads the tensors of `span` and no others, and runs a few tokens. Raises InvalidInput when the checkpoint lacks the
-    span or some of its weights, and when models of its family cannot be split."""
+    """Reads the tensors of `span` and no others, and runs a few tokens. Raises InvalidInput when the checkpoint lacks
+    the span or some of its weights, and when models of its family cannot be split."""
     if span.end > checkpoint.layers:
         raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
     scratch = family.Scratch()

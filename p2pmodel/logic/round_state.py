@@ -84,6 +84,12 @@ class PatchesRefused:
 
 
 @dataclass(frozen=True)
+class ProposalFailed:
+    """This node, as proposer, could not finish (a full disk, a blob that nobody has now), whatever the patches are
+    worth: it is asked again after `proposer_seconds`, if nobody else has proposed."""
+
+
+@dataclass(frozen=True)
 class CandidateSeen:
     """A candidate on the state's parent passed `admission.check_candidate`. `patches`: merged and left out."""
 
@@ -105,7 +111,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = PatchAdmitted | PatchesRefused | CandidateSeen | VerdictSeen | Tick
+Event = PatchAdmitted | PatchesRefused | ProposalFailed | CandidateSeen | VerdictSeen | Tick
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from p2pmodel.logic.round_state import (
     PatchesRefused,
     Phase,
     Proposal,
+    ProposalFailed,
     Propose,
     Reject,
     RoundRules,
@@ -48,7 +49,7 @@ from p2pmodel.logic.round_state import (
 
 __all__ = [
     "TRANSITIONS", "Abandon", "Adopt", "CandidateSeen", "Effect", "Event", "Examine", "Misbehaviour",
-    "PatchAdmitted", "PatchesRefused", "Phase", "Proposal", "Propose", "Reject", "RoundRules", "RoundState",
+    "PatchAdmitted", "PatchesRefused", "Phase", "Proposal", "ProposalFailed", "Propose", "Reject", "RoundRules", "RoundState",
     "Tick", "VerdictSeen", "advance", "follow", "may_propose", "may_sign", "reopen", "start",
 ]
 
@@ -58,15 +59,16 @@ KEPT_EACH = 16
 Outcome = tuple[RoundState, tuple[Effect, ...]]
 
 
-def start(round: int, parent: VersionId, now: float) -> RoundState:
-    """The first state on `parent`; `round` is one more than that in which `parent` was adopted, 1 for the base."""
-    return RoundState(Phase.OPEN, round, parent, since=now, opened=now)
+def start(round: int, parent: VersionId, now: float, signed_round: int = 0) -> RoundState:
+    """The first state on `parent`; `round` is one more than that in which `parent` was adopted, 1 for the base;
+    signed_round: the highest round that this node has ever signed a verdict in."""
+    return RoundState(Phase.OPEN, round, parent, since=now, opened=now, signed_round=signed_round)
 
 
 def follow(state: RoundState, parent: VersionId, round: int, now: float) -> RoundState:
     """The state after the head moved to `parent`, which was adopted in `round`: by this state, or by proof."""
     votes = tuple(vote for vote in state.votes if vote.round > round)
-    return replace(start(round + 1, parent, now), votes=votes, signed_round=state.signed_round)
+    return replace(start(round + 1, parent, now, state.signed_round), votes=votes)
 
 
 def reopen(state: RoundState, now: float) -> RoundState:
@@ -122,6 +124,14 @@ def _refuse(state: RoundState, event: PatchesRefused, here: _Here) -> Outcome:
     left = tuple(sorted(p for p in {*state.patches, *state.late} if p not in refused))
     return _seal(replace(state, phase=Phase.OPEN, since=here.now, patches=left, late=(), settled=refused,
                          proposed=False), here)
+
+
+def _try_again(state: RoundState, event: ProposalFailed, here: _Here) -> Outcome:
+    rank = _rank(here.me, state.round, here.rules)
+    if rank is None:
+        return state, ()
+    since = here.now + (1 - rank) * here.rules.schedule.proposer_seconds
+    return replace(state, proposed=False, since=since), ()
 
 
 def _wait_for_patches(state: RoundState, event: Tick, here: _Here) -> Outcome:
@@ -232,6 +242,7 @@ TRANSITIONS: dict[tuple[Phase, type], Callable[[RoundState, Any, _Here], Outcome
     (Phase.OPEN, Tick): _wait_for_patches,
     (Phase.SEALED, PatchAdmitted): _keep_for_next,
     (Phase.SEALED, PatchesRefused): _refuse,
+    (Phase.SEALED, ProposalFailed): _try_again,
     (Phase.SEALED, CandidateSeen): _learn,
     (Phase.SEALED, VerdictSeen): _count,
     (Phase.SEALED, Tick): _take_turn,

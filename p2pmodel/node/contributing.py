@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
 
+from p2pmodel import __version__
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import BlobRef
@@ -49,7 +50,7 @@ def train_patch(
     recipe = Recipe(seed=options.seed, steps=options.steps, batch=options.batch, sequence=options.sequence, optimizer="adamw",
                     learning_rate=options.learning_rate, fisher_examples=options.fisher_examples)
     data = tuple(DataFile(t.name, t.digest, t.size, 1, licence) for t in texts)
-    software = tuple(sorted((name, installed(name)) for name in ("p2pmodel", "torch", "transformers")))
+    software = (("p2pmodel", __version__), *((name, installed(name)) for name in ("torch", "transformers")))
     patch = Patch(
         contributor=home.key.peer, model=lineage.model, parent=parent, kind=kind.name,
         adapter=BlobRef(canonical.digest(adapter), len(adapter)), fisher=BlobRef(canonical.digest(fisher), len(fisher)),

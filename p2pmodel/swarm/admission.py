@@ -1,7 +1,6 @@
 """Lets sessions in: everything about them that waits for somebody, kept away from the compute thread."""
 
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -91,8 +90,6 @@ class Admission:
             self._handshake(before, peer)
         except P2PModelError as error:
             self._outcomes.refused(before, error)
-        except (OSError, EOFError):
-            before.close()
         except Exception:
             log.exception("a session could not be opened")
             self._outcomes.refused(before, PeerFailed("This peer failed to open the session.", self._host.peer))
@@ -100,11 +97,15 @@ class Admission:
             self._waiting.release()
 
     def _handshake(self, before: socket.socket, peer: PeerId) -> None:
-        first = receive_frame(before, HANDSHAKE_SECONDS)
+        try:
+            first = receive_frame(before, HANDSHAKE_SECONDS)
+        except (OSError, EOFError):
+            before.close()
+            return
         try:
             opening = Opening.read(first.kind, first.meta)
         except Rejected as error:
-            log.info("peer %s opened a stream with nonsense: %s", peer, error)
+            log.info("peer %s opened a stream with nonsense: %r", peer, error.message)
             raise
         if not self._seats.acquire(blocking=False):
             raise Busy("This peer serves as many sessions as it can.", "Try again later, or another peer.")
@@ -124,10 +125,7 @@ class Admission:
 
     def _onward(self, opening: Opening) -> tuple[PeerId, socket.socket]:
         peer, protocol, told = opening.onward()
-        try:
-            after = open_stream(self._host, peer, protocol, DIAL_SECONDS)
-        except OSError as error:
-            raise Busy(f"This peer cannot open another stream: {os.strerror(error.errno or 0)}.") from None
+        after = open_stream(self._host, peer, protocol, DIAL_SECONDS)
         try:
             after.settimeout(HANDSHAKE_SECONDS)
             after.sendall(told.frame())

@@ -68,7 +68,7 @@ class ChainClient:
 
         Raises within `timeout` seconds: PeerFailed, with the peer to blame as best known and a stage's own error as its
         cause; the error that a stage named, where the request was at fault; ValueError when the arguments are no valid
-        request; Unreachable when this node's own daemon is gone.
+        request; Unreachable when this node's own daemon is gone; Busy when the process is out of descriptors.
         """
         if self._listener is None:
             raise NotRunning("The chain client is not started.")
@@ -171,7 +171,7 @@ class ChainClient:
             frame = receive_frame(stream, SINK_SECONDS)
             session = Opening.read(frame.kind, frame.meta).request.session
         except (OSError, EOFError, Rejected) as error:
-            log.info("peer %s opened a stream with nonsense: %s", peer, error)
+            log.info("peer %s opened a stream with nonsense: %r", peer, error)
             stream.close()
             return
         with self._lock:

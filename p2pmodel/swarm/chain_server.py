@@ -73,8 +73,12 @@ class ChainServer:
             end.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
         self._thread.start()
-        self._admission.start()
-        self._pings.start()
+        try:
+            self._admission.start()
+            self._pings.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Every session's neighbours hear that this peer leaves. Blocks for seconds at most; not for the event loop."""
@@ -118,12 +122,12 @@ class ChainServer:
         idle = None if not (self._sessions or self._lingering) else SWEEP_SECONDS
         for key, events in self._selector.select(0 if self._ready else idle):
             key.data(events)
-        if self._ready:
-            self._compute()
         now = time.monotonic()
-        if now >= self._next_sweep:
+        if now >= self._next_sweep:     # after what came in during the last step, before the next one
             self._next_sweep = now + SWEEP_SECONDS
             self._sweep(now)
+        if self._ready:
+            self._compute()
 
     def _run_calls(self, _events: int) -> None:
         self._wake.recv(4096)
@@ -281,7 +285,7 @@ class ChainServer:
         last = frames.pack(Kind.CLOSE) if failure is None else failure.frame()
         if failure is not None:
             self._counts.failed += 1
-            log.info("a session ended: %s: %s", failure.error, failure.message)
+            log.info("a session ended: %r: %r", failure.error, failure.message)
         if session.reading:
             self._selector.unregister(session.before)
         self._selector.unregister(session.after)
@@ -309,7 +313,7 @@ class ChainServer:
 
     def _refuse(self, stream: socket.socket, error: P2PModelError) -> None:
         self._counts.failed += 1
-        log.info("a session was refused: %s", error)
+        log.info("a session was refused: %r", error.message)
         stream.setblocking(False)
         outbox = Outbox()
         outbox.put(Failure.of(error, self._peer).frame())

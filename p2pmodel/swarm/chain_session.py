@@ -47,6 +47,7 @@ class ChainSession:
                        sink.fileno(): (sink, FrameReader(), route.hops[-1].peer)}
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._outbox = Outbox()
+        self._asked: deque[tuple[int, int]] = deque()
         self._inbox: deque[Frame] = deque()
         self._using = threading.Lock()
         self._suspect: tuple[float, PeerId] | None = None
@@ -80,6 +81,7 @@ class ChainSession:
         with self._using:
             self._check()
             self._outbox.put_data(body, position, tokens, meta)
+            self._asked.append((position, tokens))
             self._outbox.flush(self._out)
             if self._outbox.size:
                 self._poll.modify(self._out, select.POLLIN | select.POLLOUT)
@@ -161,6 +163,9 @@ class ChainSession:
             raise self._fail(PeerFailed(f"Peer …{neighbour[-8:]} sent a malformed frame.", neighbour)) from None
         for frame in arrived:
             if frame.kind is Kind.DATA and stream is self._sink:
+                if not self._asked or self._asked.popleft() != (frame.position, frame.tokens):
+                    error = PeerFailed(f"Peer …{neighbour[-8:]} answered what it was not asked.", neighbour)
+                    raise self._fail(error)
                 self._inbox.append(frame)
             elif frame.kind is Kind.ERROR:
                 raise self._fail(self._reported(frame, neighbour))

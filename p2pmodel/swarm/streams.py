@@ -20,7 +20,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from p2pmodel.domain.errors import PeerFailed, Unreachable
+from p2pmodel.domain.errors import Busy, PeerFailed, Unreachable
 from p2pmodel.domain.ids import PeerId
 
 MAX_CONTROL_BYTES = 1 << 20
@@ -48,7 +48,7 @@ def open_stream(host: Host, peer: PeerId, protocol: str, timeout: float = 10.0) 
     stopped opens too, and only its silence tells.
 
     Raises PeerFailed when the peer cannot be reached or does not speak the protocol, Unreachable when this node's own
-    daemon is gone, OSError when the process is out of descriptors.
+    daemon is gone, Busy when the process is out of descriptors.
     """
     if peer == host.peer:
         return _open_local(peer, protocol)
@@ -144,7 +144,7 @@ def _open_local(peer: PeerId, protocol: str) -> socket.socket:
     path = _local.get((peer, protocol))
     if path is None:
         raise PeerFailed(f"This peer itself does not serve {protocol}.", peer)
-    stream = socket.socket(socket.AF_UNIX)
+    stream = _new_socket()
     try:
         stream.settimeout(CONTROL_SECONDS)
         stream.connect(path)
@@ -156,10 +156,16 @@ def _open_local(peer: PeerId, protocol: str) -> socket.socket:
     return stream
 
 
+def _new_socket() -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX)
+    except OSError as error:
+        raise Busy(f"No further stream can be opened: {error.strerror}.", "Raise the limit of open files.") from None
+
+
 def _ask(host: Host, request: ProtobufMessage, timeout: float) -> tuple[socket.socket, Any]:
-    """The connection, blocking, and the daemon's answer. Raises Unreachable, TimeoutError, OSError for want of
-    descriptors."""
-    connection = socket.socket(socket.AF_UNIX)
+    """The connection, blocking, and the daemon's answer. Raises Unreachable, TimeoutError, Busy."""
+    connection = _new_socket()
     try:
         connection.settimeout(timeout)
         connection.connect(host.p2p.daemon_listen_maddr["unix"])

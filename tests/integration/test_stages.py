@@ -37,7 +37,9 @@ COMMON = SPECIAL | {
 }
 GPT = SPECIAL | {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
 BLOOM = SPECIAL | {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4}
-WINDOWS = {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WINDOWS = {
+    "head_dim": 8, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LATENT = {
     "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
@@ -141,7 +143,9 @@ class LocalSession:
             runner.close(handle)
 
 
-def request(span: Span, max_tokens: int = 32, version: str = BASE, codec: str = "fp32", model: str = MODEL) -> SessionRequest:
+def request(
+    span: Span, max_tokens: int = 32, version: str = BASE, codec: str = "fp32", model: str = MODEL,
+) -> SessionRequest:
     return SessionRequest("0" * 32, model, version, codec, span, max_tokens)
 
 

@@ -24,6 +24,7 @@ from p2pmodel.logic.rounds import (
     PatchAdmitted,
     PatchesRefused,
     Phase,
+    ProposalFailed,
     Propose,
     Reject,
     RoundRules,
@@ -126,6 +127,15 @@ def test_a_proposer_that_can_merge_nothing_waits_for_other_patches() -> None:
     assert (state.phase, state.patches, effects) == (Phase.OPEN, (PATCHES[2],), [])
     state, effects = run(state, rules, me, (2.0, PatchAdmitted(PATCHES[0])), (2.0, PatchAdmitted(PATCHES[3])))
     assert effects == [Propose(1, VersionId(MODEL), tuple(sorted(PATCHES[2:4])))]
+
+
+def test_a_proposer_that_failed_is_asked_again_after_a_while() -> None:
+    rules = rules_of(3, 2)
+    for rank, me in enumerate(ranked(rules)):
+        state, first = run(opened(), rules, me, *[(0.0, PatchAdmitted(p)) for p in PATCHES[:2]], (10.0 * rank, Tick()))
+        state, effects = run(state, rules, me, (50.0, ProposalFailed()), (59.9, Tick()))
+        assert effects == []
+        assert run(state, rules, me, (60.1, Tick()))[1] == first[-1:]
 
 
 def test_a_maintainer_examines_one_candidate_a_round() -> None:

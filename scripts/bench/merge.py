@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""What a merge costs against reading the same bytes.
+
+    python scripts/bench/merge.py [--patches 4 64 1000] [--layers 6 --hidden 128 --inner 512] [--repeat 5]
+
+Patches of (IA)³ vectors lie in files, an adapter and a Fisher each. "read" is numpy.fromfile of all of them; "merge" is
+reading, checking (as what comes off the network is) and merging them by `fisher@1`. Both are the best of some runs, taken
+in turn, with the files in the page cache.
+"""
+
+import argparse
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from p2pmodel.domain.ids import Digest
+from p2pmodel.domain.model import Slot
+from p2pmodel.tensors import blob
+from p2pmodel.tensors.merge import Contribution, get_strategy
+
+LIMIT = 1 << 30
+
+
+def slots_of(layers: int, hidden: int, inner: int) -> list[Slot]:
+    """`hidden`: width of keys and values."""
+    places = (("in:layers.{}.mlp.down_proj", inner), ("out:layers.{}.self_attn.k_proj", hidden),
+              ("out:layers.{}.self_attn.v_proj", hidden))
+    slots = [Slot(f"ia3:{place.format(layer)}", (width,), "float32") for layer in range(layers) for place, width in places]
+    return sorted(slots, key=lambda slot: slot.name)
+
+
+def write(folder: Path, slots: list[Slot], patches: int) -> list[tuple[Digest, Path, Path]]:
+    """(id, adapter, Fisher), sorted by id."""
+    generator = torch.Generator().manual_seed(0)
+    written = []
+    for number in range(patches):
+        adapter = {s.name: 1 + 0.1 * torch.randn(s.shape, generator=generator) for s in slots}
+        fisher = {s.name: 1e-10 * torch.rand(s.shape, generator=generator) for s in slots}
+        files = folder / f"{number}.adapter", folder / f"{number}.fisher"
+        for file, tensors in zip(files, (adapter, fisher), strict=True):
+            file.write_bytes(blob.pack(tensors))
+        written.append((Digest(hashlib.sha256(str(number).encode()).hexdigest()), *files))
+    return sorted(written)
+
+
+def measure(layers: int, hidden: int, inner: int, patches: int, repeat: int) -> tuple[int, float, float, float]:
+    """Bytes, and the best seconds of reading, of merging from files, and of merging from memory."""
+    slots = slots_of(layers, hidden, inner)
+    parent: dict[str, Tensor] = {slot.name: torch.ones(slot.shape) for slot in slots}
+    strategy = get_strategy("fisher@1")
+    with tempfile.TemporaryDirectory() as folder:
+        files = write(Path(folder), slots, patches)
+
+        def stored() -> Iterator[Contribution]:
+            for name, adapter, fisher in files:
+                yield Contribution(name, blob.unpack(adapter.read_bytes(), slots, LIMIT),
+                                   blob.unpack(fisher.read_bytes(), slots, LIMIT), 1.0)
+
+        held = list(stored())
+        runs: list[Callable[[], object]] = [
+            lambda: [np.fromfile(file, np.uint8) for _, *pair in files for file in pair],
+            lambda: strategy.combine(parent, stored, {}),
+            lambda: strategy.combine(parent, lambda: held, {})]
+        best = [float("inf")] * len(runs)
+        for _ in range(repeat):
+            for index, run in enumerate(runs):
+                began = time.perf_counter()
+                run()
+                best[index] = min(best[index], time.perf_counter() - began)
+        size = sum(file.stat().st_size for _, *pair in files for file in pair)
+    return size, best[0], best[1], best[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patches", type=int, nargs="+", default=[4, 64, 1000])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--inner", type=int, default=512)
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    print("| patches | MB | read, ms | merge from files, ms | read / merge | merge from memory, ms | read / merge |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for patches in args.patches:
+        size, read, merged, held = measure(args.layers, args.hidden, args.inner, patches, args.repeat)
+        print(f"| {patches} | {size / 1e6:.1f} | {read * 1e3:.2f} | {merged * 1e3:.2f} | {read / merged:.2f} "
+              f"| {held * 1e3:.2f} | {read / held:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

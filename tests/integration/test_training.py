@@ -1,0 +1,257 @@
+"""Training, exams and evaluation of a small model, from texts to scores."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from p2pmodel.domain.errors import InvalidInput, Rejected
+from p2pmodel.engine.data import blocks, read_texts, split
+from p2pmodel.engine.evaluation import Scorer, attached, evaluate
+from p2pmodel.engine.exams import Examiner, Suite, search_alpha
+from p2pmodel.engine.training import Trained, TrainingOptions, train
+from p2pmodel.tensors.blob import pack
+from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.merge import Contribution, apply_update, get_strategy
+from p2pmodel.wire import canonical
+
+KIND = get_kind("ia3@1")
+PROSE = "the quick brown fox jumps over the lazy dog and runs away. "
+OPTIONS = TrainingOptions(steps=12, batch=4, sequence=32, learning_rate=0.1, fisher_examples=8, checkpoint_every=5)
+STARTER = Path(__file__).resolve().parents[2] / "p2pmodel" / "starter"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    vocabulary = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", bos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=256, eos_token_id=256))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    file = tmp_path_factory.mktemp("texts") / "prose.txt"
+    file.write_text(PROSE * 60)
+    return split(blocks(read_texts([file]), tokenizer, 32), seed=0)
+
+
+@pytest.fixture(scope="module")
+def parent(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    return KIND.initial(KIND.find_slots(model.base_model))
+
+
+@pytest.fixture(scope="module")
+def trained(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: tuple[torch.Tensor, torch.Tensor]) -> Trained:
+    return train(model, KIND, parent, *parts, OPTIONS)
+
+
+@pytest.fixture
+def exam(tmp_path: Path) -> Path:
+    folder = tmp_path / "exam"
+    folder.mkdir()
+    index = ""
+    for name, text in (("prose", PROSE), ("numbers", "1 2 3 4 5 6 7 8 9 "), ("long", PROSE * 3)):
+        index += f'[[domain]]\nname = "{name}"\ntune = "{name}.tune.jsonl"\ntest = "{name}.test.jsonl"\n'
+        rows = [{"source": "x", "text": text}, {"source": "y", "text": text[5:]}]
+        for part in ("tune", "test"):
+            (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "exam.toml").write_text(f'name = "small"\nlicence = "CC0-1.0"\n{index}')
+    return folder
+
+
+def test_training_lowers_the_held_out_loss(trained: Trained, parent: dict[str, torch.Tensor]) -> None:
+    assert trained.loss_after < trained.loss_before - 0.05
+    assert trained.samples == 12 * 4
+    assert trained.adapter.keys() == trained.fisher.keys() == parent.keys()
+    for name, fisher in trained.fisher.items():
+        assert fisher.shape == parent[name].shape and bool((fisher >= 0).all()) and bool(fisher.sum() > 0)
+
+
+def test_training_is_the_seeds(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], trained: Trained,
+                               parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    again = train(model, KIND, parent, *parts, OPTIONS)
+    assert again.checkpoints == trained.checkpoints and len(again.checkpoints) == 1 + 12 // 5
+    assert again.checkpoints[0] == canonical.digest(pack(parent))
+    assert pack(again.adapter) == pack(trained.adapter) and pack(again.fisher) == pack(trained.fisher)
+    other = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, seed=1))
+    assert other.checkpoints[1] != trained.checkpoints[1]
+
+
+def test_training_starts_at_the_parent(model: LlamaForCausalLM, trained: Trained,
+                                       parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    further = train(model, KIND, trained.adapter, *parts, dataclasses.replace(OPTIONS, steps=1))
+    assert further.loss_before == pytest.approx(trained.loss_after, abs=1e-6)
+
+
+def test_training_leaves_the_model_as_it_was(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
+                                             parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.train()
+    losses: list[tuple[int, float]] = []
+    train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, steps=2), on_step=lambda step, loss: losses.append((step, loss)))
+    assert [step for step, _ in losses] == [1, 2] and all(math.isfinite(loss) for _, loss in losses)
+    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
+
+
+def test_a_training_that_goes_wrong_gives_the_best_state_seen(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
+                                                              parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    wild = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, learning_rate=30.0, steps=4, checkpoint_every=2))
+    assert wild.loss_after == wild.loss_before and pack(wild.adapter) == pack(parent)
+
+
+def test_a_loss_that_is_not_finite_is_said(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
+                                           parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    broken = {name: torch.full_like(tensor, 1e38) for name, tensor in parent.items()}
+    with pytest.raises(InvalidInput, match="not finite"):
+        train(model, KIND, broken, *parts, OPTIONS)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"learning_rate": math.nan}, {"learning_rate": -1.0}])
+def test_options_out_of_range_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(InvalidInput):
+        dataclasses.replace(OPTIONS, **change)  # type: ignore[arg-type]
+
+
+def test_two_contributors_merge_to_something_better(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
+                                                    parent: dict[str, torch.Tensor], exam: Path,
+                                                    parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    examiner = Examiner(model, tokenizer, KIND, Suite.load(exam))
+    given = []
+    for seed in (1, 2):
+        patch = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, seed=seed))
+        given.append(Contribution(canonical.digest(pack(patch.adapter)), patch.adapter, patch.fisher, 1.0))
+    given.sort(key=lambda contribution: contribution.patch)
+    update = get_strategy("fisher@1").combine(parent, lambda: given, {})
+    alpha = search_alpha(lambda a: examiner.score(apply_update(parent, update, a), "tune")["prose"])
+    merged = examiner.score(apply_update(parent, update, alpha), "test")
+    assert merged["prose"] < examiner.score(parent, "test")["prose"]
+
+
+def test_scores_are_nats_per_byte_of_the_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
+                                               parent: dict[str, torch.Tensor], exam: Path) -> None:
+    """Against the model's own loss, one text at a time; the long ones are cut at the context of 64 tokens."""
+    scores = Examiner(model, tokenizer, KIND, Suite.load(exam)).score(parent, "test")
+    assert list(scores) == ["prose", "numbers", "long"]
+    nats, size = 0.0, 0
+    for text in (PROSE * 3, (PROSE * 3)[5:]):
+        ids = torch.tensor([[256, *tokenizer(text)["input_ids"]]])
+        size += ids.shape[1] - 1
+        for at in range(0, ids.shape[1] - 1, 64):
+            window = ids[:, at:at + 65]
+            with torch.no_grad():
+                logits = model(input_ids=window[:, :-1]).logits
+            nats += float(torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum"))
+    assert scores["long"] == pytest.approx(nats / size, rel=1e-5)
+
+
+def test_evaluation_counts_tokens_and_bytes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
+                                            parent: dict[str, torch.Tensor]) -> None:
+    result = evaluate(model, tokenizer, KIND, parent, ["abcé", "x"])
+    assert (result.tokens, result.bytes) == (6, 6) and result.nats_per_byte == result.nats_per_token > 0
+    with pytest.raises(InvalidInput):
+        evaluate(model, tokenizer, KIND, parent, [""])
+
+
+def test_the_first_token_is_not_predicted_without_a_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
+                                                          parent: dict[str, torch.Tensor]) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    scorer = Scorer(model, bare, ["ab", "a", ""])
+    assert scorer.tokens == [1, 0, 0]
+    with attached(model, KIND, parent) as applier:
+        nats = scorer.nats(applier, parent)
+    assert nats[0] > 0 and nats[1:] == [0.0, 0.0]
+
+
+def test_a_suite_travels(exam: Path) -> None:
+    suite = Suite.load(exam)
+    (exam / "notes.txt").write_text("not part of it")
+    raw = suite.pack()
+    assert Suite.load(exam).pack() == raw
+    again = Suite.unpack(raw, 1 << 20)
+    assert again.domains == suite.domains and again.pack() == raw and (again.name, again.licence) == ("small", "CC0-1.0")
+    with pytest.raises(Rejected):
+        Suite.unpack(raw, 100)
+
+
+def test_the_starters_exam_is_valid() -> None:
+    suite = Suite.load(STARTER / "exam")
+    assert len(suite.domains) == 6 and all(len(d.test) > len(d.tune) > 0 for d in suite.domains)
+
+
+@pytest.mark.parametrize(("replace", "by", "says"), [
+    ('"prose.tune.jsonl"', '"../secret.jsonl"', "no plain file name"),
+    ('"prose.tune.jsonl"', '"/etc/passwd.jsonl"', "no plain file name"),
+    ('"prose.tune.jsonl"', '"exam.toml"', "ends in .jsonl"),
+    ('"prose.tune.jsonl"', '"absent.jsonl"', "is not there"),
+    ('tune = "prose.tune.jsonl"', "", "lacks"),
+    ('name = "numbers"', 'name = "prose"', "twice"),
+    ('name = "numbers"', 'name = "a/b"', "no name"),
+    ("[[domain]]", "[domain", "not valid TOML"),
+])
+def test_a_wrong_exam_is_refused_in_one_sentence(exam: Path, replace: str, by: str, says: str) -> None:
+    index = (exam / "exam.toml").read_text()
+    (exam / "exam.toml").write_text(index.replace(replace, by, 1))
+    (exam.parent / "secret.jsonl").write_text('{"text": "secret"}\n')
+    with pytest.raises(InvalidInput, match=says):
+        Suite.load(exam)
+    files = {path.name: path.read_bytes() for path in exam.iterdir()}
+    with pytest.raises(Rejected) as refused:
+        Suite.unpack(canonical.encode(files), 1 << 20)
+    assert refused.value.reason == "schema"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"source": "x"}\n', b"[1]\n", b"\xff\n", b'{"text": ""}\n', b"[" * 100_000])
+def test_rows_without_text_are_refused(exam: Path, content: bytes) -> None:
+    (exam / "prose.test.jsonl").write_bytes(content)
+    with pytest.raises(InvalidInput, match=r"prose\.test\.jsonl"):
+        Suite.load(exam)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(exam: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    (exam / "prose.test.jsonl").unlink()
+    (exam / "prose.test.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(InvalidInput, match="is not there"):
+        Suite.load(exam)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x80", b"\x81\xa1a\x01", canonical.encode({"exam.toml": b"\xff"})])
+def test_random_archives_are_refused(raw: bytes) -> None:
+    with pytest.raises(Rejected):
+        Suite.unpack(raw, 1 << 20)
+
+
+@pytest.mark.parametrize("best", [0.1, 0.3, 0.75, 1.0, 1.3, 1.9, 2.6, 3.5, 9.0])
+def test_alpha_is_found_in_few_evaluations(best: float) -> None:
+    asked: list[float] = []
+
+    def score(alpha: float) -> float:
+        asked.append(alpha)
+        return 1.2 + 0.03 * (alpha - best) ** 2
+
+    alpha = search_alpha(score)
+    assert alpha == pytest.approx(min(best, 4.0), abs=0.1) and alpha * 16 == round(alpha * 16)
+    assert len(asked) == len(set(asked)) <= 6
+
+
+def test_alpha_is_found_where_nothing_is_a_parabola() -> None:
+    assert search_alpha(lambda alpha: alpha) <= 0.25
+    assert 0 < search_alpha(lambda alpha: 0.0) <= 4
