@@ -57,7 +57,7 @@ GENERAL_HELD_OUT = 0.04                    # of the files outside the held-out d
 CONTRIBUTOR_BYTES = 240_000                # text shipped for the contributor of one domain
 
 SEQUENCE, BATCH = 512, 12
-STEPS, WARMUP, DECAY = 1500, 40, 0.3       # a warm-up, stable, decay schedule; DECAY is the last share of the steps
+STEPS, WARMUP, DECAY = 1000, 40, 0.3       # a warm-up, stable, decay schedule; DECAY is the last share of the steps
 LR_MUON, LR_ADAM, WEIGHT_DECAY = 0.02, 4e-3, 0.05
 SAMPLE_PROMPTS = (
     "def read_lines(path):\n    ",

@@ -5,6 +5,7 @@ Embeddings, final norm and head are here, so `generate()`, sampling, streamers a
 
 import weakref
 from contextlib import closing
+from contextvars import ContextVar
 from itertools import product
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ NO_ATTENTION = "p2pmodel_remote"
 
 TRIAL_SHAPE = (5, 3)
 
+_made: ContextVar[list["RemoteCache"]] = ContextVar("caches of the generate() that runs in this thread")
+
 
 class RemoteSession(Protocol):
     def forward(self, hidden: Tensor, position: int) -> Tensor:
@@ -36,7 +39,7 @@ class RemoteChain(Protocol):
 
 
 def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Reads only the tensors that belong to no layer. One row at a time, without padding.
+    """Reads only the tensors that belong to no layer. One row at a time, without padding; threads may share it.
 
     `generate()` opens a session and closes it; to go on where it ended, pass it `past_key_values=RemoteCache(chain, n)`
     and close that. Raises InvalidInput when weights are missing, and when models of this family cannot be split.
@@ -45,11 +48,13 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
     # Of the same name: transformers keeps registers by the classes' names.
     kind = type(causal.__name__, (_OverChain, causal), {"__module__": causal.__module__, "chain": chain})
 
+    layers: list[RemoteLayers] = []
+
     def cut(model: PreTrainedModel) -> None:
-        owner = family.owners(model.base_model, checkpoint.stack)[-1]
-        leaf = checkpoint.stack.rsplit(".", 1)[-1]
-        first = owner.get_submodule(f"{leaf}.0")
-        setattr(owner, leaf, nn.ModuleList([RemoteLayers(chain, first)]))
+        # Looked for from the CausalLM down: in some families the base model is not where its class says.
+        stack = family.find_stack(model, checkpoint.layers)
+        layers.append(RemoteLayers(chain, model.get_submodule(f"{stack}.0")))
+        setattr(family.owners(model, stack)[-1], stack.rsplit(".", 1)[-1], nn.ModuleList(layers))
 
     model = family.load_parts(
         kind, checkpoint.config, checkpoint.path, dtype, "cpu", cut,
@@ -57,9 +62,7 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
     model.register_forward_pre_hook(_prepare, with_kwargs=True)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    layers = model.base_model.get_submodule(f"{checkpoint.stack}.0")
-    assert isinstance(layers, RemoteLayers)
-    _try_out(model, layers, checkpoint)
+    _try_out(model, layers[0], checkpoint)
     return model
 
 
@@ -78,6 +81,7 @@ class RemoteCache(CountingCache):
         if self._session is None:
             self._session = self._chain.open(self._max_tokens)
             self._closer = weakref.finalize(self, self._session.close)
+            self._closer.atexit = False
         output = self._session.forward(hidden, self.seen)
         self.seen += hidden.shape[1]
         return output
@@ -135,15 +139,16 @@ class _OverChain:
     """What is added to a family's CausalLM: its generate() keeps its cache in the swarm."""
 
     chain: RemoteChain
-    _generating: RemoteCache | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        made: list[RemoteCache] = []
+        token = _made.set(made)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            if self._generating is not None:
-                self._generating.close()
-                self._generating = None
+            _made.reset(token)
+            for cache in made:
+                cache.close()
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
@@ -151,7 +156,8 @@ class _OverChain:
     ) -> None:
         name = family.cache_argument(self.forward)  # type: ignore[attr-defined]
         if model_kwargs.get(name) is None and generation_config.use_cache:
-            model_kwargs[name] = self._generating = RemoteCache(self.chain, max_cache_length)
+            model_kwargs[name] = RemoteCache(self.chain, max_cache_length)
+            _made.get().append(model_kwargs[name])
 
 
 def _prepare(

@@ -49,8 +49,8 @@ from p2pmodel.logic.round_state import (
 
 __all__ = [
     "TRANSITIONS", "Abandon", "Adopt", "CandidateSeen", "Effect", "Event", "Examine", "Misbehaviour",
-    "PatchAdmitted", "PatchesRefused", "Phase", "Proposal", "ProposalFailed", "Propose", "Reject", "RoundRules", "RoundState",
-    "Tick", "VerdictSeen", "advance", "follow", "may_propose", "may_sign", "reopen", "start",
+    "PatchAdmitted", "PatchesRefused", "Phase", "Proposal", "ProposalFailed", "Propose", "Reject", "RoundRules",
+    "RoundState", "Tick", "VerdictSeen", "advance", "follow", "may_propose", "may_sign", "reopen", "start",
 ]
 
 KEPT_EACH = 16

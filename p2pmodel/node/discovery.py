@@ -15,6 +15,7 @@ from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.swarm.sync import lineages
 from p2pmodel.wire import records
+from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ async def _choose(home: Home, host: PeerHost, offers: dict[str, tuple[LineageOff
 
 async def _with_manifest(home: Home, host: PeerHost, offer: LineageOffer, holders: Sequence[PeerId]) -> Lineage:
     if not home.objects.has(offer.model):
-        if offer.manifest.digest != offer.model or offer.manifest.size > records.MAX_MANIFEST_BYTES + records.RECORD_OVERHEAD:
+        if offer.manifest.digest != offer.model or offer.manifest.size > records.MAX_MANIFEST_BYTES + RECORD_OVERHEAD:
             raise Rejected("schema", f"{holders[0]} offers a Manifest that is not the model's.")
         await BlobFetcher(host, home.objects.sink).fetch(offer.manifest, holders)
     return Lineage.create(home, home.objects.load(offer.model))

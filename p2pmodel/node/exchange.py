@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from p2pmodel.domain.announcement import RECORD_KINDS
-from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected, StorageError
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected, StorageError, Unreachable
 from p2pmodel.domain.ids import Digest, PeerId, short
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.logic import propagation
@@ -104,14 +104,16 @@ class Exchange:
             await self._take_in(fetch)
         except Rejected as error:
             if error.reason == "parent" and fetch.kind != "verdict":
-                self._fail(fetch)     # what it stands on may still come
-                return
+                return self._fail(fetch)     # what it stands on may still come
             log.warning("%s %s is refused: %s", fetch.kind, short(fetch.digest), error.message)
             self._observer.on_refused(fetch.kind, error.reason)
             self._refuse(fetch.digest)
         except StorageError as error:
             log.error("%s", error)
             self._fail(fetch)
+        except Unreachable as error:
+            log.info("%s %s: %s", fetch.kind, short(fetch.digest), error.message)
+            self._fail(fetch, has_not=True)     # whoever has it will name it again
         except P2PModelError as error:
             log.info("%s %s can't be fetched: %s", fetch.kind, short(fetch.digest), error.message)
             self._fail(fetch)
@@ -132,8 +134,8 @@ class Exchange:
         self._backlog = propagation.done(self._backlog, fetch.digest)
         await self._observer.on_record(fetch.kind, fetch.digest)
 
-    def _fail(self, fetch: Fetch) -> None:
-        self._backlog = propagation.failed(self._backlog, fetch.digest, fetch.holder, time.monotonic())
+    def _fail(self, fetch: Fetch, *, has_not: bool = False) -> None:
+        self._backlog = propagation.failed(self._backlog, fetch.digest, fetch.holder, time.monotonic(), has_not=has_not)
 
     def _refuse(self, digest: Digest) -> None:
         """Remembered, so that it is not fetched again from everybody who has it."""

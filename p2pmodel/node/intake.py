@@ -13,13 +13,14 @@ from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.index import RecordRow
 from p2pmodel.tensors import blob
 from p2pmodel.wire import bundle, canonical, records
+from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 
 def record_limit(lineage: Lineage, kind: str) -> int:
     """The most bytes that a record of the kind may have."""
     body = {"patch": lineage.manifest.limits.max_header_bytes, "candidate": records.MAX_CANDIDATE_BYTES,
             "verdict": records.MAX_VERDICT_BYTES}[kind]
-    return body + records.RECORD_OVERHEAD
+    return body + RECORD_OVERHEAD
 
 
 def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, ...]:

@@ -16,13 +16,14 @@ from p2pmodel.logic.lineage import assemble
 from p2pmodel.store.home import Home
 from p2pmodel.store.index import RecordRow
 from p2pmodel.wire import records
+from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 
 class Lineage:
     def __init__(self, home: Home, model: ModelId) -> None:
         """Raises NotFound when the home does not hold the model's Manifest."""
         self.home, self.model = home, model
-        record = home.objects.load(model, records.MAX_MANIFEST_BYTES)
+        record = home.objects.load(model, records.MAX_MANIFEST_BYTES + RECORD_OVERHEAD)
         self.record = BlobRef(model, len(record))
         self.manifest: Manifest = records.open_manifest(record)[0]
         self.patches: dict[PatchId, Patch] = {}

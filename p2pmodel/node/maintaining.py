@@ -5,6 +5,7 @@ mathematics is in `p2pmodel.tensors`.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.errors import NotRunning, Rejected
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef, MergeSpec
 from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict
@@ -48,6 +49,11 @@ class Maintainer:
         suite = Suite.unpack(lineage.home.objects.load(manifest.exam.digest), manifest.exam.size)
         self._examiner = Examiner(load_whole(base), load_tokenizer(base), self._kind, suite)
         self._scores: dict[tuple[str, str], Scores] = {}
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Work under way on another thread ends within one exam, with NotRunning."""
+        self._stopped.set()
 
     def propose(self, round: int, parent: VersionId, patches: tuple[PatchId, ...]) -> Proposal | None:
         """Examines the patches one by one on the tuning split, merges those that help, and finds α there.
@@ -119,6 +125,8 @@ class Maintainer:
 
     def _score(self, state: State, split: str) -> Scores:
         key = (canonical.digest(blob.pack(state)), split)
+        if self._stopped.is_set():
+            raise NotRunning("The node is stopping.")
         if key not in self._scores:
             self._scores[key] = self._examiner.score(state, "tune" if split == "tune" else "test")
             log.debug("exam (%s): mean %.4f nats per byte", split, mean(self._scores[key]))

@@ -139,6 +139,8 @@ async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, st
     await community.start(contacts)
     base = _base(home, lineage, options, say)
     maintainer = await _maintainer(lineage, base, home, community, metrics) if base and options.maintain else None
+    if maintainer:
+        stack.callback(maintainer.stop)
     hosting = await _hosting(options, device, host, lineage, directory, base, say) if base and options.layers != "none" else None
     if hosting:
         stack.push_async_callback(hosting.stop)

@@ -121,6 +121,8 @@ class RoundKeeper:
                 await (self._propose(task) if isinstance(task, round_state.Propose) else self._examine(task))
             except P2PModelError as error:
                 log.error("the round's work failed: %s", error)
+                if isinstance(task, round_state.Propose):
+                    self._advance(round_state.ProposalFailed())
 
     async def _propose(self, task: round_state.Propose) -> None:
         assert self._maintainer

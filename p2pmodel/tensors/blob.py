@@ -93,15 +93,18 @@ class _Layout:
 
     entries: tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
     flat: bool
+    names: tuple[str, ...]
     sizes: tuple[int, ...]
     places: tuple[tuple[str, tuple[int, ...]], ...]
+    not_vectors: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def _flat(layout: _Layout, data: NDArray[np.uint8]) -> Tensors:
     flat = torch.from_numpy(data.view(np.float32))
     parts = flat.split_with_sizes(layout.sizes)
-    tensors = Tensors((name, part if len(shape) == 1 else part.view(shape))
-                      for (name, shape), part in zip(layout.places, parts, strict=True))
+    tensors = Tensors(zip(layout.names, parts, strict=True))
+    for name, shape in layout.not_vectors:
+        tensors[name] = tensors[name].view(shape)
     tensors.flat, tensors.places = flat, layout.places
     return tensors
 
@@ -149,8 +152,9 @@ def _layout(header: bytes, size: int) -> _Layout:
     names = [name for name, _, _, _, _ in layout]
     flat = bool(layout) and names == sorted(names) and all(
         dtype == torch.float32 and begin < end for _, dtype, _, begin, end in layout)
-    return _Layout(tuple(layout), flat, tuple(prod(shape) for _, _, shape, _, _ in layout),
-                   tuple((name, shape) for name, _, shape, _, _ in layout))
+    places = tuple((name, shape) for name, _, shape, _, _ in layout)
+    return _Layout(tuple(layout), flat, tuple(names), tuple(prod(shape) for _, shape in places), places,
+                   tuple(place for place in places if len(place[1]) != 1))
 
 
 _cached_layout = lru_cache(maxsize=64)(_layout)     # patches of one lineage differ in their data only

@@ -121,22 +121,20 @@ def _combine(parent: Mapping[str, Tensor], contributions: Contributions, norm_cl
     if norm_clip is not None:
         factors *= _norm_scales(survey.norms, norm_clip)
     patches = len(factors)
-    columns = layout.size if survey.rows else max(1, BLOCK_ELEMENTS // patches)
+    columns = layout.size if survey.block else max(1, BLOCK_ELEMENTS // patches)
     result = np.empty(layout.size, np.float64)
     for begin in range(0, layout.size, columns):
         end = min(begin + columns, layout.size)
-        rows = survey.rows or _gather(layout, contributions, patches, begin, end)
+        values, fishers = survey.block or _gather(layout, contributions, patches, begin, end)
         step = max(16, _CACHED_ELEMENTS // patches)
         for low in range(begin, end, step):
             high = min(low + step, end)
-            part = slice(low - begin, high - begin)
-            updates = np.stack([values[part] for values, _ in rows]).astype(np.float64)
-            updates -= layout.parent[low:high]
+            updates = values[:, low - begin:high - begin] - layout.parent[low:high]
             if fisher_clip is None:
                 updates *= factors[:, None]
                 result[low:high] = _fold(updates) / _fold(survey.weights.copy())
             else:
-                mass = _clipped(np.stack([fisher[part] for _, fisher in rows]), fisher_clip)
+                mass = _clipped(fishers[:, low - begin:high - begin], fisher_clip)
                 result[low:high] = _weighted_mean(updates, mass, survey.weights, factors)
     if not np.isfinite(result).all():
         raise Rejected("finite", "The patches' values are too large to be merged.")
@@ -154,10 +152,10 @@ def _weighted_mean(updates: F64, mass: F64, weights: F64, factors: F64) -> F64:
 
 def _clipped(fishers: F32, clip: float) -> F64:
     """[P, C], not negative, at most `clip` times the lower median of their column."""
-    np.maximum(fishers, 0, out=fishers)
+    positive: F32 = np.maximum(fishers, 0)
     middle = (len(fishers) - 1) // 2
-    median = np.partition(fishers.T.copy(), middle, axis=-1)[:, middle]
-    clipped: F64 = np.minimum(fishers.astype(np.float64), median.astype(np.float64) * clip)
+    median = np.partition(positive.T.copy(), middle, axis=-1)[:, middle]
+    clipped: F64 = np.minimum(positive, median.astype(np.float64) * clip)
     return clipped
 
 
@@ -224,11 +222,11 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Of one pass over the patches: λ [P], the norms of the updates [P], and all rows when they fit."""
+    """Of one pass over the patches: λ [P], the norms of the updates [P], and all columns [P, C] when they fit."""
 
     weights: F64
     norms: F64
-    rows: list[tuple[Row, F32]]
+    block: tuple[Row, F32] | None
 
 
 def _survey(layout: _Layout, contributions: Contributions) -> _Survey:
@@ -256,7 +254,8 @@ def _survey(layout: _Layout, contributions: Contributions) -> _Survey:
         raise Rejected("schema", "A merge takes patches sorted by id, each once, and at least one.")
     if not all(isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
         raise Rejected("schema", "The weights of patches have to be finite, not negative, and not all zero.")
-    return _Survey(np.array(weights, np.float64), np.concatenate(norms), kept)
+    block = (np.stack([values for values, _ in kept]), np.stack([fisher for _, fisher in kept])) if kept else None
+    return _Survey(np.array(weights, np.float64), np.concatenate(norms), block)
 
 
 def _norms(layout: _Layout, rows: list[tuple[Row, F32]]) -> F64:
@@ -269,12 +268,12 @@ def _norms(layout: _Layout, rows: list[tuple[Row, F32]]) -> F64:
     return norms
 
 
-def _gather(layout: _Layout, contributions: Contributions, patches: int, begin: int, end: int) -> list[tuple[Row, F32]]:
+def _gather(layout: _Layout, contributions: Contributions, patches: int, begin: int, end: int) -> tuple[F64, F32]:
     """Columns [begin, end) of all patches, as copies, so that the rest of each patch can be let go."""
     values, fishers = np.empty((patches, end - begin), np.float64), np.empty((patches, end - begin), np.float32)
     for row, contribution in enumerate(contributions()):
         values[row], fishers[row] = layout.rows(contribution, begin, end)
-    return list(zip(values, fishers, strict=True))
+    return values, fishers
 
 
 def _parameters(strategy: str, given: Mapping[str, float], known: Mapping[str, float]) -> dict[str, float]:

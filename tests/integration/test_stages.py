@@ -3,9 +3,8 @@
 The chain runs in this process, but through the runners' bytes: what a stream would carry is what is computed with.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, PeerFailed, Rejected, UsageError
 from p2pmodel.domain.swarm import SessionRequest, Span
-from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole, read_checkpoint
+from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.head import RemoteCache, load_head
 from p2pmodel.engine.runner import Runner, StageSession
 from p2pmodel.engine.stage import Stage, load_stage
@@ -292,6 +291,15 @@ def test_a_conversation_goes_on_in_its_session(llama: Path) -> None:
     assert not chain.open_sessions
 
 
+def test_threads_share_a_head(llama: Path) -> None:
+    checkpoint = read_checkpoint(llama)
+    chain = chain_of(checkpoint, 1)
+    head, expected = load_head(checkpoint, chain), generated(load_whole(llama))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(generated, [head] * 8)) == [expected] * 8
+    assert not chain.open_sessions
+
+
 def test_a_cache_that_is_forgotten_closes_its_session(llama: Path) -> None:
     chain = chain_of(read_checkpoint(llama), 1)
     RemoteCache(chain, 32).forward(torch.zeros(1, 2, WIDTH))
@@ -327,26 +335,6 @@ def test_an_answer_that_is_none_is_the_peers_failure(llama: Path) -> None:
         head = load_head(read_checkpoint(llama), Wrong(answer))
         with pytest.raises(PeerFailed):
             head(input_ids=prompt(7))
-
-
-def test_only_the_files_of_the_span_are_opened(llama: Path, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "full", max_shard_size="20KB")
-    index = json.loads((tmp_path / "full" / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {file for name, file in index.items() if name.startswith("model.layers.1.")}
-    assert needed < set(index.values())
-    checkpoint = read_checkpoint(tmp_path / "full")
-    assert set(index.values()) < set(checkpoint.files)
-    expected = load_stage(checkpoint, Span(1, 2))
-    for file in set(index.values()) - needed:
-        (tmp_path / "full" / file).unlink()
-    checkpoint = read_checkpoint(tmp_path / "full")
-    stage = load_stage(checkpoint, Span(1, 2))
-    hidden = torch.randn(1, 3, WIDTH)
-    with torch.inference_mode():
-        assert torch.equal(stage.forward(hidden, None, stage.span), expected.forward(hidden, None, stage.span))
-    assert 0 < stage.weight_bytes < 4 * sum(parameter.numel() for parameter in load_whole(llama).parameters())
-    with pytest.raises(InvalidInput, match=r"cannot be read as safetensors"):
-        load_stage(checkpoint, Span(0, 2))
 
 
 def test_a_runner_refuses_sessions_it_cannot_hold(llama: Path) -> None:
@@ -420,57 +408,3 @@ def test_a_runner_measures_itself(llama: Path) -> None:
     runner = runner_of(load_stage(read_checkpoint(llama), Span(0, 2)))
     assert 0 < runner.measure() < 1
     assert runner.cached_tokens == 0
-
-
-def test_what_a_folder_holds(llama: Path) -> None:
-    checkpoint = read_checkpoint(llama)
-    assert checkpoint.files == ("config.json", "generation_config.json", "model.safetensors")
-    assert (checkpoint.architecture, checkpoint.layers, checkpoint.hidden_size) == ("llama", LAYERS, WIDTH)
-    assert (checkpoint.context, checkpoint.stack) == (64, "layers")
-    with pytest.raises(NotFound, match="no tokenizer"):
-        load_tokenizer(llama)
-    with pytest.raises(InvalidInput, match="no span 2:9"):
-        load_stage(checkpoint, Span(2, 9))
-
-
-def changed(config: Path, **values: Any) -> None:
-    config.write_text(json.dumps(json.loads(config.read_text()) | values))
-
-
-@pytest.mark.parametrize(("spoil", "sentence"), [
-    (lambda d: (d / "config.json").unlink(), "no config.json"),
-    (lambda d: (d / "config.json").write_text("{"), "cannot be read"),
-    (lambda d: (d / "config.json").write_text("[1]"), "no JSON object"),
-    (lambda d: changed(d / "config.json", model_type="nonsense"), "no model type that is known"),
-    (lambda d: changed(d / "config.json", model_type="own", auto_map={"AutoConfig": "evil.py"}), "never run"),
-    (lambda d: changed(d / "config.json", model_type="t5", architectures=["T5Model"]), "not a decoder-only"),
-    (lambda d: changed(d / "config.json", architectures=["LlamaForTokenClassification"]), "not a causal"),
-    (lambda d: changed(d / "config.json", num_hidden_layers=-1), "no model that can be built"),
-    (lambda d: changed(d / "config.json", num_hidden_layers=10**9), "no model that can be built"),
-    (lambda d: changed(d / "config.json", hidden_act="nonsense"), "no model that can be built"),
-    (lambda d: (d / "model.safetensors").unlink(), "no weights"),
-    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled weights"),
-    (lambda d: (d / "model.safetensors").rename(d / "other") and (d / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "../other"}}'), "no safetensors file beside it"),
-])
-def test_a_folder_that_is_no_model_is_refused(spoil: Any, sentence: str, llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    spoil(tmp_path)
-    with pytest.raises(InvalidInput, match=sentence):
-        read_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("spoil", [
-    lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100),
-    lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
-    lambda d: changed(d / "config.json", num_hidden_layers=LAYERS + 1),
-    lambda d: changed(d / "config.json", intermediate_size=40),
-])
-def test_weights_that_do_not_fit_are_refused(spoil: Any, llama: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
-    spoil(tmp_path)
-    checkpoint = read_checkpoint(tmp_path)
-    with pytest.raises(InvalidInput):
-        load_stage(checkpoint, Span(1, checkpoint.layers))
-    with pytest.raises(InvalidInput):
-        load_whole(tmp_path)
