@@ -19,6 +19,7 @@ def train(
     kind: Annotated[str, typer.Option("--kind", help="Kind of patch.")] = "ia3",
     steps: Annotated[int | None, typer.Option("--steps", min=1, show_default="by the kind")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1)] = None,
+    sequence: Annotated[int | None, typer.Option("--sequence", help="Tokens in an example.", min=8)] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", min=0.0)] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     version: options.Version = "head",
@@ -48,7 +49,7 @@ def train(
     folder = Home.open(home)
     lineage = local_lineage(folder, model)
     parent = lineage.find_version(version)
-    chosen = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+    chosen = {"steps": steps, "batch": batch, "sequence": sequence, "learning_rate": learning_rate}
     settings = dataclasses.replace(TrainingOptions(seed=seed), **{k: v for k, v in chosen.items() if v is not None})
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:

@@ -31,6 +31,7 @@ from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
 
 ADOPTION_SECONDS = 300.0
+TRAINING = ("--steps", "40", "--batch", "4", "--sequence", "128", "--learning-rate", "0.06")
 DOMAINS = ("asyncio", "email", "tkinter", "xml", "distutils")
 
 
@@ -210,7 +211,7 @@ def _train(homes: Path, domains: Sequence[str], number: VersionNumber) -> dict[s
     commands = {domain: [
         sys.executable, "-m", "p2pmodel", "train", "--data", str(starter.DOMAINS / f"{domain}.txt"), "--home", str(homes / domain),
         "--output", str(homes / domain / f"for-{number}.p2patch"), "--licence", "PSF-2.0", "--seed", str(number.patch),
-        "--model", starter.NAME, "--threads", "1", "--json"] for domain in domains}
+        "--model", starter.NAME, "--threads", "1", "--json", *TRAINING] for domain in domains}
     running = {domain: subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for domain, c in commands.items()}
     try:
         return {domain: _result(process, commands[domain]) for domain, process in running.items()}

@@ -254,7 +254,9 @@ def _survey(layout: _Layout, contributions: Contributions) -> _Survey:
         raise Rejected("schema", "A merge takes patches sorted by id, each once, and at least one.")
     if not all(isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
         raise Rejected("schema", "The weights of patches have to be finite, not negative, and not all zero.")
-    block = (np.stack([values for values, _ in kept]), np.stack([fisher for _, fisher in kept])) if kept else None
+    block: tuple[Row, F32] | None = None
+    if kept:
+        block = np.stack([values for values, _ in kept]), np.stack([fisher for _, fisher in kept])  # type: ignore[assignment]
     return _Survey(np.array(weights, np.float64), np.concatenate(norms), block)
 
 

@@ -4,8 +4,8 @@
     python scripts/bench/merge.py [--patches 4 64 1000] [--layers 6 --hidden 128 --inner 512] [--repeat 5]
 
 Patches of (IA)³ vectors lie in files, an adapter and a Fisher each. "read" is numpy.fromfile of all of them; "merge" is
-reading, checking (as what comes off the network is) and merging them by `fisher@1`. Both are the best of some runs, taken
-in turn, with the files in the page cache.
+reading, checking (as what comes off the network is) and merging them by `fisher@1`. Both are the best of some runs,
+taken in turn, with the files in the page cache.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def slots_of(layers: int, hidden: int, inner: int) -> list[Slot]:
     """`hidden`: width of keys and values."""
     places = (("in:layers.{}.mlp.down_proj", inner), ("out:layers.{}.self_attn.k_proj", hidden),
               ("out:layers.{}.self_attn.v_proj", hidden))
-    slots = [Slot(f"ia3:{place.format(layer)}", (width,), "float32") for layer in range(layers) for place, width in places]
+    slots = [Slot(f"ia3:{place.format(layer)}", (width,), "float32")
+             for layer in range(layers) for place, width in places]
     return sorted(slots, key=lambda slot: slot.name)
 
 

@@ -20,6 +20,8 @@ from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.tensors.merge import Contribution, apply_update, get_strategy
 from p2pmodel.wire import canonical
 
+Parts = tuple[torch.Tensor, torch.Tensor]
+
 KIND = get_kind("ia3@1")
 PROSE = "the quick brown fox jumps over the lazy dog and runs away. "
 OPTIONS = TrainingOptions(steps=12, batch=4, sequence=32, learning_rate=0.1, fisher_examples=8, checkpoint_every=5)
@@ -33,7 +35,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", bos_token="<end>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner, eos_token="<end>", bos_token="<end>")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+def parts(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Parts:
     file = tmp_path_factory.mktemp("texts") / "prose.txt"
     file.write_text(PROSE * 60)
     return split(blocks(read_texts([file]), tokenizer, 32), seed=0)
@@ -57,7 +60,7 @@ def parent(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: tuple[torch.Tensor, torch.Tensor]) -> Trained:
+def trained(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts) -> Trained:
     return train(model, KIND, parent, *parts, OPTIONS)
 
 
@@ -80,45 +83,56 @@ def test_training_lowers_the_held_out_loss(trained: Trained, parent: dict[str, t
     assert trained.samples == 12 * 4
     assert trained.adapter.keys() == trained.fisher.keys() == parent.keys()
     for name, fisher in trained.fisher.items():
-        assert fisher.shape == parent[name].shape and bool((fisher >= 0).all()) and bool(fisher.sum() > 0)
+        assert fisher.shape == parent[name].shape
+        assert bool((fisher >= 0).all())
+        assert bool(fisher.sum() > 0)
 
 
 def test_training_is_the_seeds(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], trained: Trained,
-                               parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+                               parts: Parts) -> None:
     again = train(model, KIND, parent, *parts, OPTIONS)
-    assert again.checkpoints == trained.checkpoints and len(again.checkpoints) == 1 + 12 // 5
+    assert again.checkpoints == trained.checkpoints
+    assert len(again.checkpoints) == 1 + 12 // 5
     assert again.checkpoints[0] == canonical.digest(pack(parent))
-    assert pack(again.adapter) == pack(trained.adapter) and pack(again.fisher) == pack(trained.fisher)
+    assert pack(again.adapter) == pack(trained.adapter)
+    assert pack(again.fisher) == pack(trained.fisher)
     other = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, seed=1))
     assert other.checkpoints[1] != trained.checkpoints[1]
 
 
 def test_training_starts_at_the_parent(model: LlamaForCausalLM, trained: Trained,
-                                       parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+                                       parts: Parts) -> None:
     further = train(model, KIND, trained.adapter, *parts, dataclasses.replace(OPTIONS, steps=1))
     assert further.loss_before == pytest.approx(trained.loss_after, abs=1e-6)
 
 
 def test_training_leaves_the_model_as_it_was(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
-                                             parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+                                             parts: Parts) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
     losses: list[tuple[int, float]] = []
-    train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, steps=2), on_step=lambda step, loss: losses.append((step, loss)))
-    assert [step for step, _ in losses] == [1, 2] and all(math.isfinite(loss) for _, loss in losses)
-    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    options = dataclasses.replace(OPTIONS, steps=2)
+    train(model, KIND, parent, *parts, options, on_step=lambda step, loss: losses.append((step, loss)))
+    assert [step for step, _ in losses] == [1, 2]
+    assert all(math.isfinite(loss) for _, loss in losses)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
+        assert torch.equal(p, before[name])
+        assert p.requires_grad
+        assert p.grad is None
 
 
 def test_a_training_that_goes_wrong_gives_the_best_state_seen(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
-                                                              parts: tuple[torch.Tensor, torch.Tensor]) -> None:
-    wild = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, learning_rate=30.0, steps=4, checkpoint_every=2))
-    assert wild.loss_after == wild.loss_before and pack(wild.adapter) == pack(parent)
+                                                              parts: Parts) -> None:
+    options = dataclasses.replace(OPTIONS, learning_rate=30.0, steps=4, checkpoint_every=2)
+    wild = train(model, KIND, parent, *parts, options)
+    assert wild.loss_after == wild.loss_before
+    assert pack(wild.adapter) == pack(parent)
 
 
 def test_a_loss_that_is_not_finite_is_said(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
-                                           parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+                                           parts: Parts) -> None:
     broken = {name: torch.full_like(tensor, 1e38) for name, tensor in parent.items()}
     with pytest.raises(InvalidInput, match="not finite"):
         train(model, KIND, broken, *parts, OPTIONS)
@@ -132,7 +146,7 @@ def test_options_out_of_range_are_refused(change: dict[str, float]) -> None:
 
 def test_two_contributors_merge_to_something_better(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
                                                     parent: dict[str, torch.Tensor], exam: Path,
-                                                    parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+                                                    parts: Parts) -> None:
     examiner = Examiner(model, tokenizer, KIND, Suite.load(exam))
     given = []
     for seed in (1, 2):
@@ -165,19 +179,21 @@ def test_scores_are_nats_per_byte_of_the_texts(model: LlamaForCausalLM, tokenize
 def test_evaluation_counts_tokens_and_bytes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
                                             parent: dict[str, torch.Tensor]) -> None:
     result = evaluate(model, tokenizer, KIND, parent, ["abcé", "x"])
-    assert (result.tokens, result.bytes) == (6, 6) and result.nats_per_byte == result.nats_per_token > 0
+    assert (result.tokens, result.bytes) == (6, 6)
+    assert result.nats_per_byte == result.nats_per_token > 0
     with pytest.raises(InvalidInput):
         evaluate(model, tokenizer, KIND, parent, [""])
 
 
 def test_the_first_token_is_not_predicted_without_a_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
                                                           parent: dict[str, torch.Tensor]) -> None:
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)  # type: ignore[no-untyped-call]
     scorer = Scorer(model, bare, ["ab", "a", ""])
     assert scorer.tokens == [1, 0, 0]
     with attached(model, KIND, parent) as applier:
         nats = scorer.nats(applier, parent)
-    assert nats[0] > 0 and nats[1:] == [0.0, 0.0]
+    assert nats[0] > 0
+    assert nats[1:] == [0.0, 0.0]
 
 
 def test_a_suite_travels(exam: Path) -> None:
@@ -186,14 +202,17 @@ def test_a_suite_travels(exam: Path) -> None:
     raw = suite.pack()
     assert Suite.load(exam).pack() == raw
     again = Suite.unpack(raw, 1 << 20)
-    assert again.domains == suite.domains and again.pack() == raw and (again.name, again.licence) == ("small", "CC0-1.0")
+    assert again.domains == suite.domains
+    assert again.pack() == raw
+    assert (again.name, again.licence) == ("small", "CC0-1.0")
     with pytest.raises(Rejected):
         Suite.unpack(raw, 100)
 
 
 def test_the_starters_exam_is_valid() -> None:
     suite = Suite.load(STARTER / "exam")
-    assert len(suite.domains) == 6 and all(len(d.test) > len(d.tune) > 0 for d in suite.domains)
+    assert len(suite.domains) == 6
+    assert all(len(d.test) > len(d.tune) > 0 for d in suite.domains)
 
 
 @pytest.mark.parametrize(("replace", "by", "says"), [
@@ -218,7 +237,8 @@ def test_a_wrong_exam_is_refused_in_one_sentence(exam: Path, replace: str, by: s
     assert refused.value.reason == "schema"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"source": "x"}\n', b"[1]\n", b"\xff\n", b'{"text": ""}\n', b"[" * 100_000])
+@pytest.mark.parametrize("content", [
+    b"", b"\n\n", b'{"source": "x"}\n', b"[1]\n", b"\xff\n", b'{"text": ""}\n', b"[" * 100_000])
 def test_rows_without_text_are_refused(exam: Path, content: bytes) -> None:
     (exam / "prose.test.jsonl").write_bytes(content)
     with pytest.raises(InvalidInput, match=r"prose\.test\.jsonl"):
@@ -248,7 +268,8 @@ def test_alpha_is_found_in_few_evaluations(best: float) -> None:
         return 1.2 + 0.03 * (alpha - best) ** 2
 
     alpha = search_alpha(score)
-    assert alpha == pytest.approx(min(best, 4.0), abs=0.1) and alpha * 16 == round(alpha * 16)
+    assert alpha == pytest.approx(min(best, 4.0), abs=0.1)
+    assert alpha * 16 == round(alpha * 16)
     assert len(asked) == len(set(asked)) <= 6
 
 

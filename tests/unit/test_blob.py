@@ -40,7 +40,8 @@ def test_tensors_survive_in_any_order_with_the_same_bytes(state: dict[str, torch
     read = blob.unpack(raw, None, LIMIT)
     assert list(read) == sorted(state)
     for name, tensor in state.items():
-        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
 
 
 @given(tensors)
@@ -48,7 +49,8 @@ def test_the_format_is_safetensors(state: dict[str, torch.Tensor]) -> None:
     ours, theirs = safetensors.torch.load(blob.pack(state)), blob.unpack(safetensors.torch.save(state), None, LIMIT)
     assert ours.keys() == theirs.keys() == state.keys()
     for name, tensor in state.items():
-        assert torch.equal(ours[name], tensor) and torch.equal(theirs[name], tensor)
+        assert torch.equal(ours[name], tensor)
+        assert torch.equal(theirs[name], tensor)
 
 
 def test_metadata_of_other_writers_is_ignored() -> None:
@@ -57,7 +59,8 @@ def test_metadata_of_other_writers_is_ignored() -> None:
 
 def test_a_blob_of_float32_is_one_vector_too() -> None:
     read = blob.unpack(blob.pack(STATE), SLOTS, LIMIT)
-    assert read.flat is not None and torch.equal(read.flat, torch.cat([STATE["a"], STATE["b"].flatten()]))
+    assert read.flat is not None
+    assert torch.equal(read.flat, torch.cat([STATE["a"], STATE["b"].flatten()]))
     assert read.places == (("a", (3,)), ("b", (2, 2)))
 
 
@@ -141,7 +144,8 @@ def test_the_limit_comes_first() -> None:
 def test_data_that_is_not_aligned_is_read() -> None:
     data = b"\x07" + torch.tensor([1.5]).numpy().tobytes()
     read = blob.unpack(framed({"z": entry("U8", [1], [0, 1]), "a": entry("F32", [1], [1, 5])}, data), None, LIMIT)
-    assert float(read["a"]) == 1.5 and int(read["z"]) == 7
+    assert float(read["a"]) == 1.5
+    assert int(read["z"]) == 7
 
 
 def test_complex_numbers_are_not_packed() -> None:

@@ -22,7 +22,8 @@ def byte_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*ALPHABET, "<end>"])}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **({"eos_token": "<end>"} if eos else {}))
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner, **({"eos_token": "<end>"} if eos else {}))
 
 
 TOKENIZER = byte_tokenizer()
@@ -44,7 +45,8 @@ def test_files_that_are_no_texts_are_refused(tmp_path: Path, content: bytes, say
     (tmp_path / "f.txt").write_bytes(content)
     with pytest.raises(InvalidInput, match=says) as refused:
         read_texts([tmp_path / "f.txt"])
-    assert refused.value.message.startswith("f.txt ") and refused.value.hint
+    assert refused.value.message.startswith("f.txt ")
+    assert refused.value.hint
 
 
 def test_missing_files_folders_and_nothing_are_refused(tmp_path: Path) -> None:
@@ -74,9 +76,12 @@ def test_blocks_predict_each_token_once(contents: list[str], sequence: int) -> N
         stream += [*TOKENIZER(content)["input_ids"], END]
     cut = blocks([text(c) for c in contents], TOKENIZER, sequence)
     width = cut.shape[1] - 1
-    assert cut.dtype == torch.int64 and width <= sequence and len(cut) >= 2
+    assert cut.dtype == torch.int64
+    assert width <= sequence
+    assert len(cut) >= 2
     targets = cut[:, 1:].flatten().tolist()
-    assert [int(cut[0, 0]), *targets] == stream[:len(targets) + 1] and len(stream) - 1 - len(targets) < width
+    assert [int(cut[0, 0]), *targets] == stream[:len(targets) + 1]
+    assert len(stream) - 1 - len(targets) < width
 
 
 def test_little_text_makes_shorter_blocks() -> None:
@@ -96,10 +101,12 @@ def test_a_tokenizer_without_an_end_works() -> None:
 def test_the_split_is_disjoint_complete_and_the_seeds(count: int, seed: int, share: float) -> None:
     rows = torch.arange(count).repeat_interleave(3).view(count, 3)
     train, held_out = split(rows, seed, share)
-    assert len(train) >= 1 and len(held_out) >= 1
+    assert len(train) >= 1
+    assert len(held_out) >= 1
     assert sorted([*train[:, 0].tolist(), *held_out[:, 0].tolist()]) == list(range(count))
     again = split(rows, seed, share)
-    assert torch.equal(train, again[0]) and torch.equal(held_out, again[1])
+    assert torch.equal(train, again[0])
+    assert torch.equal(held_out, again[1])
 
 
 def test_one_block_cannot_be_split() -> None:

@@ -1,6 +1,7 @@
 """(IA)³ on families of all makes: where the vectors are found, and that they scale what they say."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import ia3
 from p2pmodel.tensors.kinds import get_kind
 
-SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-EXPERTS = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
-GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "bos_token_id": 1, "eos_token_id": 2}
-NEOX = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+SMALL: dict[str, Any] = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS: dict[str, Any] = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2: dict[str, Any] = {
+    "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "bos_token_id": 1, "eos_token_id": 2}
+NEOX: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 
 FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], set[str]]] = {
     "llama": (lambda: hf.LlamaConfig(**SMALL), {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.down_proj"}),
@@ -24,8 +27,8 @@ FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], set[str]]] = {
     "phi3": (lambda: hf.Phi3Config(**SMALL), {"out:self_attn.qkv_proj", "in:mlp.down_proj"}),
     "gpt2": (lambda: hf.GPT2Config(**GPT2), {"out:attn.c_attn", "in:mlp.c_proj"}),
     "gpt_neox": (lambda: hf.GPTNeoXConfig(**NEOX), {"out:attention.query_key_value", "in:mlp.dense_4h_to_h"}),
-    "opt": (lambda: hf.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4,
-                                 word_embed_proj_dim=16, dropout=0.0),
+    "opt": (lambda: hf.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2,
+                                 num_attention_heads=4, word_embed_proj_dim=16, dropout=0.0),
             {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:fc2"}),
     "mixtral": (lambda: hf.MixtralConfig(**EXPERTS),
                 {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"}),
@@ -36,8 +39,13 @@ FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], set[str]]] = {
 
 def build(family: str) -> tuple[nn.Module, tuple[Slot, ...]]:
     torch.manual_seed(0)
-    base = hf.AutoModelForCausalLM.from_config(FAMILIES[family][0]()).eval().base_model
+    base = whole(family).train(False).base_model
     return base, ia3.find_slots(base)
+
+
+def whole(family: str) -> hf.PreTrainedModel:
+    model: hf.PreTrainedModel = hf.AutoModelForCausalLM.from_config(FAMILIES[family][0]())  # type: ignore[no-untyped-call]
+    return model
 
 
 def random_rows(slots: tuple[Slot, ...], rows: int) -> dict[str, Tensor]:
@@ -53,11 +61,12 @@ def run(base: nn.Module, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_slots_are_found_on_the_meta_device(family: str) -> None:
     with torch.device("meta"):
-        base = hf.AutoModelForCausalLM.from_config(FAMILIES[family][0]()).base_model
+        base = whole(family).base_model
     slots = ia3.find_slots(base)
-    places = {slot.name.removeprefix("ia3:").replace(_layers(base), "").lstrip() for slot in slots}
+    places = {slot.name.removeprefix("ia3:").replace(_layers(base), "") for slot in slots}
     below = {f"{kind}:{path.split('.', 1)[1]}" for kind, path in (place.split(":") for place in places)}
-    assert below == FAMILIES[family][1] and len(slots) == 2 * len(below)
+    assert below == FAMILIES[family][1]
+    assert len(slots) == 2 * len(below)
     assert [slot.name for slot in slots] == sorted(slot.name for slot in slots)
 
 
@@ -67,7 +76,7 @@ def _layers(base: nn.Module) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_are_as_if_alone(family: str) -> None:
-    """Each row with its own vectors is that row computed alone with these vectors, and other vectors do other things."""
+    """Each row with its own vectors is that row computed alone with them, and other vectors do other things."""
     base, slots = build(family)
     ids, rows = torch.arange(15).view(3, 5) + 3, random_rows(slots, 3)
     applier = ia3.Applier(base, [slot.name for slot in slots])
@@ -88,7 +97,7 @@ def test_every_slot_has_a_gradient(family: str) -> None:
     base, slots = build(family)
     state = {name: tensor.requires_grad_(True) for name, tensor in ia3.initial(slots).items()}
     with ia3.Applier(base, list(state)).use(state):
-        run(base, torch.arange(10).view(1, 10) + 3).square().sum().backward()
+        run(base, torch.arange(10).view(1, 10) + 3).square().sum().backward()  # type: ignore[no-untyped-call]
     # The key's bias of a softmax cancels, its scale does not.
     assert all(tensor.grad is not None and bool(tensor.grad.abs().sum() > 0) for tensor in state.values())
 
@@ -169,7 +178,8 @@ def test_a_model_without_such_modules_is_refused() -> None:
 def test_kinds_are_found_by_name() -> None:
     kind = get_kind("ia3@1")
     base, slots = build("llama")
-    assert kind.find_slots(base) == slots and kind.name == "ia3@1"
+    assert kind.find_slots(base) == slots
+    assert kind.name == "ia3@1"
     assert all(bool((t == 1).all()) and t.dtype == torch.float32 for t in kind.initial(slots).values())
     with pytest.raises(NotFound):
         get_kind("magic@1")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, Rejected
+from p2pmodel.domain.ids import PatchId
 from p2pmodel.tensors import blob, merge
 from p2pmodel.tensors.merge import Contribution, apply_update, get_strategy
 from p2pmodel.wire import canonical
@@ -21,7 +22,7 @@ values = st.floats(-4, 4, width=32)
 masses = st.floats(0, 1, width=32)
 
 
-def patch_id(number: int) -> str:
+def patch_id(number: int) -> PatchId:
     return canonical.digest(str(number).encode())
 
 
@@ -37,7 +38,7 @@ def combine(strategy: merge.MergeStrategy, parent: dict[str, Tensor], given: Seq
 
 def rows(count: st.SearchStrategy[int], width: int = 3) -> st.SearchStrategy[list[Contribution]]:
     def build(n: int) -> st.SearchStrategy[list[Contribution]]:
-        one = st.tuples(st.lists(values, min_size=width, max_size=width), st.lists(masses, min_size=width, max_size=width))
+        one = st.tuples(*(st.lists(of, min_size=width, max_size=width) for of in (values, masses)))
         return st.lists(one, min_size=n, max_size=n).map(
             lambda parts: [contribution(i, adapter, fisher) for i, (adapter, fisher) in enumerate(parts)])
     return count.flatmap(build)
@@ -90,21 +91,24 @@ def test_the_mean_update_lies_between_the_updates(given: list[Contribution]) -> 
 
 def test_closed_forms_of_scalars() -> None:
     parent = {"s": torch.tensor([1.0])}
-    given = [contribution(0, [2.0], [1e-10]), contribution(1, [4.0], [3e-10], weight=2.0), contribution(2, [1.0], [2e-10])]
+    given = [contribution(0, [2.0], [1e-10]), contribution(1, [4.0], [3e-10], weight=2.0),
+             contribution(2, [1.0], [2e-10])]
     expected = (1 * 1e-10 * 1 + 2 * 3e-10 * 3 + 1 * 2e-10 * 0) / (1e-10 + 2 * 3e-10 + 2e-10)
     assert combine(FISHER, parent, given, NO_CLIP)["s"].item() == pytest.approx(expected, rel=1e-6)
     assert combine(MEAN, parent, given)["s"].item() == pytest.approx((1 + 2 * 3 + 0) / 4)
     # The median Fisher is 2e-10, so that 3e-10 is clipped at 2e-10 when the limit is one median.
     clipped = (1e-10 * 1 + 2 * 2e-10 * 3) / (1e-10 + 2 * 2e-10 + 2e-10)
-    assert combine(FISHER, parent, given, {**NO_CLIP, "fisher_clip": 1.0})["s"].item() == pytest.approx(clipped, rel=1e-6)
+    result = combine(FISHER, parent, given, {**NO_CLIP, "fisher_clip": 1.0})["s"]
+    assert result.item() == pytest.approx(clipped, rel=1e-6)
 
 
 def test_the_norm_of_an_update_is_clipped_at_a_multiple_of_the_median() -> None:
     parent = {"s": torch.zeros(2)}
     ones = [1.0, 1.0]
-    given = [contribution(0, [1.0, 0.0], ones), contribution(1, [0.0, 1.0], ones), contribution(2, [300.0, 400.0], ones)]
+    given = [contribution(i, update, ones) for i, update in enumerate(([1.0, 0.0], [0.0, 1.0], [300.0, 400.0]))]
     # norms 1, 1, 500: the last update is scaled to a norm of 3, so to (1.8, 2.4)
-    torch.testing.assert_close(combine(FISHER, parent, given)["s"], torch.tensor([2.8 / 3, 3.4 / 3], dtype=torch.float64))
+    expected = torch.tensor([2.8 / 3, 3.4 / 3], dtype=torch.float64)
+    torch.testing.assert_close(combine(FISHER, parent, given)["s"], expected)
 
 
 @settings(max_examples=50)
@@ -159,8 +163,13 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, strate
                                          dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     parent = {"a": torch.ones(7, 11, dtype=dtype), "b": torch.ones(50, dtype=dtype)}
-    given = [Contribution(patch_id(i), {n: t + torch.randn(t.shape, generator=generator, dtype=dtype) for n, t in parent.items()},
-                          {n: torch.rand(t.shape, generator=generator) for n, t in parent.items()}, 1.0 + i) for i in range(9)]
+
+    def one(number: int) -> Contribution:
+        adapter = {n: t + torch.randn(t.shape, generator=generator, dtype=dtype) for n, t in parent.items()}
+        fisher = {n: torch.rand(t.shape, generator=generator) for n, t in parent.items()}
+        return Contribution(patch_id(number), adapter, fisher, 1.0 + number)
+
+    given = [one(number) for number in range(9)]
     whole = combine(strategy, parent, given)
     monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 9 * 20)
     monkeypatch.setattr(merge, "_CACHED_ELEMENTS", 130)
@@ -204,7 +213,9 @@ def test_parameters_that_are_not_known_are_refused(parameters: dict[str, float])
 def test_the_result_has_the_parents_dtype_and_slots() -> None:
     parent = {"s": torch.ones(2, dtype=torch.bfloat16), "t": torch.ones(1)}
     result = apply_update(parent, {"s": torch.full((2,), 0.5, dtype=torch.float64)}, 2.0)
-    assert result["s"].dtype == torch.bfloat16 and result["s"].tolist() == [2.0, 2.0] and result["t"].tolist() == [1.0]
+    assert result["s"].dtype == torch.bfloat16
+    assert result["s"].tolist() == [2.0, 2.0]
+    assert result["t"].tolist() == [1.0]
 
 
 def test_an_unknown_strategy_is_not_found() -> None:
