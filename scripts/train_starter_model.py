@@ -10,6 +10,7 @@ The data order depends on the seed and the step alone, so an interrupted run end
 
 Five domains are held out of the training, so that patches have something to bring: see HELD_OUT.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,8 +23,8 @@ import os
 import platform
 import sys
 import sysconfig
-import tokenize
 import time
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,12 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
 MIXTURE = {"library": 0.58, "tests": 0.36, "topics": 0.06}
 
 EXCERPT_BYTES = 2048
-TUNE_EXCERPTS, TEST_EXCERPTS = 5, 9        # of each domain, each from another file where there are enough
-GENERAL_HELD_OUT = 0.04                    # of the files outside the held-out domains, for the exam's "general"
-CONTRIBUTOR_BYTES = 240_000                # text shipped for the contributor of one domain
+TUNE_EXCERPTS, TEST_EXCERPTS = 5, 9  # of each domain, each from another file where there are enough
+GENERAL_HELD_OUT = 0.04  # of the files outside the held-out domains, for the exam's "general"
+CONTRIBUTOR_BYTES = 240_000  # text shipped for the contributor of one domain
 
 SEQUENCE, BATCH = 512, 12
-STEPS, WARMUP, DECAY = 1000, 40, 0.3       # a warm-up, stable, decay schedule; DECAY is the last share of the steps
+STEPS, WARMUP, DECAY = 1000, 40, 0.3  # a warm-up, stable, decay schedule; DECAY is the last share of the steps
 LR_MUON, LR_ADAM, WEIGHT_DECAY = 0.02, 4e-3, 0.05
 SAMPLE_PROMPTS = (
     "def read_lines(path):\n    ",
@@ -71,7 +72,7 @@ SAMPLE_PROMPTS = (
 # ---------------------------------------------------------------------------------------------------- data
 @dataclass(frozen=True)
 class Source:
-    name: str      # path below the library's root
+    name: str  # path below the library's root
     text: str
 
 
@@ -101,6 +102,7 @@ def library_sources() -> Iterator[Source]:
 
 def topic_sources() -> Iterator[Source]:
     from pydoc_data.topics import topics
+
     for name, text in sorted(topics.items()):
         yield Source(f"topics/{name}", text)
 
@@ -118,7 +120,7 @@ def excerpts(sources: list[Source], count: int) -> list[Source]:
         room = max(1, len(raw) - EXCERPT_BYTES)
         at = int(_order(f"{source.name}#{turn}")[:8], 16) % room
         at = raw.find(b"\n", at) + 1 if at else 0
-        piece = raw[at:at + EXCERPT_BYTES].decode(errors="ignore")
+        piece = raw[at : at + EXCERPT_BYTES].decode(errors="ignore")
         taken.append(Source(f"{source.name}@{at}", piece))
     return taken
 
@@ -142,21 +144,22 @@ def make_data(work: Path) -> None:
     for name, sources in {**domains, "general": general}.items():
         ordered = sorted((s for s in sources if len(s.text) > 2 * EXCERPT_BYTES), key=lambda s: _order(s.name))
         test[name] = excerpts(ordered[:TEST_EXCERPTS], TEST_EXCERPTS)
-        tune[name] = excerpts(ordered[TEST_EXCERPTS:TEST_EXCERPTS + TUNE_EXCERPTS], TUNE_EXCERPTS)
+        tune[name] = excerpts(ordered[TEST_EXCERPTS : TEST_EXCERPTS + TUNE_EXCERPTS], TUNE_EXCERPTS)
         if name != "general":
-            write_contribution(name, ordered[TEST_EXCERPTS + TUNE_EXCERPTS:])
+            write_contribution(name, ordered[TEST_EXCERPTS + TUNE_EXCERPTS :])
     write_exam(tune, test)
 
     tokenizer = train_tokenizer(s.text for stream in streams.values() for s in stream)
     work.mkdir(parents=True, exist_ok=True)
     end = tokenizer.token_to_id(END)
     for name, sources in streams.items():
-        ids = [i for s in sorted(sources, key=lambda s: _order(s.name))
-               for i in [end, *tokenizer.encode(s.text).ids]]
+        ids = [i for s in sorted(sources, key=lambda s: _order(s.name)) for i in [end, *tokenizer.encode(s.text).ids]]
         np.save(work / f"{name}.npy", np.asarray(ids, dtype=np.uint16))
         size = sum(len(s.text.encode()) for s in sources)
-        print(f"{name}: {len(sources)} files, {size / 1e6:.1f} MB, {len(ids) / 1e6:.2f} M tokens, "
-              f"{size / len(ids):.2f} bytes a token")
+        print(
+            f"{name}: {len(sources)} files, {size / 1e6:.1f} MB, {len(ids) / 1e6:.2f} M tokens, "
+            f"{size / len(ids):.2f} bytes a token"
+        )
     with lzma.open(work / "training-text.xz", "wt", preset=0) as file:
         file.write("".join(s.text for k in ("topics", "library") for s in streams[k]))
 
@@ -182,7 +185,13 @@ def write_exam(tune: dict[str, list[Source]], test: dict[str, list[Source]]) -> 
             rows = (json.dumps({"source": p.name, "text": p.text}, ensure_ascii=False) for p in pieces)
             (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for domain in tune:
-        lines += ["[[domain]]", f'name = "{domain}"', f'tune = "{domain}.tune.jsonl"', f'test = "{domain}.test.jsonl"', ""]
+        lines += [
+            "[[domain]]",
+            f'name = "{domain}"',
+            f'tune = "{domain}.tune.jsonl"',
+            f'test = "{domain}.test.jsonl"',
+            "",
+        ]
     (folder / "exam.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -190,15 +199,28 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     # A line's end goes with the indentation of the next line, a word with the blank before it.
     words = Regex(r"\n[ \n]*| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END,
-                            model_max_length=1024, clean_up_tokenization_spaces=False).save_pretrained(STARTER / "model")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(STARTER / "model")
     return tokenizer
 
 
@@ -232,10 +254,23 @@ class Muon(torch.optim.Optimizer):
 def new_model() -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     end = AutoTokenizer.from_pretrained(STARTER / "model").eos_token_id
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=1024, rope_theta=10000.0, tie_word_embeddings=True,
-        initializer_range=0.02, bos_token_id=end, eos_token_id=end, pad_token_id=end))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            rope_theta=10000.0,
+            tie_word_embeddings=True,
+            initializer_range=0.02,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
 
 
 def batch_at(step: int, streams: dict[str, np.ndarray]) -> Tensor:
@@ -245,7 +280,7 @@ def batch_at(step: int, streams: dict[str, np.ndarray]) -> Tensor:
     rows = []
     for name in names:
         at = int(rng.integers(len(streams[name]) - SEQUENCE - 1))
-        rows.append(streams[name][at:at + SEQUENCE + 1].astype(np.int64))
+        rows.append(streams[name][at : at + SEQUENCE + 1].astype(np.int64))
     return torch.from_numpy(np.stack(rows))
 
 
@@ -260,7 +295,9 @@ def train(work: Path, steps: int) -> None:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-        (Muon(matrices, LR_MUON), LR_MUON), (torch.optim.AdamW(others, LR_ADAM, betas=(0.9, 0.95), weight_decay=0.0), LR_ADAM)]
+        (Muon(matrices, LR_MUON), LR_MUON),
+        (torch.optim.AdamW(others, LR_ADAM, betas=(0.9, 0.95), weight_decay=0.0), LR_ADAM),
+    ]
     checkpoint, start = work / "checkpoint.safetensors", 0
     if checkpoint.exists():
         start = restore(checkpoint, model, [o for o, _ in optimizers])
@@ -297,6 +334,7 @@ def keep(path: Path, step: int, model: nn.Module, optimizers: list[torch.optim.O
 
 def restore(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     from safetensors import safe_open
+
     tensors = load_file(path)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -349,24 +387,51 @@ def write_card(work: Path, steps: int) -> None:
         lines = (STARTER / "exam" / f"{name}.test.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         ours, xz = nats_per_byte(model, tokenizer, texts), xz_nats_per_byte(texts, training)
-        rows.append(f"| {name} | {'no' if name in HELD_OUT else 'yes'} | {ours:.4f} | {ours / math.log(2):.3f} | {xz:.4f} | {xz / math.log(2):.3f} |")
+        rows.append(
+            f"| {name} | {'no' if name in HELD_OUT else 'yes'} | {ours:.4f} | {ours / math.log(2):.3f} | "
+            f"{xz:.4f} | {xz / math.log(2):.3f} |"
+        )
         print(rows[-1])
     samples = []
     for prompt in SAMPLE_PROMPTS:
-        for label, options in (("greedy", {"do_sample": False}), ("temperature 0.7", {"do_sample": True, "temperature": 0.7, "top_k": 0})):
+        for label, options in (
+            ("greedy", {"do_sample": False}),
+            ("temperature 0.7", {"do_sample": True, "temperature": 0.7, "top_k": 0}),
+        ):
             torch.manual_seed(SEED)
             ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt).input_ids]])
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=80,
-                                 pad_token_id=tokenizer.eos_token_id, **options)
-            text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=80,
+                pad_token_id=tokenizer.eos_token_id,
+                **options,
+            )
+            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             samples.append(f"{label}:\n\n```python\n{prompt}⟶{text}\n```")
     tokens = {name: len(np.load(work / f"{name}.npy", mmap_mode="r")) for name in MIXTURE}
-    (folder / "README.md").write_text(CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6, size=(folder / "model.safetensors").stat().st_size / 1e6,
-        python=platform.python_version(), torch=torch.__version__, held_out=", ".join(HELD_OUT), rows="\n".join(rows),
-        tokens=", ".join(f"{k} {v / 1e6:.2f} M tokens at {MIXTURE[k]:.0%}" for k, v in tokens.items()), steps=steps,
-        batch=BATCH, sequence=SEQUENCE, seen=steps * BATCH * SEQUENCE / 1e6, seed=SEED, samples="\n\n".join(samples),
-        lr_muon=LR_MUON, lr_adam=LR_ADAM, warmup=WARMUP, decay=DECAY), encoding="utf-8")
+    (folder / "README.md").write_text(
+        CARD.format(
+            parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+            size=(folder / "model.safetensors").stat().st_size / 1e6,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            held_out=", ".join(HELD_OUT),
+            rows="\n".join(rows),
+            tokens=", ".join(f"{k} {v / 1e6:.2f} M tokens at {MIXTURE[k]:.0%}" for k, v in tokens.items()),
+            steps=steps,
+            batch=BATCH,
+            sequence=SEQUENCE,
+            seen=steps * BATCH * SEQUENCE / 1e6,
+            seed=SEED,
+            samples="\n\n".join(samples),
+            lr_muon=LR_MUON,
+            lr_adam=LR_ADAM,
+            warmup=WARMUP,
+            decay=DECAY,
+        ),
+        encoding="utf-8",
+    )
 
 
 CARD = """---
@@ -378,15 +443,16 @@ datasets: [python-standard-library]
 ---
 # p2pmodel starter
 
-A Llama-style causal language model of {parameters:.2f} million parameters ({size:.1f} MB in float16) that continues Python
-code. It is there to be hosted, patched and merged on small machines; it is no assistant.
+A Llama-style causal language model of {parameters:.2f} million parameters ({size:.1f} MB in float16) that continues
+Python code. It is there to be hosted, patched and merged on small machines; it is no assistant.
 
 ## Data
 The standard library of CPython {python}: its sources, its tests and its pydoc topics (PSF-2.0). Files that are mostly
 tables of numbers are left out. Mixture: {tokens}.
 
-Held out of the training, with their tests, so that patches have something to bring: **{held_out}**. Excerpts of them are
-the exam (`exam/`), other files of them are what the quickstart's contributors train on (`domains/`); no file is in both.
+Held out of the training, with their tests, so that patches have something to bring: **{held_out}**. Excerpts of them
+are the exam (`exam/`), other files of them are what the quickstart's contributors train on (`domains/`); no file is in
+both.
 4 % of the remaining files are held out too, as the exam's domain "general".
 
 ## Recipe

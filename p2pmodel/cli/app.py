@@ -12,9 +12,14 @@ from p2pmodel.cli.options import Home
 from p2pmodel.domain.errors import NotFound, P2PModelError
 
 app = typer.Typer(
-    name="p2pmodel", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="p2pmodel",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"auto_envvar_prefix": "P2PMODEL", "help_option_names": ["-h", "--help"]},
-    help="Host, use, train and improve a model together, from machine to machine.")
+    help="Host, use, train and improve a model together, from machine to machine.",
+)
 
 START, USE, IMPROVE, LOOK = "Start here", "Use a model", "Improve a model", "Look"
 
@@ -34,7 +39,8 @@ app.command(rich_help_panel=LOOK)(inspecting.fsck)
 
 @app.callback()
 def options(
-    context: typer.Context, home: Home = None,
+    context: typer.Context,
+    home: Home = None,
     log_level: str = typer.Option("WARNING", "--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=True),
     version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
 ) -> None:
@@ -45,6 +51,7 @@ def options(
         return
     from p2pmodel.store.home import Home as HomeFolder
     from p2pmodel.telemetry.logs import configure
+
     configure(log_level)
     if home is not None:
         os.environ["P2PMODEL_HOME"] = str(home)

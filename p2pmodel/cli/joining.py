@@ -15,13 +15,30 @@ def join(
     model: options.Model = None,
     peers: options.Peers = None,
     layers: Annotated[str, typer.Option("--layers", metavar="A:B", help="Span to host, `auto`, or `none`.")] = "auto",
-    capacity: Annotated[int | None, typer.Option("--capacity", help="With `auto`: how many layers fit.", min=1, show_default="half of them")] = None,
+    capacity: Annotated[
+        int | None,
+        typer.Option("--capacity", help="With `auto`: how many layers fit.", min=1, show_default="half of them"),
+    ] = None,
     base: options.Base = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="TCP port for peers (gossip takes the next one); 0 takes free ones.", min=0, max=65534)] = 0,
-    metrics_port: Annotated[int | None, typer.Option("--metrics-port", help="Serve Prometheus metrics on 127.0.0.1 at this port.", min=0, max=65535)] = None,
-    maintain: Annotated[bool, typer.Option("--maintain", help="Take part in rounds as a maintainer: needs the whole checkpoint.")] = False,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads to compute with.", min=1, show_default="all cores")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", help="TCP port for peers (gossip takes the next one); 0 takes free ones.", min=0, max=65534
+        ),
+    ] = 0,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", help="Serve Prometheus metrics on 127.0.0.1 at this port.", min=0, max=65535),
+    ] = None,
+    maintain: Annotated[
+        bool, typer.Option("--maintain", help="Take part in rounds as a maintainer: needs the whole checkpoint.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="CPU threads to compute with.", min=1, show_default="all cores")
+    ] = None,
     home: options.Home = None,
 ) -> None:
     """Host a part of a model. With no model named it is the starter model; with no peers, a swarm begins here."""
@@ -31,9 +48,26 @@ def join(
     import uvloop
 
     from p2pmodel.node.node import NodeOptions, run
-    uvloop.run(run(NodeOptions(
-        home=home, model=model, peers=tuple(peers or ()), layers=hosted, capacity=capacity, base=base, gpu=gpu, host=host,
-        port=port, metrics_port=metrics_port, maintain=maintain, threads=threads), say=lambda line: typer.echo(line)))
+
+    uvloop.run(
+        run(
+            NodeOptions(
+                home=home,
+                model=model,
+                peers=tuple(peers or ()),
+                layers=hosted,
+                capacity=capacity,
+                base=base,
+                gpu=gpu,
+                host=host,
+                port=port,
+                metrics_port=metrics_port,
+                maintain=maintain,
+                threads=threads,
+            ),
+            say=lambda line: typer.echo(line),
+        )
+    )
 
 
 def parse_layers(text: str) -> Span | str:
@@ -44,4 +78,6 @@ def parse_layers(text: str) -> Span | str:
         start, end = (int(part) for part in text.split(":"))
         return Span(start, end)
     except ValueError:
-        raise UsageError(f"--layers {text!r} is not a span.", "Write it as 0:4 (layers 0 to 3), or `auto`, or `none`.") from None
+        raise UsageError(
+            f"--layers {text!r} is not a span.", "Write it as 0:4 (layers 0 to 3), or `auto`, or `none`."
+        ) from None

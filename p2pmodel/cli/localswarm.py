@@ -32,8 +32,13 @@ class NodeProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "p2pmodel", "--log-level", "INFO", "join", "--home", str(home), *arguments],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if not outlive else log, stderr=log, text=True,
-                start_new_session=True, preexec_fn=None if outlive else _die_with_parent)
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if not outlive else log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                preexec_fn=None if outlive else _die_with_parent,
+            )
         self._outlive = outlive
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -113,7 +118,9 @@ class LocalSwarm:
         self.nodes[name] = node
         return node
 
-    def wait_until_serving(self, seconds: float = START_SECONDS, each: Callable[[NodeProcess], None] = lambda _: None) -> None:
+    def wait_until_serving(
+        self, seconds: float = START_SECONDS, each: Callable[[NodeProcess], None] = lambda _: None
+    ) -> None:
         deadline = time.monotonic() + seconds
         for node in self.nodes.values():
             node.wait_until_serving(deadline)
@@ -129,8 +136,10 @@ class LocalSwarm:
             waiting(", ".join(sorted({head for head in heads.values() if head})))
             if time.monotonic() > deadline:
                 have = ", ".join(f"{name} {head or 'does not answer'}" for name, head in heads.items())
-                raise Unreachable(f"Version {number} was not adopted everywhere within {seconds:.0f} seconds ({have}).",
-                                  f"The nodes' logs are in {self.folder}")
+                raise Unreachable(
+                    f"Version {number} was not adopted everywhere within {seconds:.0f} seconds ({have}).",
+                    f"The nodes' logs are in {self.folder}",
+                )
             time.sleep(0.3)
 
     def stop(self) -> None:

@@ -14,16 +14,36 @@ app = typer.Typer(no_args_is_help=True, help="Begin a model lineage, and look at
 
 @app.command()
 def create(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint in the Hugging Face format, or a hub id; `starter` is the one that ships.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a checkpoint in the Hugging Face format, or a hub id; `starter` is the one that ships."
+        ),
+    ],
     name: Annotated[str, typer.Option("--name")],
-    maintainer: Annotated[list[str] | None, typer.Option("--maintainer", help="Peer id of a maintainer; may be repeated.", show_default="this home's key")] = None,
+    maintainer: Annotated[
+        list[str] | None,
+        typer.Option("--maintainer", help="Peer id of a maintainer; may be repeated.", show_default="this home's key"),
+    ] = None,
     threshold: Annotated[int, typer.Option("--threshold", help="How many maintainers have to accept a version.")] = 1,
-    exam: Annotated[Path | None, typer.Option("--exam", exists=True, file_okay=False, help="Folder of the exam suite.", show_default="the starter's")] = None,
+    exam: Annotated[
+        Path | None,
+        typer.Option(
+            "--exam", exists=True, file_okay=False, help="Folder of the exam suite.", show_default="the starter's"
+        ),
+    ] = None,
     licence: Annotated[str, typer.Option("--licence", help="SPDX licence of the model.")] = "",
-    min_patches: Annotated[int, typer.Option("--min-patches", help="A round closes when that many patches are there.")] = 3,
-    open_seconds: Annotated[float, typer.Option("--open-seconds", help="Or after this time, with one patch at least.")] = 3600.0,
+    min_patches: Annotated[
+        int, typer.Option("--min-patches", help="A round closes when that many patches are there.")
+    ] = 3,
+    open_seconds: Annotated[
+        float, typer.Option("--open-seconds", help="Or after this time, with one patch at least.")
+    ] = 3600.0,
     strategy: Annotated[str, typer.Option("--strategy", help="How patches are merged.")] = "fisher@1",
-    tolerance: Annotated[float, typer.Option("--tolerance", help="How much worse a version may be on any domain of the exam (0.005 is 0.5 %).")] = 0.005,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", help="How much worse a version may be on any domain of the exam (0.005 is 0.5 %)."),
+    ] = 0.005,
     home: options.Home = None,
     json: options.Json = False,
 ) -> None:
@@ -35,9 +55,16 @@ def create(
     from p2pmodel.domain.model import Limits, Schedule
     from p2pmodel.node import bases, founding
     from p2pmodel.store.home import Home
+
     folder = Home.open(home)
     is_folder = Path(checkpoint).is_dir()
-    path = starter.MODEL if checkpoint == starter.NAME and not is_folder else Path(checkpoint) if is_folder else bases.download(checkpoint)
+    path = (
+        starter.MODEL
+        if checkpoint == starter.NAME and not is_folder
+        else Path(checkpoint)
+        if is_folder
+        else bases.download(checkpoint)
+    )
     source = "" if is_folder or checkpoint == starter.NAME else checkpoint
     try:
         limits = Limits(regression_tolerance=tolerance)
@@ -45,29 +72,50 @@ def create(
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     maintainers = tuple(PeerId(m) for m in maintainer or [folder.key.peer])
-    lineage = founding.found(folder, path, founding.Founding(
-        name, maintainers, threshold, exam or starter.EXAM, source, licence, strategy, schedule, limits))
-    emit({"id": lineage.model, "name": name, "maintainers": maintainers, "threshold": threshold},
-         f"model {lineage.model}\n{name}: {len(lineage.manifest.slots)} slots in {lineage.manifest.layers} layers, "
-         f"{threshold} of {len(maintainers)} maintainers adopt a version\nhost it with: p2pmodel join --model {short(lineage.model)}", json)
+    lineage = founding.found(
+        folder,
+        path,
+        founding.Founding(
+            name, maintainers, threshold, exam or starter.EXAM, source, licence, strategy, schedule, limits
+        ),
+    )
+    emit(
+        {"id": lineage.model, "name": name, "maintainers": maintainers, "threshold": threshold},
+        f"model {lineage.model}\n{name}: {len(lineage.manifest.slots)} slots in {lineage.manifest.layers} layers, "
+        f"{threshold} of {len(maintainers)} maintainers adopt a version\n"
+        f"host it with: p2pmodel join --model {short(lineage.model)}",
+        json,
+    )
 
 
 @app.command()
-def show(model: Annotated[str | None, typer.Argument(help="Name, id, or folder.", show_default="the starter model")] = None,
-         home: options.Home = None, json: options.Json = False) -> None:
+def show(
+    model: Annotated[str | None, typer.Argument(help="Name, id, or folder.", show_default="the starter model")] = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
     """The Manifest: what a model is, and who decides."""
     from p2pmodel.node.discovery import local_lineage
     from p2pmodel.store.home import Home
+
     lineage = local_lineage(Home.open(home), model)
     m = lineage.manifest
     weights = sum(f.blob.size for f in m.files if f.name.endswith(".safetensors"))
     lines = [
-        f"model        {lineage.model}", f"name         {m.name}", f"head         {lineage.number(lineage.head)} ({short(lineage.head)})",
-        f"base         {m.architecture}, {m.layers} layers, {size(weights)} of weights{', from ' + m.source if m.source else ''}",
-        f"patches      {', '.join(m.kinds)}: {len(m.slots)} slots", f"merge        {m.merge.strategy} {dict(m.merge.parameters) or ''}".rstrip(),
+        f"model        {lineage.model}",
+        f"name         {m.name}",
+        f"head         {lineage.number(lineage.head)} ({short(lineage.head)})",
+        f"base         {m.architecture}, {m.layers} layers, {size(weights)} of weights"
+        f"{', from ' + m.source if m.source else ''}",
+        f"patches      {', '.join(m.kinds)}: {len(m.slots)} slots",
+        f"merge        {m.merge.strategy} {dict(m.merge.parameters) or ''}".rstrip(),
         f"rounds       close at {m.schedule.min_patches} patches, or after {m.schedule.open_seconds:.0f} s with one",
-        f"tolerance    {m.limits.regression_tolerance:.2%} on any domain of the exam", f"exam         {short(m.exam.digest)}, {size(m.exam.size)}",
-        f"licence      {m.licence or 'not stated'}", f"maintainers  {m.threshold} of {len(m.maintainers)}:", *(f"             {k}" for k in m.maintainers)]
+        f"tolerance    {m.limits.regression_tolerance:.2%} on any domain of the exam",
+        f"exam         {short(m.exam.digest)}, {size(m.exam.size)}",
+        f"licence      {m.licence or 'not stated'}",
+        f"maintainers  {m.threshold} of {len(m.maintainers)}:",
+        *(f"             {k}" for k in m.maintainers),
+    ]
     emit({"id": lineage.model, "head": lineage.head, "manifest": m}, "\n".join(lines), json)
 
 
@@ -76,8 +124,16 @@ def list_models(home: options.Home = None, json: options.Json = False) -> None:
     """The lineages that this home knows."""
     from p2pmodel.node.lineage import known_lineages
     from p2pmodel.store.home import Home
+
     known = known_lineages(Home.open(home))
-    rows = [[x.manifest.name, short(x.model), str(x.number(x.head)), x.manifest.architecture, str(x.manifest.layers)] for x in known]
-    emit([{"name": x.manifest.name, "id": x.model, "head": str(x.number(x.head))} for x in known],
-         table("", ["name", "id", "head", "architecture", "layers"], rows) if rows
-         else "No models are known here; begin one with: p2pmodel join", json)
+    rows = [
+        [x.manifest.name, short(x.model), str(x.number(x.head)), x.manifest.architecture, str(x.manifest.layers)]
+        for x in known
+    ]
+    emit(
+        [{"name": x.manifest.name, "id": x.model, "head": str(x.number(x.head))} for x in known],
+        table("", ["name", "id", "head", "architecture", "layers"], rows)
+        if rows
+        else "No models are known here; begin one with: p2pmodel join",
+        json,
+    )

@@ -28,6 +28,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """A table as wide as it has to be; columns of figures are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
+
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
         figures = bool(rows) and all(_is_figure(row[index]) for row in rows)

@@ -16,7 +16,9 @@ def infer(
     model: options.Model = None,
     peers: options.Peers = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token each time.", min=0.0)] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the likeliest token each time.", min=0.0)
+    ] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     version: options.Version = "head",
@@ -27,6 +29,7 @@ def infer(
 ) -> None:
     """Continue a text with the swarm's model; the answer is streamed as it is made."""
     from p2pmodel.node.client import Sampling, SwarmClient
+
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
 
@@ -37,9 +40,11 @@ def infer(
     with SwarmClient.connect(home, tuple(peers or ()), model, base) as client:
         show(text)
         answer = client.generate(text, sampling, version, codec, show)
-    summary = (f"{answer.tokens} tokens of {answer.model} {answer.number} in {answer.seconds:.1f} s "
-               f"({answer.tokens / answer.seconds:.1f} a second), through {answer.route_text}"
-               + (f", {answer.failovers} failovers" if answer.failovers else ""))
+    summary = (
+        f"{answer.tokens} tokens of {answer.model} {answer.number} in {answer.seconds:.1f} s "
+        f"({answer.tokens / answer.seconds:.1f} a second), through {answer.route_text}"
+        + (f", {answer.failovers} failovers" if answer.failovers else "")
+    )
     if json:
         emit(answer, "", True)
     else:
@@ -60,6 +65,11 @@ def evaluate(
     if patch is not None and version != "head":
         raise UsageError("--patch and --version exclude each other.", "A patch names its own parent version.")
     from p2pmodel.node.evaluating import evaluate_files
+
     result = evaluate_files(home, model, base, version, patch, data)
-    emit(result, f"{result.nats_per_token:.4f} nats per token, {result.nats_per_byte:.4f} per byte "
-                 f"({result.tokens} tokens, {result.bytes} bytes; {result.what})", json)
+    emit(
+        result,
+        f"{result.nats_per_token:.4f} nats per token, {result.nats_per_byte:.4f} per byte "
+        f"({result.tokens} tokens, {result.bytes} bytes; {result.what})",
+        json,
+    )

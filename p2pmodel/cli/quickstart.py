@@ -16,12 +16,26 @@ def quickstart(
     contributors: Annotated[int, typer.Option("--contributors", min=1, max=5)] = 3,
     maintainers: Annotated[int, typer.Option("--maintainers", min=1, max=5)] = 1,
     prompt: Annotated[str, typer.Option("--prompt")] = "async def fetch(self, reader, timeout=None):\n    ",
-    folder: Annotated[Path | None, typer.Option("--folder", help="Where the nodes' homes and logs go.", show_default="a temporary folder", file_okay=False)] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder", help="Where the nodes' homes and logs go.", show_default="a temporary folder", file_okay=False
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """See it all work, on this machine, in a few minutes: host, answer, train, gossip, merge, adopt, answer again."""
     from p2pmodel.cli.rehearsal import Plan, rehearse
     from p2pmodel.cli.rehearsal_report import report_text
-    plan = Plan(hosts=hosts, contributors=contributors, maintainers=maintainers, rounds=rounds, prompt=prompt.replace("\\n", "\n"), keep=keep, folder=folder)
+
+    plan = Plan(
+        hosts=hosts,
+        contributors=contributors,
+        maintainers=maintainers,
+        rounds=rounds,
+        prompt=prompt.replace("\\n", "\n"),
+        keep=keep,
+        folder=folder,
+    )
     report = rehearse(plan, quiet=json)
     emit(report, report_text(report), json)

@@ -1,9 +1,10 @@
 """The main job on one machine: a bootstrap node, hosts that share the layers, contributors, maintainers, and a client.
 
-Every node is a process of its own with its own home, key and sockets; they find each other through the DHT and gossip, and
-this process only starts them, trains by the same commands that a person would use, and asks them how it went.
+Every node is a process of its own with its own home, key and sockets; they find each other through the DHT and gossip,
+and this process only starts them, trains by the same commands that a person would use, and asks them how it went.
 """
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -60,7 +61,8 @@ class PatchReport:
 
 @dataclass(frozen=True)
 class VersionReport:
-    """exam: nats per byte by domain, on held-out text that nobody trained on; mean: of the plain mean of the same patches."""
+    """exam: nats per byte by domain, on held-out text that nobody trained on; mean: of the plain mean of the same
+    patches."""
 
     number: str
     id: str
@@ -126,12 +128,21 @@ def rehearse(plan: Plan, quiet: bool) -> Report:
 def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
     homes = swarm.folder
     maintainers = [f"maintainer-{i + 1}" for i in range(plan.maintainers)]
-    domains = DOMAINS[:plan.contributors]
+    domains = DOMAINS[: plan.contributors]
     with progress.step(f"making the lineage, with {plan.maintainers} maintainer(s)", "lineage"):
         keys = tuple(Home.open(homes / name).key.peer for name in maintainers)
-        lineage = found(Home.open(homes / "bootstrap"), starter.MODEL, Founding(
-            starter.NAME, keys, plan.maintainers // 2 + 1, starter.EXAM, licence=starter.LICENCE,
-            schedule=Schedule(min_patches=plan.contributors, open_seconds=120.0)))
+        lineage = found(
+            Home.open(homes / "bootstrap"),
+            starter.MODEL,
+            Founding(
+                starter.NAME,
+                keys,
+                plan.maintainers // 2 + 1,
+                starter.EXAM,
+                licence=starter.LICENCE,
+                schedule=Schedule(min_patches=plan.contributors, open_seconds=120.0),
+            ),
+        )
     spans = split_layers(lineage.manifest.layers, plan.hosts)
     with progress.step(f"starting {1 + plan.hosts + plan.maintainers + plan.contributors} nodes", "start") as more:
         common = ("--model", lineage.model, "--threads", "1")
@@ -160,35 +171,51 @@ def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
     lineage.refresh()
     scores = _accepting(lineage, versions[0].number)
     return Report(
-        model=lineage.model, base_exam={s.domain: s.base for s in scores}, versions=versions, answers=answers,
-        spans={f"host-{i + 1}": str(s) for i, s in enumerate(spans)}, traffic=_traffic(swarm), seconds=progress.seconds,
-        folder=str(homes), address=bootstrap.address if plan.keep else "",
-        pids={name: node.process.pid for name, node in swarm.nodes.items()} if plan.keep else {})
+        model=lineage.model,
+        base_exam={s.domain: s.base for s in scores},
+        versions=versions,
+        answers=answers,
+        spans={f"host-{i + 1}": str(s) for i, s in enumerate(spans)},
+        traffic=_traffic(swarm),
+        seconds=progress.seconds,
+        folder=str(homes),
+        address=bootstrap.address if plan.keep else "",
+        pids={name: node.process.pid for name, node in swarm.nodes.items()} if plan.keep else {},
+    )
 
 
 def split_layers(layers: int, hosts: int) -> list[Span]:
     """As even as it goes."""
     cuts = [round(i * layers / hosts) for i in range(hosts + 1)]
-    return [Span(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Span(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _ask(client: SwarmClient, plan: Plan, progress: Progress) -> Answer:
-    progress.say(f"asking {client.lineage.manifest.name} {client.lineage.number(client.lineage.head)} through the swarm:")
+    progress.say(
+        f"asking {client.lineage.manifest.name} {client.lineage.number(client.lineage.head)} through the swarm:"
+    )
     progress.stream(plan.prompt)
     answer = client.generate(plan.prompt, Sampling(plan.max_new_tokens), "head", "fp16", progress.stream)
     progress.stream("\n")
-    progress.say(f"  {answer.tokens} tokens of version {answer.number} in {answer.seconds:.1f} s, through {answer.route_text}")
+    progress.say(
+        f"  {answer.tokens} tokens of version {answer.number} in {answer.seconds:.1f} s, through {answer.route_text}"
+    )
     return answer
 
 
-def _round(swarm: LocalSwarm, number: VersionNumber, domains: Sequence[str], lineage: Lineage, progress: Progress) -> VersionReport:
+def _round(
+    swarm: LocalSwarm, number: VersionNumber, domains: Sequence[str], lineage: Lineage, progress: Progress
+) -> VersionReport:
     seconds: dict[str, float] = {}
     began = time.monotonic()
     with progress.step(f"training {len(domains)} (IA)³ patches for {number} ({', '.join(domains)})", "train"):
         trained = _train(swarm.folder, domains, number)
     seconds["train"] = time.monotonic() - began
     for domain, patch in trained.items():
-        progress.say(f"  {domain}: held-out loss {patch['loss_before']:.4f} → {patch['loss_after']:.4f} nats per token, {patch['bytes']} bytes")
+        progress.say(
+            f"  {domain}: held-out loss {patch['loss_before']:.4f} → {patch['loss_after']:.4f} nats per token, "
+            f"{patch['bytes']} bytes"
+        )
     began = time.monotonic()
     with progress.step(f"publishing, examining, merging, adopting {number}", "round") as more:
         for domain, patch in trained.items():
@@ -199,20 +226,59 @@ def _round(swarm: LocalSwarm, number: VersionNumber, domains: Sequence[str], lin
     version = next(v for v in lineage.versions if v.candidate.number == number)
     scores = _accepting(lineage, str(number))
     left_out = {x.patch: x.reason for x in version.candidate.left_out}
-    patches = [PatchReport(
-        id=p["id"], domain=domain, contributor=lineage.patches[p["id"]].contributor, bytes=p["bytes"], loss_before=p["loss_before"],
-        loss_after=p["loss_after"], state=f"left out: {left_out[p['id']]}" if p["id"] in left_out else "merged") for domain, p in trained.items()]
+    patches = [
+        PatchReport(
+            id=p["id"],
+            domain=domain,
+            contributor=lineage.patches[p["id"]].contributor,
+            bytes=p["bytes"],
+            loss_before=p["loss_before"],
+            loss_after=p["loss_after"],
+            state=f"left out: {left_out[p['id']]}" if p["id"] in left_out else "merged",
+        )
+        for domain, p in trained.items()
+    ]
     return VersionReport(
-        number=str(number), id=version.id, alpha=version.candidate.alpha, exam={s.domain: s.candidate for s in scores},
-        mean={s.domain: s.mean for s in scores}, patches=patches, seconds=seconds)
+        number=str(number),
+        id=version.id,
+        alpha=version.candidate.alpha,
+        exam={s.domain: s.candidate for s in scores},
+        mean={s.domain: s.mean for s in scores},
+        patches=patches,
+        seconds=seconds,
+    )
 
 
 def _train(homes: Path, domains: Sequence[str], number: VersionNumber) -> dict[str, dict[str, Any]]:
-    commands = {domain: [
-        sys.executable, "-m", "p2pmodel", "train", "--data", str(starter.DOMAINS / f"{domain}.txt"), "--home", str(homes / domain),
-        "--output", str(homes / domain / f"for-{number}.p2patch"), "--licence", "PSF-2.0", "--seed", str(number.patch),
-        "--model", starter.NAME, "--threads", "1", "--json", *TRAINING] for domain in domains}
-    running = {domain: subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for domain, c in commands.items()}
+    commands = {
+        domain: [
+            sys.executable,
+            "-m",
+            "p2pmodel",
+            "train",
+            "--data",
+            str(starter.DOMAINS / f"{domain}.txt"),
+            "--home",
+            str(homes / domain),
+            "--output",
+            str(homes / domain / f"for-{number}.p2patch"),
+            "--licence",
+            "PSF-2.0",
+            "--seed",
+            str(number.patch),
+            "--model",
+            starter.NAME,
+            "--threads",
+            "1",
+            "--json",
+            *TRAINING,
+        ]
+        for domain in domains
+    }
+    running = {
+        domain: subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for domain, c in commands.items()
+    }
     try:
         return {domain: _result(process, commands[domain]) for domain, process in running.items()}
     finally:

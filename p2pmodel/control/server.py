@@ -102,12 +102,12 @@ class _Servicer(rpc.ControlServicer):
 
 
 async def _answer(
-    method: Callable[[Request], Awaitable[Reply]], request: Request, context: grpc.aio.ServicerContext,
+    method: Callable[[Request], Awaitable[Reply]], request: Request, context: grpc.aio.ServicerContext
 ) -> Reply:
     try:
         return await method(request)
     except P2PModelError as error:
         log.debug("control: %s", error)
         metadata = ((failures.METADATA_KEY, failures.pack(error)),)
-        await context.abort(failures.status_of(error), error.message[:failures.MAX_TEXT], metadata)
+        await context.abort(failures.status_of(error), error.message[: failures.MAX_TEXT], metadata)
         raise AssertionError("abort returned") from error

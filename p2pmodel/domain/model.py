@@ -136,4 +136,6 @@ class Manifest:
         for peer in self.maintainers:
             check_peer(peer, "maintainer")
         if not 1 <= self.threshold <= len(self.maintainers):
-            raise ValueError(f"the threshold has to be between 1 and the number of maintainers, {len(self.maintainers)}")
+            raise ValueError(
+                f"the threshold has to be between 1 and the number of maintainers, {len(self.maintainers)}"
+            )

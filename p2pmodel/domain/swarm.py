@@ -1,5 +1,6 @@
 """Who is there, and what they serve: presences, leases, routes, sessions."""
 
+import itertools
 from dataclasses import dataclass
 from math import isfinite
 
@@ -101,7 +102,7 @@ class Route:
 
     def __post_init__(self) -> None:
         spans = [hop.span for hop in self.hops]
-        if not spans or any(a.end != b.start for a, b in zip(spans, spans[1:], strict=False)):
+        if not spans or any(a.end != b.start for a, b in itertools.pairwise(spans)):
             raise ValueError("a route's spans have to follow each other")
 
 
@@ -109,7 +110,8 @@ class Route:
 class SessionRequest:
     """What a stage needs to know to open a session: the rest of the route is in the frame around it.
 
-    codec: name of the activation codec; max_tokens: how many positions the stage has to keep room for. A session keeps its version to its end.
+    codec: name of the activation codec; max_tokens: how many positions the stage has to keep room for. A session keeps
+    its version to its end.
     """
 
     session: str

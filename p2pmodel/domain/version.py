@@ -47,7 +47,8 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A proposed next version. `patches` are sorted by id; `result` is the safetensors blob of all slots after the merge;
+    """A proposed next version. `patches` are sorted by id; `result` is the safetensors blob of all slots after the
+    merge;
     `alpha` the scale that the proposer found on the exam's tuning split."""
 
     model: ModelId

@@ -148,7 +148,7 @@ class CountingCache(DynamicCache):
         return self.seen > 0
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any,
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the client hosts no layers")
 

@@ -20,8 +20,17 @@ DEFAULT_CONTEXT = 2048
 """Of families without a limit of their own (ALiBi, recurrent ones)."""
 
 TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
 )
 CONFIG_ERRORS = (StrictDataclassError, OSError, ArithmeticError, AssertionError, *family.FAMILY_ERRORS)
 """What transformers raises at values of a config.json that make no sense: it has no error of its own for that."""
@@ -63,7 +72,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             base = _class_for(config, MODEL_MAPPING)(deepcopy(config))
     except CONFIG_ERRORS as error:
         raise InvalidInput(
-            f"{path / 'config.json'} describes no model that can be built: {family.first_line(error)}.") from None
+            f"{path / 'config.json'} describes no model that can be built: {family.first_line(error)}."
+        ) from None
     stack = family.find_stack(base, layers)
     return Checkpoint(path, config, config.model_type, layers, hidden_size, context, tuple(sorted(files)), stack)
 
@@ -74,7 +84,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise NotFound(f"{path} has no tokenizer.")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False)
+            path, local_files_only=True, trust_remote_code=False
+        )
     except CONFIG_ERRORS as error:
         raise InvalidInput(f"The tokenizer in {path} cannot be read: {family.first_line(error)}.") from None
     return tokenizer
@@ -86,8 +97,13 @@ def load_whole(path: Path, dtype: torch.dtype = torch.float32, device: torch.dev
     weights.weight_files(path)
     with family.quiet_loading(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True)
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     model, report = loaded
     family.demand_complete(report, path)
     whole: PreTrainedModel = model.to(device).eval()
@@ -101,8 +117,10 @@ def _read_config(path: Path) -> PreTrainedConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            raise InvalidInput(f"The model in {path} needs code of its own, which is never run.",
-                               "Use a model of a family that transformers has built in.")
+            raise InvalidInput(
+                f"The model in {path} needs code of its own, which is never run.",
+                "Use a model of a family that transformers has built in.",
+            )
         raise InvalidInput(f"{path / 'config.json'} names no model type that is known: {str(kind)[:64]!r}.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

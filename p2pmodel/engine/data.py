@@ -44,8 +44,10 @@ def blocks(texts: Sequence[TextFile], tokenizer: PreTrainedTokenizerBase, sequen
     for text in texts:
         ids += [*_encode(tokenizer, text.text), *between]
     if len(ids) < MIN_TOKENS + 1:
-        raise InvalidInput(f"The texts hold {len(ids) - len(between)} tokens, too few to train on.",
-                           f"Give at least {MIN_TOKENS} tokens, better some ten thousand.")
+        raise InvalidInput(
+            f"The texts hold {len(ids) - len(between)} tokens, too few to train on.",
+            f"Give at least {MIN_TOKENS} tokens, better some ten thousand.",
+        )
     sequence = min(sequence, (len(ids) - 1) // 2)
     return torch.tensor(ids, dtype=torch.int64).unfold(0, sequence + 1, sequence).contiguous()
 

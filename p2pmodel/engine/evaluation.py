@@ -61,7 +61,7 @@ class Scorer:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids = ids if start is None else [int(start), *ids]
             self.tokens[index] = max(0, len(ids) - 1)
-            windows += [(index, ids[at:at + longest + 1]) for at in range(0, len(ids) - 1, longest)]
+            windows += [(index, ids[at : at + longest + 1]) for at in range(0, len(ids) - 1, longest)]
         self._batches = _batches(windows, int(config.vocab_size))
 
     @torch.inference_mode()
@@ -82,8 +82,13 @@ class Scorer:
         return sums
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: PatchKind, state: Mapping[str, Tensor],
-             texts: Sequence[str]) -> Evaluation:
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: PatchKind,
+    state: Mapping[str, Tensor],
+    texts: Sequence[str],
+) -> Evaluation:
     """Raises InvalidInput when the texts hold nothing to predict."""
     scorer = Scorer(model, tokenizer, texts)
     tokens, size = sum(scorer.tokens), sum(len(text.encode()) for text in texts)

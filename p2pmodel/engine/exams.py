@@ -57,8 +57,9 @@ class Suite:
         self.name, self.licence = str(index.get("name", "")), str(index.get("licence", ""))
         entries = index.get("domain")
         if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_DOMAINS:
-            raise InvalidInput(f"{INDEX} has to name 1 to {MAX_DOMAINS} domains.",
-                               "Add a [[domain]] with name, tune and test.")
+            raise InvalidInput(
+                f"{INDEX} has to name 1 to {MAX_DOMAINS} domains.", "Add a [[domain]] with name, tune and test."
+            )
         self.domains = tuple(_domain(entry, files) for entry in entries)
         if len({domain.name for domain in self.domains}) != len(self.domains):
             raise InvalidInput(f"{INDEX} names a domain twice.")
@@ -88,8 +89,9 @@ class Suite:
 class Examiner:
     """Scores states of one model. The texts are encoded once; `score` depends on its arguments alone."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: PatchKind,
-                 suite: Suite) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: PatchKind, suite: Suite
+    ) -> None:
         self._model, self._tokenizer, self._kind, self._suite = model, tokenizer, kind, suite
         self._scorers: dict[Split, Scorer] = {}
 
@@ -130,7 +132,7 @@ def search_alpha(score: Callable[[float], float], highest: float = 4.0) -> float
         best = min(seen, key=lambda alpha: (at(alpha), alpha))
     points = sorted(seen)
     middle = min(max(points.index(best), 1), len(points) - 2)
-    vertex = _vertex(*((alpha, at(alpha)) for alpha in points[middle - 1:middle + 2]))
+    vertex = _vertex(*((alpha, at(alpha)) for alpha in points[middle - 1 : middle + 2]))
     if vertex is not None:
         at(min(max(round(vertex / ALPHA_STEP) * ALPHA_STEP, ALPHA_STEP), highest))
     return min(seen, key=lambda alpha: (at(alpha), alpha))
@@ -184,8 +186,9 @@ def _domain(entry: object, files: Mapping[str, bytes]) -> Domain:
 
 def _texts(name: str, files: Mapping[str, bytes]) -> tuple[str, ...]:
     if not _NAME.fullmatch(name) or not name.endswith(".jsonl"):
-        raise InvalidInput(f"{name[:64]!r} is no plain file name that ends in .jsonl.",
-                           "An exam's files lie side by side.")
+        raise InvalidInput(
+            f"{name[:64]!r} is no plain file name that ends in .jsonl.", "An exam's files lie side by side."
+        )
     if name not in files:
         raise InvalidInput(f"{name} is named in {INDEX}, but is not there.")
     texts = []

@@ -30,8 +30,11 @@ with it."""
 
 def find_stack(base: nn.Module, layers: int) -> str:
     """Path of the list of `layers` modules that has the most parameters. Raises InvalidInput when there is none."""
-    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in base.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module) == layers}
+    sizes = {
+        path: sum(p.numel() for p in module.parameters())
+        for path, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    }
     if not sizes:
         raise InvalidInput(f"{type(base).__name__} has no list of {layers} decoder layers, so it cannot be split.")
     return str(max(sizes, key=lambda path: sizes[path]))
@@ -88,14 +91,21 @@ def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
 
 
 def load_parts(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, path: Path, dtype: torch.dtype, device: torch.device | str,
-    cut: Callable[[PreTrainedModel], None], wanted: Callable[[str], bool], tied: bool,
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    cut: Callable[[PreTrainedModel], None],
+    wanted: Callable[[str], bool],
+    tied: bool,
 ) -> PreTrainedModel:
     """A `kind`, after `cut` has replaced its unwanted parts, with the `wanted` tensors of the checkpoint loaded.
 
     tied: whether weights that the family shares (embeddings and head) are both there. Raises InvalidInput when
     a tensor that the remaining parts need is missing or malformed.
     """
+
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
         cut(self)
@@ -109,7 +119,8 @@ def load_parts(
     partial: Any = type(kind.__name__, (kind,), members)
     with quiet_loading(path):
         model, report = partial.from_pretrained(
-            None, config=config, state_dict=weights.select(path, wanted), dtype=dtype, output_loading_info=True)
+            None, config=config, state_dict=weights.select(path, wanted), dtype=dtype, output_loading_info=True
+        )
     demand_complete(report, path)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded

@@ -57,8 +57,15 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
         setattr(family.owners(model, stack)[-1], stack.rsplit(".", 1)[-1], nn.ModuleList(layers))
 
     model = family.load_parts(
-        kind, checkpoint.config, checkpoint.path, dtype, "cpu", cut,
-        wanted=lambda name: family.layer_of(name, checkpoint.stack) is None, tied=True)
+        kind,
+        checkpoint.config,
+        checkpoint.path,
+        dtype,
+        "cpu",
+        cut,
+        wanted=lambda name: family.layer_of(name, checkpoint.stack) is None,
+        tied=True,
+    )
     model.register_forward_pre_hook(_prepare, with_kwargs=True)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -151,7 +158,11 @@ class _OverChain:
                 cache.close()
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
         max_cache_length: int,
     ) -> None:
         name = family.cache_argument(self.forward)  # type: ignore[attr-defined]
@@ -161,7 +172,7 @@ class _OverChain:
 
 
 def _prepare(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any],
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the CausalLM's forward. Without a cache that was passed there is none: nobody would close its session."""
     mask = kwargs.get("attention_mask")

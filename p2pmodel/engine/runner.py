@@ -57,8 +57,11 @@ class Runner:
         if not stage.span.covers(request.span):
             raise NotFound(f"This stage serves layers {stage.span}, not {request.span}.")
         if request.max_tokens > stage.checkpoint.context:
-            raise Rejected("context", f"A session of {request.max_tokens} tokens is longer than the model's context, "
-                                      f"{stage.checkpoint.context}.")
+            raise Rejected(
+                "context",
+                f"A session of {request.max_tokens} tokens is longer than the model's context, "
+                f"{stage.checkpoint.context}.",
+            )
         state, codec = self._versions.get(request.version), get_codec(request.codec)
         with self._lock:
             if self._cached_tokens + request.max_tokens > self._max_cached_tokens:
@@ -100,7 +103,7 @@ class Runner:
             return session.codec.encode(output)
         except P2PModelError as error:
             return error
-        except RuntimeError as error:           # of torch: memory, devices
+        except RuntimeError as error:  # of torch: memory, devices
             return PeerFailed(f"A stage could not compute layers {session.span}: {error}.")
 
     def _read(self, session: StageSession, position: int, meta: bytes, body: Buffer) -> Tensor:

@@ -26,7 +26,7 @@ TRIAL_TOKENS = 2
 
 
 def load_stage(
-    checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> "Stage":
     """Reads the tensors of `span` and no others, and runs a few tokens. Raises InvalidInput when the checkpoint lacks
     the span or some of its weights, and when models of its family cannot be split."""
@@ -43,7 +43,8 @@ def load_stage(
         return layer is not None and layer in span
 
     base = family.load_parts(
-        checkpoint.base_class(), checkpoint.config, checkpoint.path, dtype, device, cut, wanted, tied=False)
+        checkpoint.base_class(), checkpoint.config, checkpoint.path, dtype, device, cut, wanted, tied=False
+    )
     stage = Stage(base, checkpoint, span, dtype, scratch)
     _touch(base)
     _try_out(stage)
@@ -54,7 +55,7 @@ class Stage:
     """Shapes: B rows, T tokens, H the width of the model. Thread-safe: one forward runs at a time."""
 
     def __init__(
-        self, base: PreTrainedModel, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, scratch: family.Scratch,
+        self, base: PreTrainedModel, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, scratch: family.Scratch
     ) -> None:
         self.base = base
         self.checkpoint = checkpoint
@@ -93,8 +94,14 @@ class Stage:
             self._applier = Applier(self.base, sorted(self._slots))
 
     def forward(
-        self, hidden: Tensor, cache: StageCache | None, span: Span, *, position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None, vectors: Mapping[str, Tensor] | None = None,
+        self,
+        hidden: Tensor,
+        cache: StageCache | None,
+        span: Span,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """hidden [B, T, H] through the layers of `span`, part of what is hosted -> [B, T, H], in the stage's dtype.
 
@@ -110,7 +117,10 @@ class Stage:
             # Never the hidden state itself: some families change their embeddings in place.
             scratch.value = hidden.new_zeros(hidden.shape[0], hidden.shape[1], scratch.width)
             arguments: dict[str, Any] = {
-                "inputs_embeds": scratch.value, "use_cache": cache is not None, self._cache_name: cache}
+                "inputs_embeds": scratch.value,
+                "use_cache": cache is not None,
+                self._cache_name: cache,
+            }
             if position_ids is not None:
                 arguments["position_ids"] = position_ids
             if attention_mask is not None:
@@ -138,14 +148,21 @@ class Stage:
             edge.remove()
         first, last = self._layers[span.start], self._layers[span.end - 1]
         self._edges = [
-            first.register_forward_pre_hook(self._enter, with_kwargs=True), last.register_forward_hook(_leave)]
-        self._view = _View([
-            layer if index in span or index not in self.span else family.StandIn(self._scratch, layer, is_layer=True)
-            for index, layer in enumerate(self._layers)])
+            first.register_forward_pre_hook(self._enter, with_kwargs=True),
+            last.register_forward_hook(_leave),
+        ]
+        self._view = _View(
+            [
+                layer
+                if index in span or index not in self.span
+                else family.StandIn(self._scratch, layer, is_layer=True)
+                for index, layer in enumerate(self._layers)
+            ]
+        )
         self._selected = span
 
     def _enter(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (self._hidden, *args[1:]), kwargs

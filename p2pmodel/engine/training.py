@@ -62,9 +62,15 @@ class Trained:
     checkpoints: tuple[Digest, ...]
 
 
-def train(model: PreTrainedModel, kind: PatchKind, parent: Mapping[str, Tensor], train_blocks: Tensor,
-          held_out_blocks: Tensor, options: TrainingOptions,
-          on_step: Callable[[int, float], None] = lambda step, loss: None) -> Trained:
+def train(
+    model: PreTrainedModel,
+    kind: PatchKind,
+    parent: Mapping[str, Tensor],
+    train_blocks: Tensor,
+    held_out_blocks: Tensor,
+    options: TrainingOptions,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Trained:
     """`parent`: the state of the version that the patch is against, by slot name; train_blocks, held_out_blocks:
     [N, sequence + 1] int64. `on_step` gets the number of finished steps and the batch's loss in nats per token.
 
@@ -77,7 +83,7 @@ def train(model: PreTrainedModel, kind: PatchKind, parent: Mapping[str, Tensor],
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
         with attached(model, kind, parent) as applier:
-            held_out = held_out_blocks[:options.held_out_blocks]
+            held_out = held_out_blocks[: options.held_out_blocks]
             return _train(model, applier, parent, train_blocks, held_out, options, on_step)
     finally:
         model.train(training)
@@ -85,8 +91,15 @@ def train(model: PreTrainedModel, kind: PatchKind, parent: Mapping[str, Tensor],
             parameter.requires_grad_(required)
 
 
-def _train(model: PreTrainedModel, applier: Applier, parent: Mapping[str, Tensor], train_blocks: Tensor,
-           held_out: Tensor, options: TrainingOptions, on_step: Callable[[int, float], None]) -> Trained:
+def _train(
+    model: PreTrainedModel,
+    applier: Applier,
+    parent: Mapping[str, Tensor],
+    train_blocks: Tensor,
+    held_out: Tensor,
+    options: TrainingOptions,
+    on_step: Callable[[int, float], None],
+) -> Trained:
     device = model.device
     state = {n: t.detach().to(device, torch.float32).clone().requires_grad_(True) for n, t in sorted(parent.items())}
     optimizer = torch.optim.Adam(state.values(), lr=options.learning_rate, betas=(0.9, 0.95))
@@ -114,11 +127,16 @@ def _train(model: PreTrainedModel, applier: Applier, parent: Mapping[str, Tensor
     return Trained(best, fisher, options.steps * options.batch, before, best_loss, tuple(checkpoints))
 
 
-def _fisher(model: PreTrainedModel, applier: Applier, state: Mapping[str, Tensor], train_blocks: Tensor,
-            options: TrainingOptions) -> dict[str, Tensor]:
+def _fisher(
+    model: PreTrainedModel,
+    applier: Applier,
+    state: Mapping[str, Tensor],
+    train_blocks: Tensor,
+    options: TrainingOptions,
+) -> dict[str, Tensor]:
     """Of the log-likelihood of whole examples, labels sampled from the model."""
     generator = torch.Generator().manual_seed(options.seed)
-    chosen = train_blocks[torch.randperm(len(train_blocks), generator=generator)[:options.fisher_examples]]
+    chosen = train_blocks[torch.randperm(len(train_blocks), generator=generator)[: options.fisher_examples]]
 
     def row_losses(rows: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         with applier.use(rows):
@@ -132,8 +150,9 @@ def _fisher(model: PreTrainedModel, applier: Applier, state: Mapping[str, Tensor
 
 
 @torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, applier: Applier, state: Mapping[str, Tensor], held_out: Tensor,
-                   batch: int) -> float:
+def _held_out_loss(
+    model: PreTrainedModel, applier: Applier, state: Mapping[str, Tensor], held_out: Tensor, batch: int
+) -> float:
     total = 0.0
     with applier.use(state):
         for ids in torch.split(held_out, batch):
@@ -148,8 +167,8 @@ def _batches(blocks: Tensor, options: TrainingOptions) -> Iterator[Tensor]:
     while True:
         while len(rows) < options.batch:
             rows = torch.cat([rows, torch.randperm(len(blocks), generator=generator)])
-        yield blocks[rows[:options.batch]]
-        rows = rows[options.batch:]
+        yield blocks[rows[: options.batch]]
+        rows = rows[options.batch :]
 
 
 def _rate(step: int, steps: int) -> float:

@@ -68,6 +68,6 @@ class VersionTable:
 
 def slot_layer(name: str, stack: str) -> int | None:
     """Of `KIND:PATH`, where PATH is below the base model: the layer, or None for a slot that is in no layer."""
-    path = name[name.rfind(":") + 1:]
+    path = name[name.rfind(":") + 1 :]
     number, _, place = path.removeprefix(f"{stack}.").partition(".")
     return int(number) if path.startswith(f"{stack}.") and place and number.isdecimal() else None

@@ -24,8 +24,10 @@ def weight_files(path: Path) -> tuple[str, ...]:
     if (path / INDEX).is_file():
         return (INDEX, *sorted(set(_weight_map(path).values())))
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        raise InvalidInput(f"{path} has only pickled weights, which can run code when they are read.",
-                           "Convert them: load the model with transformers where you trust it, and save it again.")
+        raise InvalidInput(
+            f"{path} has only pickled weights, which can run code when they are read.",
+            "Convert them: load the model with transformers where you trust it, and save it again.",
+        )
     raise InvalidInput(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")
 
 

@@ -73,8 +73,11 @@ class Dialler:
         dialling = sum(candidate.dialling for candidate in self._known.values())
         room = min(CONCURRENT_DIALS - dialling, TARGET_CONNECTIONS - len(connected) - dialling)
         now = trio.current_time()
-        due = [(peer, candidate) for peer, candidate in self._known.items()
-               if peer not in connected and not candidate.dialling and candidate.due <= now]
+        due = [
+            (peer, candidate)
+            for peer, candidate in self._known.items()
+            if peer not in connected and not candidate.dialling and candidate.due <= now
+        ]
         return random.sample(due, max(0, min(room, len(due))))
 
     async def _dial(self, peer: ID, candidate: _Candidate) -> None:
@@ -82,7 +85,7 @@ class Dialler:
             with trio.fail_after(DIAL_SECONDS):
                 await self._host.connect(PeerInfo(peer, candidate.addresses))
             candidate.backoff = FIRST_BACKOFF_SECONDS
-        except Exception as error:     # supervises: libp2p raises what its sockets, handshakes and nurseries raise
+        except Exception as error:  # supervises: libp2p raises what its sockets, handshakes and nurseries raise
             log.debug("cannot reach %s, again in %.1f s: %s", peer, candidate.backoff, error)
         finally:
             candidate.dialling = False

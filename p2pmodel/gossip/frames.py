@@ -107,7 +107,7 @@ class FrameBuffer(Generic[T]):
             end = LENGTH.size + length
             if len(self._buffer) < end:
                 return
-            body = bytes(self._buffer[LENGTH.size:end])
+            body = bytes(self._buffer[LENGTH.size : end])
             del self._buffer[:end]
             try:
                 message: T = self._decoder.decode(body)

@@ -67,13 +67,14 @@ class GatedPubsub(Pubsub):
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         if msg_forwarder == self.my_id or self.gate.admit(
-                msg_forwarder, msg.from_id, msg.topicIDs, len(msg.data), trio.current_time()):
+            msg_forwarder, msg.from_id, msg.topicIDs, len(msg.data), trio.current_time()
+        ):
             await super().push_msg(msg_forwarder, msg)
 
     async def stream_handler(self, stream: INetStream) -> None:
         try:
             await super().stream_handler(stream)
-        except Exception as error:     # supervises: one that left here would end the whole host
+        except Exception as error:  # supervises: one that left here would end the whole host
             self.gate.refused["rpc"] += 1
             log.debug("%s sent what is no GossipSub: %s", stream.muxed_conn.peer_id, error)
             await stream.reset()
@@ -125,7 +126,8 @@ class Mesh:
 
     def _validate(self, model: ModelId, forwarder: ID, message: rpc_pb2.Message) -> bool:
         return forwarder == self.host.get_id() or self._gate.accept(
-            message.from_id, model, message.data, trio.current_time())
+            message.from_id, model, message.data, trio.current_time()
+        )
 
 
 @asynccontextmanager
@@ -137,16 +139,28 @@ async def open_mesh(seed: bytes, listen: str) -> AsyncIterator[Mesh]:
     private = Ed25519PrivateKey.from_bytes(seed)
     key = KeyPair(private, private.get_public_key())
     host = new_host(
-        key_pair=key, listen_addrs=[Multiaddr(listen)],
+        key_pair=key,
+        listen_addrs=[Multiaddr(listen)],
         sec_opt={NOISE: NoiseTransport(key, noise_privkey=create_new_key_pair().private_key)},
         muxer_opt={TProtocol(YAMUX): Yamux},
         connection_config=ConnectionConfig(
-            max_connections=MAX_CONNECTIONS, high_watermark=MAX_CONNECTIONS - 64, low_watermark=MAX_CONNECTIONS // 2,
-            min_connections=0))
+            max_connections=MAX_CONNECTIONS,
+            high_watermark=MAX_CONNECTIONS - 64,
+            low_watermark=MAX_CONNECTIONS // 2,
+            min_connections=0,
+        ),
+    )
     router = GossipSub(
-        protocols=_PROTOCOLS, degree=DEGREE, degree_low=DEGREE_LOW, degree_high=DEGREE_HIGH,
-        heartbeat_interval=1, gossip_window=REPLAY_SECONDS, gossip_history=REPLAY_SECONDS + 10,
-        adaptive_gossip_enabled=False, spam_protection_enabled=False)
+        protocols=_PROTOCOLS,
+        degree=DEGREE,
+        degree_low=DEGREE_LOW,
+        degree_high=DEGREE_HIGH,
+        heartbeat_interval=1,
+        gossip_window=REPLAY_SECONDS,
+        gossip_history=REPLAY_SECONDS + 10,
+        adaptive_gossip_enabled=False,
+        spam_protection_enabled=False,
+    )
     # The validators are cheap, and a verdict on a message must not outlast the moment: "too many now" is one of them.
     pubsub = GatedPubsub(host, router, validation_cache_ttl=0, validation_cache_size=1)
     pubsub.gate = gate = Gate()

@@ -25,7 +25,8 @@ class ChildProcess:
     """Made by `start`. Its socket is its life: it ends when we close our end, and we read the end when it dies."""
 
     def __init__(
-            self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -98,5 +99,10 @@ def _execute(fd: int) -> "subprocess.Popen[bytes]":
     thread that made it (PR_SET_PDEATHSIG). Its own process group keeps the terminal's Ctrl-C away while it starts."""
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "p2pmodel.gossip.child", str(fd)], pass_fds=[fd], process_group=0,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+        [sys.executable, "-P", "-m", "p2pmodel.gossip.child", str(fd)],
+        pass_fds=[fd],
+        process_group=0,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+    )

@@ -61,4 +61,4 @@ class Service:
             try:
                 await self._link.send_all(frames.encode(message))
             except trio.BrokenResourceError:
-                return    # the node is gone, and the reader sees it too
+                return  # the node is gone, and the reader sees it too

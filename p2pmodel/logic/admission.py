@@ -16,12 +16,17 @@ from p2pmodel.domain.version import Candidate, Verdict, VersionNumber
 MAX_FAILED_ROUNDS = 1 << 20
 """How far a candidate's round may be ahead of its parent's, so that nobody can use the numbers up."""
 
-_BYTES_EACH = 8          # the widest dtype of a slot
-_OVERHEAD_EACH = 4096    # a slot's entry in the header of a safetensors file
+_BYTES_EACH = 8  # the widest dtype of a slot
+_OVERHEAD_EACH = 4096  # a slot's entry in the header of a safetensors file
 
 
 def check_patch(
-    patch: Patch, manifest: Manifest, head: VersionId, known_parents: Collection[VersionId], *, model: ModelId,
+    patch: Patch,
+    manifest: Manifest,
+    head: VersionId,
+    known_parents: Collection[VersionId],
+    *,
+    model: ModelId,
     contributors: Collection[PeerId] = (),
 ) -> None:
     """Whether `patch` may take part in the round on `head`. Raises Rejected.
@@ -33,24 +38,37 @@ def check_patch(
     if patch.model != model:
         raise Rejected("model", f"The patch is for model {short(patch.model)}, not {short(model)}.")
     if patch.kind not in manifest.kinds:
-        raise Rejected("kind", f"{manifest.name} takes no patches of kind {patch.kind[:32]!r}.",
-                       f"It takes {', '.join(manifest.kinds)}.")
+        raise Rejected(
+            "kind",
+            f"{manifest.name} takes no patches of kind {patch.kind[:32]!r}.",
+            f"It takes {', '.join(manifest.kinds)}.",
+        )
     size = patch.adapter.size + patch.fisher.size
     if size > manifest.limits.max_patch_bytes or not patch.adapter.size:
-        raise Rejected("size", f"The patch has {size} bytes; {manifest.name} takes 1 to "
-                               f"{manifest.limits.max_patch_bytes}.")
+        raise Rejected(
+            "size", f"The patch has {size} bytes; {manifest.name} takes 1 to {manifest.limits.max_patch_bytes}."
+        )
     if patch.parent != head:
         known = patch.parent in known_parents
         what = f"was trained on {short(patch.parent)}, " + ("an older version" if known else "a version not known here")
-        raise Rejected("parent", f"The patch {what}; the head is {short(head)}.",
-                       "Train again on the head." if known else "")
+        raise Rejected(
+            "parent", f"The patch {what}; the head is {short(head)}.", "Train again on the head." if known else ""
+        )
     if patch.contributor in contributors:
-        raise Rejected("duplicate", f"{patch.contributor} has a patch in this round already.",
-                       "The next one can be proposed in the next round.")
+        raise Rejected(
+            "duplicate",
+            f"{patch.contributor} has a patch in this round already.",
+            "The next one can be proposed in the next round.",
+        )
 
 
 def check_candidate(
-    candidate: Candidate, manifest: Manifest, *, model: ModelId, proposer: PeerId, parent_number: VersionNumber,
+    candidate: Candidate,
+    manifest: Manifest,
+    *,
+    model: ModelId,
+    proposer: PeerId,
+    parent_number: VersionNumber,
     parent_round: int,
 ) -> None:
     """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. Raises
@@ -62,11 +80,15 @@ def check_candidate(
     if not parent_round < candidate.round <= parent_round + MAX_FAILED_ROUNDS:
         raise Rejected("round", f"The candidate is of round {candidate.round}, and its parent of {parent_round}.")
     if candidate.number != parent_number.next_patch():
-        raise Rejected("number", f"The candidate is numbered {candidate.number}, and has to be "
-                                 f"{parent_number.next_patch()}.")
+        raise Rejected(
+            "number", f"The candidate is numbered {candidate.number}, and has to be {parent_number.next_patch()}."
+        )
     if candidate.merge != manifest.merge:
-        raise Rejected("merge", f"The candidate is merged by {candidate.merge.strategy[:32]!r} or with parameters that "
-                                f"are not those of {manifest.name}.")
+        raise Rejected(
+            "merge",
+            f"The candidate is merged by {candidate.merge.strategy[:32]!r} or with parameters that "
+            f"are not those of {manifest.name}.",
+        )
     left_out = [entry.patch for entry in candidate.left_out]
     settled = [*candidate.patches, *left_out]
     if len(settled) > manifest.schedule.max_patches or len(set(settled)) != len(settled):

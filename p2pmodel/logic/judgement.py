@@ -38,7 +38,8 @@ def why_reject(parent: Mapping[str, float], candidate: Mapping[str, float], limi
         return f"the mean loss does not fall ({mean(parent):.4f} to {mean(candidate):.4f} nats per byte)"
     for domain, before in parent.items():
         if candidate[domain] > before * (1 + limits.regression_tolerance):
-            return f"{domain} regresses by {candidate[domain] / before - 1:.2%}, more than {limits.regression_tolerance:.2%}"
+            worse = candidate[domain] / before - 1
+            return f"{domain} regresses by {worse:.2%}, more than {limits.regression_tolerance:.2%}"
     return ""
 
 

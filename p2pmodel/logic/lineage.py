@@ -41,8 +41,11 @@ def verify_chain(
             raise Rejected("chain", f"Version {short(version)} {flaw}.")
         proof = _accepting(version, candidate, verdicts, manifest)
         if len(proof) < manifest.threshold:
-            raise Rejected("chain", f"Version {short(version)} is accepted by {len(proof)} of its maintainers, and "
-                                    f"{manifest.threshold} have to.")
+            raise Rejected(
+                "chain",
+                f"Version {short(version)} is accepted by {len(proof)} of its maintainers, and "
+                f"{manifest.threshold} have to.",
+            )
         chain.append(Version(version, candidate, proof))
         passed.add(parent)
         parent, number, round = version, candidate.number, candidate.round
@@ -116,8 +119,13 @@ def _accepting(
     """One accepting verdict of each maintainer that signed one, by maintainer."""
     proof: dict[str, Verdict] = {}
     for verdict in verdicts:
-        if (verdict.accept and verdict.version == version and verdict.round == candidate.round
-                and verdict.model == candidate.model and verdict.maintainer in manifest.maintainers):
+        if (
+            verdict.accept
+            and verdict.version == version
+            and verdict.round == candidate.round
+            and verdict.model == candidate.model
+            and verdict.maintainer in manifest.maintainers
+        ):
             proof.setdefault(verdict.maintainer, verdict)
     return tuple(proof[maintainer] for maintainer in sorted(proof))
 

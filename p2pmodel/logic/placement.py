@@ -81,12 +81,15 @@ def _reason(leases: Sequence[Lease], layers: int, span: Span, rates: Sequence[fl
     free = uncovered(leases, layers)
     if free == (Span(0, layers),):
         return "nobody serves this model yet"
-    holes = [Span(max(hole.start, span.start), min(hole.end, span.end)) for hole in free
-             if hole.start < span.end and span.start < hole.end]
+    holes = [
+        Span(max(hole.start, span.start), min(hole.end, span.end))
+        for hole in free
+        if hole.start < span.end and span.start < hole.end
+    ]
     if holes:
         one = len(holes) == 1 and len(holes[0]) == 1
         return f"layer{'' if one else 's'} {', '.join(map(str, holes))} {'is' if one else 'are'} served by nobody"
-    weakest = min(rates[span.start:span.end])
+    weakest = min(rates[span.start : span.end])
     at = rates.index(weakest, span.start)
     peers = len({lease.peer for lease in leases if not lease.leaving and at in lease.span})
     return f"layer {at} is the slowest, with {peers} peer{'' if peers == 1 else 's'}"

@@ -100,8 +100,10 @@ def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch,
     busy = Counter(entry.asking for entry in backlog.entries.values() if entry.asking is not None)
     if busy.total() >= slots:
         return backlog, ()
-    ready = sorted((entry for entry in backlog.entries.values() if entry.asking is None and entry.after <= now),
-                   key=lambda entry: (_urgency(entry.kind), entry.order))
+    ready = sorted(
+        (entry for entry in backlog.entries.values() if entry.asking is None and entry.after <= now),
+        key=lambda entry: (_urgency(entry.kind), entry.order),
+    )
     fetches: list[Fetch] = []
     for load in range(backlog.rules.slots_each):
         left: list[Wanted] = []

@@ -10,11 +10,11 @@ from p2pmodel.logic.quorum import Vote
 
 
 class Phase(Enum):
-    OPEN = "open"            # patches are admitted
-    SEALED = "sealed"        # a proposer merges and examines
-    VOTING = "voting"        # a candidate is known, verdicts are awaited
+    OPEN = "open"  # patches are admitted
+    SEALED = "sealed"  # a proposer merges and examines
+    VOTING = "voting"  # a candidate is known, verdicts are awaited
     ADOPTED = "adopted"
-    REJECTED = "rejected"    # too many maintainers said no, or were divided
+    REJECTED = "rejected"  # too many maintainers said no, or were divided
     ABANDONED = "abandoned"  # too few said anything in time
 
 

@@ -48,9 +48,31 @@ from p2pmodel.logic.round_state import (
 )
 
 __all__ = [
-    "TRANSITIONS", "Abandon", "Adopt", "CandidateSeen", "Effect", "Event", "Examine", "Misbehaviour",
-    "PatchAdmitted", "PatchesRefused", "Phase", "Proposal", "ProposalFailed", "Propose", "Reject", "RoundRules",
-    "RoundState", "Tick", "VerdictSeen", "advance", "follow", "may_propose", "may_sign", "reopen", "start",
+    "TRANSITIONS",
+    "Abandon",
+    "Adopt",
+    "CandidateSeen",
+    "Effect",
+    "Event",
+    "Examine",
+    "Misbehaviour",
+    "PatchAdmitted",
+    "PatchesRefused",
+    "Phase",
+    "Proposal",
+    "ProposalFailed",
+    "Propose",
+    "Reject",
+    "RoundRules",
+    "RoundState",
+    "Tick",
+    "VerdictSeen",
+    "advance",
+    "follow",
+    "may_propose",
+    "may_sign",
+    "reopen",
+    "start",
 ]
 
 KEPT_EACH = 16
@@ -76,8 +98,18 @@ def reopen(state: RoundState, now: float) -> RoundState:
     failed = [c for c in state.candidates if c.round <= state.round]
     settled = state.settled.union(*(c.patches for c in failed))
     patches = tuple(sorted(p for p in {*state.patches, *state.late} if p not in settled))
-    return replace(state, phase=Phase.OPEN, round=state.round + 1, since=now, opened=now, patches=patches, late=(),
-                   settled=settled, proposed=False, signed=None)
+    return replace(
+        state,
+        phase=Phase.OPEN,
+        round=state.round + 1,
+        since=now,
+        opened=now,
+        patches=patches,
+        late=(),
+        settled=settled,
+        proposed=False,
+        signed=None,
+    )
 
 
 def may_propose(state: RoundState, round: int) -> bool:
@@ -87,8 +119,12 @@ def may_propose(state: RoundState, round: int) -> bool:
 
 def may_sign(state: RoundState, version: VersionId, now: float, rules: RoundRules) -> bool:
     """Whether this maintainer may still sign the verdict on `version` that it was asked for."""
-    return (state.phase is Phase.VOTING and state.signed == version and state.signed_round < state.round
-            and now - state.since < rules.schedule.verdict_seconds)
+    return (
+        state.phase is Phase.VOTING
+        and state.signed == version
+        and state.signed_round < state.round
+        and now - state.since < rules.schedule.verdict_seconds
+    )
 
 
 def advance(state: RoundState, event: Event, now: float, rules: RoundRules, me: PeerId | None) -> Outcome:
@@ -122,8 +158,9 @@ def _keep_for_next(state: RoundState, event: PatchAdmitted, here: _Here) -> Outc
 def _refuse(state: RoundState, event: PatchesRefused, here: _Here) -> Outcome:
     refused = state.settled.union(event.patches)
     left = tuple(sorted(p for p in {*state.patches, *state.late} if p not in refused))
-    return _seal(replace(state, phase=Phase.OPEN, since=here.now, patches=left, late=(), settled=refused,
-                         proposed=False), here)
+    return _seal(
+        replace(state, phase=Phase.OPEN, since=here.now, patches=left, late=(), settled=refused, proposed=False), here
+    )
 
 
 def _try_again(state: RoundState, event: ProposalFailed, here: _Here) -> Outcome:
@@ -180,8 +217,11 @@ def _count(state: RoundState, event: VerdictSeen, here: _Here) -> Outcome:
     others = [v for v in state.votes if v.maintainer != vote.maintainer]
     state = replace(state, votes=(*others, *mine[-KEPT_EACH:]))
     if vote.maintainer == here.me:
-        state = replace(state, signed_round=max(state.signed_round, vote.round),
-                        signed=vote.version if vote.round == state.round else state.signed)
+        state = replace(
+            state,
+            signed_round=max(state.signed_round, vote.round),
+            signed=vote.version if vote.round == state.round else state.signed,
+        )
     decided, effects = _decide(state, here)
     if len(other) == 1 and not same:
         effects = (Misbehaviour(vote.maintainer, other[0].version, vote.version), *effects)
@@ -224,8 +264,11 @@ def _vote(state: RoundState, here: _Here) -> Outcome:
     if late or here.me not in rules.maintainers or state.signed or state.signed_round >= state.round:
         return state, ()
     order = proposers(rules.model, state.round, rules.maintainers)
-    first = min((c for c in state.candidates if c.round == state.round),
-                key=lambda c: (order.index(c.proposer), c.version), default=None)
+    first = min(
+        (c for c in state.candidates if c.round == state.round),
+        key=lambda c: (order.index(c.proposer), c.version),
+        default=None,
+    )
     if first is None:
         return state, ()
     return replace(state, signed=first.version), (Examine(first.version),)

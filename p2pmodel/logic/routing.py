@@ -17,13 +17,18 @@ DEFAULT_DELAY = 0.05
 
 _MOST_BRANCHES = 200
 
-_Offers = tuple[Mapping[PeerId, float], ...]    # per layer: who may run it, and its seconds there
-_Path = tuple[PeerId, ...]                      # per layer: who runs it
+_Offers = tuple[Mapping[PeerId, float], ...]  # per layer: who may run it, and its seconds there
+_Path = tuple[PeerId, ...]  # per layer: who runs it
 
 
 def find_route(
-    leases: Sequence[Lease], layers: int, version: VersionId, *, delays: Mapping[PeerId, float] | None = None,
-    banned: Collection[PeerId] = (), default_delay: float = DEFAULT_DELAY,
+    leases: Sequence[Lease],
+    layers: int,
+    version: VersionId,
+    *,
+    delays: Mapping[PeerId, float] | None = None,
+    banned: Collection[PeerId] = (),
+    default_delay: float = DEFAULT_DELAY,
 ) -> Route:
     """The route through all `layers` with the least expected seconds per token, of those the one with fewest hops.
 
@@ -37,7 +42,8 @@ def find_route(
         one = len(missing) == 1 and len(missing[0]) == 1
         raise Unreachable(
             f"Nobody serves layer{'' if one else 's'} {', '.join(map(str, missing))} at version {short(version)}.",
-            "Join with a node that serves them, or try again: a peer that leaves is replaced within a minute.")
+            "Join with a node that serves them, or try again: a peer that leaves is replaced within a minute.",
+        )
     links = {peer: (delays or {}).get(peer, default_delay) for offer in offers for peer in offer}
     path = _without_return(offers, links)
     hops, at = [], 0
@@ -49,7 +55,11 @@ def find_route(
 
 
 def expected_seconds(
-    route: Route, leases: Sequence[Lease], version: VersionId, *, delays: Mapping[PeerId, float] | None = None,
+    route: Route,
+    leases: Sequence[Lease],
+    version: VersionId,
+    *,
+    delays: Mapping[PeerId, float] | None = None,
     default_delay: float = DEFAULT_DELAY,
 ) -> float:
     """What one token is expected to take on `route`. Raises Unreachable when the leases no longer bear it."""
@@ -107,8 +117,11 @@ def _without_return(offers: _Offers, links: Mapping[PeerId, float]) -> _Path:
         if back is None:
             return path
         peer, gap = back
-        for smaller in (_keep(within, peer, range(gap + 1, len(path))), _keep(within, peer, range(gap)),
-                        _force(within, peer, gap)):
+        for smaller in (
+            _keep(within, peer, range(gap + 1, len(path))),
+            _keep(within, peer, range(gap)),
+            _force(within, peer, gap),
+        ):
             found = _shortest(smaller, links)
             if found is not None:
                 heappush(queue, (found[0], made, found[1], smaller))
@@ -157,10 +170,12 @@ def _return(path: _Path) -> tuple[PeerId, int] | None:
 
 
 def _keep(offers: _Offers, peer: PeerId, allowed: range) -> _Offers:
-    return tuple(offer if peer not in offer or layer in allowed else {p: s for p, s in offer.items() if p != peer}
-                 for layer, offer in enumerate(offers))
+    return tuple(
+        offer if peer not in offer or layer in allowed else {p: s for p, s in offer.items() if p != peer}
+        for layer, offer in enumerate(offers)
+    )
 
 
 def _force(offers: _Offers, peer: PeerId, at: int) -> _Offers:
     here = {peer: offers[at][peer]} if peer in offers[at] else {}
-    return (*offers[:at], here, *offers[at + 1:])
+    return (*offers[:at], here, *offers[at + 1 :])

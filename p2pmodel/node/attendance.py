@@ -21,8 +21,16 @@ RENEW_SECONDS = LEASE_SECONDS / 3
 
 
 class Attendance:
-    def __init__(self, key: Key, host: PeerHost, lineage: Lineage, directory: Directory, community: Community,
-                 hosting: Hosting | None, roles: Sequence[str]) -> None:
+    def __init__(
+        self,
+        key: Key,
+        host: PeerHost,
+        lineage: Lineage,
+        directory: Directory,
+        community: Community,
+        hosting: Hosting | None,
+        roles: Sequence[str],
+    ) -> None:
         self._key, self._host, self._lineage, self._directory = key, host, lineage, directory
         self._community, self._hosting, self._roles = community, hosting, tuple(roles)
         self.leases: list[Lease] = []
@@ -46,12 +54,21 @@ class Attendance:
         """Withdraws the lease, so that nobody routes here any more."""
         if self._hosting:
             try:
-                await self._directory.publish_lease(self._key.sign("lease", self._hosting.lease(self._host.peer, leaving=True)))
+                await self._directory.publish_lease(
+                    self._key.sign("lease", self._hosting.lease(self._host.peer, leaving=True))
+                )
             except P2PModelError as error:
                 log.warning("the lease could not be withdrawn: %s", error)
 
     def _presence(self) -> Presence:
         gossip_peer, gossip_addresses = self._community.gossip_identity
         return Presence(
-            peer=self._host.peer, model=self._lineage.model, addresses=self._host.addresses, gossip_peer=gossip_peer,
-            gossip_addresses=gossip_addresses, roles=self._roles, software=f"p2pmodel/{__version__}", expires=time.time() + LEASE_SECONDS)
+            peer=self._host.peer,
+            model=self._lineage.model,
+            addresses=self._host.addresses,
+            gossip_peer=gossip_peer,
+            gossip_addresses=gossip_addresses,
+            roles=self._roles,
+            software=f"p2pmodel/{__version__}",
+            expires=time.time() + LEASE_SECONDS,
+        )

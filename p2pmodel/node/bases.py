@@ -1,4 +1,5 @@
-"""Where the base checkpoint of a lineage lies: it stays where the user or the hub's cache keeps it, and is found by digest."""
+"""Where the base checkpoint of a lineage lies: it stays where the user or the hub's cache keeps it, and is found by
+digest."""
 
 import hashlib
 import json
@@ -43,17 +44,27 @@ def remember_base(home: Home, lineage: Lineage, folder: Path) -> None:
         home.refs.set(_ref(lineage), note)
 
 
-def find_base(home: Home, lineage: Lineage, given: Path | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
+def find_base(
+    home: Home, lineage: Lineage, given: Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> Path:
     """The folder of the base checkpoint: the given one, the remembered one, the starter that ships with the package, or
     from the hub, when the Manifest names one. Raises NotFound, or Rejected("digest") when the given one is another."""
     manifest = lineage.manifest
     note = json.loads(home.refs.get(_ref(lineage)) or "{}")
-    if given is None and note and Path(note["folder"]).is_dir() and note["stamp"] == _stamp(Path(note["folder"]), manifest):
+    if (
+        given is None
+        and note
+        and Path(note["folder"]).is_dir()
+        and note["stamp"] == _stamp(Path(note["folder"]), manifest)
+    ):
         return Path(note["folder"])
     if given is not None:
         if not is_base_of(given, manifest):
-            raise Rejected("digest", f"The files in {given} are not those of the base of {manifest.name}.",
-                           "Get the same release of the checkpoint that the Manifest names: p2pmodel model show")
+            raise Rejected(
+                "digest",
+                f"The files in {given} are not those of the base of {manifest.name}.",
+                "Get the same release of the checkpoint that the Manifest names: p2pmodel model show",
+            )
         remember_base(home, lineage, given)
         return given
     for folder in filter(None, (starter.MODEL, Path(note["folder"]) if note else None)):
@@ -71,12 +82,15 @@ def download(hub_id: str, names: tuple[str, ...] | None = None) -> Path:
     """The checkpoint's folder in the hub's cache, complete; an interrupted download is resumed. Raises NotFound."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     wanted = list(names) if names else ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFound(f"{hub_id!r} is neither a folder here nor a checkpoint that the hub gives out ({reason}).") from None
+        raise NotFound(
+            f"{hub_id!r} is neither a folder here nor a checkpoint that the hub gives out ({reason})."
+        ) from None
 
 
 def _stamp(folder: Path, manifest: Manifest) -> list[list[int]]:

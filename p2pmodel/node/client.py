@@ -107,11 +107,14 @@ class SwarmClient:
     def __enter__(self) -> "SwarmClient":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def refresh(self) -> None:
         """Learns the versions that have been adopted since, each with its proof."""
+
         async def ask() -> None:
             exchange = Exchange(self._started, self.lineage, _Nobody(), kinds=("candidate", "verdict"))
             for peer in self._known:
@@ -135,11 +138,17 @@ class SwarmClient:
         if start is not None and (ids.shape[1] == 0 or ids[0, 0] != start):
             ids = torch.cat([torch.tensor([[start]]), ids], dim=1)
         if ids.shape[1] == 0:
-            raise InvalidInput("The prompt is empty, and this model has no token to begin with.", "Write at least one word.")
+            raise InvalidInput(
+                "The prompt is empty, and this model has no token to begin with.", "Write at least one word."
+            )
         room = self.checkpoint.context - ids.shape[1]
         if room < 1:
-            raise InvalidInput(f"The prompt has {ids.shape[1]} tokens, but {self.lineage.manifest.name} reads {self.checkpoint.context} "
-                               "at most, answer included.", "Shorten it.")
+            raise InvalidInput(
+                f"The prompt has {ids.shape[1]} tokens, but {self.lineage.manifest.name} "
+                f"reads {self.checkpoint.context} "
+                "at most, answer included.",
+                "Shorten it.",
+            )
         new_tokens = min(room, sampling.max_new_tokens)
         chain = RoutedChain(self._chain_client, self.find_route(wanted), self.lineage.model, wanted, get_codec(codec))
         self._routed = chain
@@ -147,21 +156,37 @@ class SwarmClient:
             self._model = load_head(self.checkpoint, self)
         began = time.monotonic()
         torch.manual_seed(sampling.seed)
-        options: dict[str, Any] = {"do_sample": False} if sampling.temperature == 0 else {
-            "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        out = self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
-                             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                             streamer=_Pieces(self.tokenizer, show), **options)
+        options: dict[str, Any] = (
+            {"do_sample": False}
+            if sampling.temperature == 0
+            else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        )
+        out = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            streamer=_Pieces(self.tokenizer, show),
+            **options,
+        )
         session = chain.last
         assert session is not None
         sent, received = session.bytes
         session.close()
-        answer = out[0, ids.shape[1]:]
+        answer = out[0, ids.shape[1] :]
         return Answer(
-            text=self.tokenizer.decode(answer, skip_special_tokens=True), tokens=len(answer), model=self.lineage.manifest.name,
-            version=wanted, number=str(self.lineage.number(wanted)), route=session.route, failovers=session.failovers,
+            text=self.tokenizer.decode(answer, skip_special_tokens=True),
+            tokens=len(answer),
+            model=self.lineage.manifest.name,
+            version=wanted,
+            number=str(self.lineage.number(wanted)),
+            route=session.route,
+            failovers=session.failovers,
             route_text=" → ".join(f"{h.span} at {h.peer[-8:]}" for h in session.route.hops),
-            bytes_sent=sent, bytes_received=received, seconds=time.monotonic() - began)
+            bytes_sent=sent,
+            bytes_received=received,
+            seconds=time.monotonic() - began,
+        )
 
     def open(self, max_tokens: int) -> RoutedSession:
         """Implements `engine.head.RemoteChain`: a session at the version of the generation under way."""
@@ -170,6 +195,7 @@ class SwarmClient:
 
     def find_route(self, version: VersionId) -> Callable[[frozenset[PeerId]], Route]:
         """Looks the leases up anew at every call, and connects to the hops."""
+
         async def find(banned: frozenset[PeerId]) -> Route:
             leases, presences = await asyncio.gather(self._directory.leases(), self._directory.presences())
             by_peer: dict[PeerId, Presence] = {p.peer: p for p in presences}
@@ -178,7 +204,9 @@ class SwarmClient:
                 route = find_route(leases, self.checkpoint.layers, version, banned=banned | gone)
                 for hop in route.hops:
                     try:
-                        await self._started.connect(hop.peer, by_peer[hop.peer].addresses if hop.peer in by_peer else ())
+                        await self._started.connect(
+                            hop.peer, by_peer[hop.peer].addresses if hop.peer in by_peer else ()
+                        )
                     except PeerFailed as error:
                         log.info("%s", error)
                         gone.add(hop.peer)

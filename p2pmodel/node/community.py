@@ -32,7 +32,9 @@ CATCH_UP_SECONDS = 60.0
 
 
 class Community:
-    def __init__(self, host: PeerHost, home: Home, lineage: Lineage, directory: Directory, metrics: Metrics, *, listen: str) -> None:
+    def __init__(
+        self, host: PeerHost, home: Home, lineage: Lineage, directory: Directory, metrics: Metrics, *, listen: str
+    ) -> None:
         """listen: multiaddr of the gossip child."""
         self._host, self._home, self._lineage, self._directory, self._metrics = host, home, lineage, directory, metrics
         self._gossip = GossipLink(home.key, self._heard, listen=listen)
@@ -47,9 +49,13 @@ class Community:
     async def stop(self) -> None:
         await self._gossip.stop()
 
-    def keep_rounds(self, key: Key, maintainer: Maintainer | None, adopted: Callable[[VersionId], Awaitable[None]]) -> None:
+    def keep_rounds(
+        self, key: Key, maintainer: Maintainer | None, adopted: Callable[[VersionId], Awaitable[None]]
+    ) -> None:
         """From now on what comes in moves the rounds."""
-        self._keeper = RoundKeeper(self._lineage, key, maintainer, self.announce, adopted, self._ask_everybody, self._metrics)
+        self._keeper = RoundKeeper(
+            self._lineage, key, maintainer, self.announce, adopted, self._ask_everybody, self._metrics
+        )
 
     async def run(self) -> None:
         assert self._keeper
@@ -119,7 +125,9 @@ class Community:
         while True:
             try:
                 self.presences = {p.peer: p for p in await self._directory.presences()}
-                await self._gossip.connect([a for p in self.presences.values() if p.peer != self._host.peer for a in p.gossip_addresses])
+                await self._gossip.connect(
+                    [a for p in self.presences.values() if p.peer != self._host.peer for a in p.gossip_addresses]
+                )
                 others = [p for p in self.presences.values() if p.peer != self._host.peer]
                 if others:
                     await self._ask(chance.choice(others))

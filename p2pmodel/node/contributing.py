@@ -33,8 +33,15 @@ class NewPatch:
 
 
 def train_patch(
-    home: Home, lineage: Lineage, base: Path, parent: VersionId, files: Sequence[Path], kind_name: str,
-    options: TrainingOptions, licence: str, on_step: Callable[[int, float], None],
+    home: Home,
+    lineage: Lineage,
+    base: Path,
+    parent: VersionId,
+    files: Sequence[Path],
+    kind_name: str,
+    options: TrainingOptions,
+    licence: str,
+    on_step: Callable[[int, float], None],
 ) -> NewPatch:
     """Reads the data, trains from the parent version's values, signs. on_step is told (step, loss in nats per token).
 
@@ -47,15 +54,30 @@ def train_patch(
     state = version_state(lineage, parent)
     trained = train(load_whole(base), kind, state, train_part, held_out, options, on_step)
     adapter, fisher = blob.pack(trained.adapter), blob.pack(trained.fisher)
-    recipe = Recipe(seed=options.seed, steps=options.steps, batch=options.batch, sequence=options.sequence, optimizer="adamw",
-                    learning_rate=options.learning_rate, fisher_examples=options.fisher_examples)
+    recipe = Recipe(
+        seed=options.seed,
+        steps=options.steps,
+        batch=options.batch,
+        sequence=options.sequence,
+        optimizer="adamw",
+        learning_rate=options.learning_rate,
+        fisher_examples=options.fisher_examples,
+    )
     data = tuple(DataFile(t.name, t.digest, t.size, 1, licence) for t in texts)
     software = (("p2pmodel", __version__), *((name, installed(name)) for name in ("torch", "transformers")))
     patch = Patch(
-        contributor=home.key.peer, model=lineage.model, parent=parent, kind=kind.name,
-        adapter=BlobRef(canonical.digest(adapter), len(adapter)), fisher=BlobRef(canonical.digest(fisher), len(fisher)),
-        samples=trained.samples, loss_before=trained.loss_before, loss_after=trained.loss_after, licence=licence,
-        provenance=Provenance(data, recipe, software, options.checkpoint_every, trained.checkpoints))
+        contributor=home.key.peer,
+        model=lineage.model,
+        parent=parent,
+        kind=kind.name,
+        adapter=BlobRef(canonical.digest(adapter), len(adapter)),
+        fisher=BlobRef(canonical.digest(fisher), len(fisher)),
+        samples=trained.samples,
+        loss_before=trained.loss_before,
+        loss_after=trained.loss_after,
+        licence=licence,
+        provenance=Provenance(data, recipe, software, options.checkpoint_every, trained.checkpoints),
+    )
     header = home.key.sign("patch", patch)
     return NewPatch(canonical.digest(header), patch, trained, bundle.pack(header, adapter, fisher))
 
@@ -65,8 +87,11 @@ def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
     opened = bundle.open_bundle(raw)
     refs = intake.needed_blobs(lineage, "patch", opened.raw.header)
     if opened.patch.parent != lineage.head:
-        raise Rejected("parent", "The patch was trained on another version than the head, and can't be merged any more.",
-                       "Train it again on the head: p2pmodel train")
+        raise Rejected(
+            "parent",
+            "The patch was trained on another version than the head, and can't be merged any more.",
+            "Train it again on the head: p2pmodel train",
+        )
     for raw_blob in (opened.raw.adapter, opened.raw.fisher):
         lineage.home.objects.put(raw_blob)
     return intake.store(lineage, "patch", opened.raw.header, refs)

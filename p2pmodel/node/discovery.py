@@ -27,8 +27,8 @@ def bootstrap_peers(addresses: Sequence[str]) -> tuple[PeerId, ...]:
 def local_lineage(home: Home, text: str | None) -> Lineage:
     """Of a name, an id, a checkpoint's folder or a hub id, without asking anybody; None is the starter model.
 
-    A folder that no known lineage is based on begins one, with this home's key as its maintainer, and the starter's exam
-    standing in for its own until a Manifest is made on purpose.
+    A folder that no known lineage is based on begins one, with this home's key as its maintainer, and the starter's
+    exam standing in for its own until a Manifest is made on purpose.
     """
     if text is None:
         return founding.found_starter(home)
@@ -45,7 +45,8 @@ def local_lineage(home: Home, text: str | None) -> Lineage:
 
 
 async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:
-    """The lineage that the user means, among those that the peers take part in. Raises NotFound with what they offer."""
+    """The lineage that the user means, among those that the peers take part in. Raises NotFound with what they
+    offer."""
     return await _choose(home, host, await _offers(host, peers), text)
 
 
@@ -60,7 +61,9 @@ async def _offers(host: PeerHost, peers: Sequence[PeerId]) -> dict[str, tuple[Li
     return offers
 
 
-async def _choose(home: Home, host: PeerHost, offers: dict[str, tuple[LineageOffer, list[PeerId]]], text: str | None) -> Lineage:
+async def _choose(
+    home: Home, host: PeerHost, offers: dict[str, tuple[LineageOffer, list[PeerId]]], text: str | None
+) -> Lineage:
     folder = starter.MODEL if text is None else Path(text)
     by_files = folder.is_dir()
     found = []

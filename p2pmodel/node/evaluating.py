@@ -24,7 +24,9 @@ class FileLoss:
     bytes: int
 
 
-def evaluate_files(home: Path | None, model: str | None, base: Path | None, version: str, patch: str | None, files: Sequence[Path]) -> FileLoss:
+def evaluate_files(
+    home: Path | None, model: str | None, base: Path | None, version: str, patch: str | None, files: Sequence[Path]
+) -> FileLoss:
     """Raises InvalidInput for texts that can't be used, NotFound for an unknown version or patch."""
     folder = Home.open(home)
     lineage = local_lineage(folder, model)
@@ -39,5 +41,7 @@ def evaluate_files(home: Path | None, model: str | None, base: Path | None, vers
         state = {**version_state(lineage, entry.patch.parent), **patch_tensors(lineage, entry.patch.adapter)}
         what = f"{lineage.manifest.name} {entry.parent_number} with patch {entry.id[:10]}"
     folder_of_base = find_base(folder, lineage, base)
-    result = evaluate(load_whole(folder_of_base), load_tokenizer(folder_of_base), get_kind(lineage.manifest.kinds[0]), state, texts)
+    result = evaluate(
+        load_whole(folder_of_base), load_tokenizer(folder_of_base), get_kind(lineage.manifest.kinds[0]), state, texts
+    )
     return FileLoss(what, result.nats_per_token, result.nats_per_byte, result.tokens, result.bytes)

@@ -37,7 +37,9 @@ class Observer(Protocol):
 
 
 class Exchange:
-    def __init__(self, host: PeerHost, lineage: Lineage, observer: Observer, *, kinds: Collection[str] = RECORD_KINDS) -> None:
+    def __init__(
+        self, host: PeerHost, lineage: Lineage, observer: Observer, *, kinds: Collection[str] = RECORD_KINDS
+    ) -> None:
         """kinds: the kinds of records that this peer has a use for."""
         self._host, self._lineage, self._observer, self._kinds = host, lineage, observer, kinds
         self._fetcher = BlobFetcher(host, lineage.home.objects.sink)
@@ -104,7 +106,7 @@ class Exchange:
             await self._take_in(fetch)
         except Rejected as error:
             if error.reason == "parent" and fetch.kind != "verdict":
-                return self._fail(fetch)     # what it stands on may still come
+                return self._fail(fetch)  # what it stands on may still come
             log.warning("%s %s is refused: %s", fetch.kind, short(fetch.digest), error.message)
             self._observer.on_refused(fetch.kind, error.reason)
             self._refuse(fetch.digest)
@@ -113,7 +115,7 @@ class Exchange:
             self._fail(fetch)
         except Unreachable as error:
             log.info("%s %s: %s", fetch.kind, short(fetch.digest), error.message)
-            self._fail(fetch, has_not=True)     # whoever has it will name it again
+            self._fail(fetch, has_not=True)  # whoever has it will name it again
         except P2PModelError as error:
             log.info("%s %s can't be fetched: %s", fetch.kind, short(fetch.digest), error.message)
             self._fail(fetch)

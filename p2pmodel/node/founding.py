@@ -1,7 +1,7 @@
 """How a lineage begins: a Manifest made from a checkpoint, signed by its creator."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,8 +34,8 @@ class Founding:
     source: str = ""
     licence: str = ""
     strategy: str = DEFAULT_STRATEGY
-    schedule: Schedule = Schedule()
-    limits: Limits = Limits()
+    schedule: Schedule = field(default_factory=Schedule)
+    limits: Limits = field(default_factory=Limits)
 
 
 def found(home: Home, folder: Path, founding: Founding) -> Lineage:
@@ -45,11 +45,22 @@ def found(home: Home, folder: Path, founding: Founding) -> Lineage:
     get_strategy(founding.strategy)
     try:
         manifest = Manifest(
-            name=founding.name, created=int(time.time()), architecture=checkpoint.architecture, layers=checkpoint.layers,
-            files=file_digests(folder, checkpoint.files), source=founding.source, licence=founding.licence,
-            kinds=(DEFAULT_KIND,), slots=get_kind(DEFAULT_KIND).find_slots(_skeleton(checkpoint)),
-            merge=MergeSpec(founding.strategy), exam=home.objects.put(suite.pack()), schedule=founding.schedule,
-            limits=founding.limits, maintainers=tuple(sorted(founding.maintainers)), threshold=founding.threshold)
+            name=founding.name,
+            created=int(time.time()),
+            architecture=checkpoint.architecture,
+            layers=checkpoint.layers,
+            files=file_digests(folder, checkpoint.files),
+            source=founding.source,
+            licence=founding.licence,
+            kinds=(DEFAULT_KIND,),
+            slots=get_kind(DEFAULT_KIND).find_slots(_skeleton(checkpoint)),
+            merge=MergeSpec(founding.strategy),
+            exam=home.objects.put(suite.pack()),
+            schedule=founding.schedule,
+            limits=founding.limits,
+            maintainers=tuple(sorted(founding.maintainers)),
+            threshold=founding.threshold,
+        )
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     lineage = Lineage.create(home, home.key.sign("manifest", manifest))
@@ -58,12 +69,15 @@ def found(home: Home, folder: Path, founding: Founding) -> Lineage:
 
 
 def found_starter(home: Home) -> Lineage:
-    """The lineage of the starter model that this home began, made at the first call, with the home's key as maintainer."""
+    """The lineage of the starter model that this home began, made at the first call, with the home's key as
+    maintainer."""
     files = file_digests(starter.MODEL, read_checkpoint(starter.MODEL).files)
     for lineage in known_lineages(home):
         if lineage.manifest.files == files:
             return lineage
-    return found(home, starter.MODEL, Founding(starter.NAME, (home.key.peer,), 1, starter.EXAM, licence=starter.LICENCE))
+    return found(
+        home, starter.MODEL, Founding(starter.NAME, (home.key.peer,), 1, starter.EXAM, licence=starter.LICENCE)
+    )
 
 
 def lineage_of_folder(home: Home, folder: Path) -> Lineage | None:

@@ -14,8 +14,16 @@ from p2pmodel.telemetry.metrics import Metrics
 class Gauges:
     """Counters only ever grow, so what they have shown already is remembered."""
 
-    def __init__(self, metrics: Metrics, host: PeerHost, lineage: Lineage, attendance: Attendance, community: Community,
-                 hosting: Hosting | None, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        host: PeerHost,
+        lineage: Lineage,
+        attendance: Attendance,
+        community: Community,
+        hosting: Hosting | None,
+        traffic: Traffic,
+    ) -> None:
         self._metrics, self._host, self._lineage, self._attendance = metrics, host, lineage, attendance
         self._community, self._hosting, self._traffic = community, hosting, traffic
         self._shown: dict[str, float] = {}

@@ -50,7 +50,9 @@ def choose_device(gpu: int | None) -> Device:
 class Hosting:
     """Made by `start`; holds the threads that compute."""
 
-    def __init__(self, host: PeerHost, lineage: Lineage, span: Span, device: Device, runner: Runner, versions: VersionTable) -> None:
+    def __init__(
+        self, host: PeerHost, lineage: Lineage, span: Span, device: Device, runner: Runner, versions: VersionTable
+    ) -> None:
         self.span, self.device = span, device
         self.layer_seconds = runner.measure()
         self._lineage, self._versions, self._runner = lineage, versions, runner
@@ -58,8 +60,11 @@ class Hosting:
         self._server.start()
 
     @classmethod
-    async def start(cls, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device) -> "Hosting":
+    async def start(
+        cls, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device
+    ) -> "Hosting":
         """Loads the span's tensors at the head's values; returns when it can serve."""
+
         def load() -> tuple[Runner, VersionTable]:
             stage = load_stage(checkpoint, span, DTYPES[device.dtype], device.name)
             versions = VersionTable(stage)
@@ -74,16 +79,23 @@ class Hosting:
     def adopt(self, version: VersionId) -> None:
         """Serves the version from the next session on, beside those before it; nothing is reloaded."""
         self._versions.put(version, {} if version == self._lineage.model else version_state(self._lineage, version))
-        for old in self._versions.versions[:-KEPT_VERSIONS - 1]:
+        for old in self._versions.versions[: -KEPT_VERSIONS - 1]:
             if old != self._lineage.model:
                 self._versions.drop(old)
 
     def lease(self, peer: PeerId, *, leaving: bool = False) -> Lease:
         """The newest version first."""
         return Lease(
-            peer=peer, model=self._lineage.model, span=self.span, dtype=self.device.dtype,
-            versions=tuple(reversed(self._versions.versions)), layer_seconds=self.layer_seconds, queue=self._server.sessions,
-            leaving=leaving, expires=time.time() + LEASE_SECONDS)
+            peer=peer,
+            model=self._lineage.model,
+            span=self.span,
+            dtype=self.device.dtype,
+            versions=tuple(reversed(self._versions.versions)),
+            layer_seconds=self.layer_seconds,
+            queue=self._server.sessions,
+            leaving=leaving,
+            expires=time.time() + LEASE_SECONDS,
+        )
 
     @property
     def stats(self) -> ChainStats:

@@ -38,7 +38,8 @@ class RoutedChain:
         return self.last
 
     def connect(self, banned: set[PeerId], max_tokens: int) -> ChainSession:
-        """A session on the best route; peers that refuse are banned on the way. Raises Unreachable after PATIENCE_SECONDS."""
+        """A session on the best route; peers that refuse are banned on the way. Raises Unreachable after
+        PATIENCE_SECONDS."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         tried: set[PeerId] = set(banned)
         while True:
@@ -52,11 +53,13 @@ class RoutedChain:
             except Unreachable:
                 if time.monotonic() > deadline:
                     raise
-                tried = set(banned)     # a peer that was merely busy may do now
+                tried = set(banned)  # a peer that was merely busy may do now
                 time.sleep(0.5)
             if time.monotonic() > deadline:
-                raise Unreachable(f"No route through the swarm could be opened within {PATIENCE_SECONDS:.0f} seconds.",
-                                  "See who serves what: p2pmodel status")
+                raise Unreachable(
+                    f"No route through the swarm could be opened within {PATIENCE_SECONDS:.0f} seconds.",
+                    "See who serves what: p2pmodel status",
+                )
 
     @property
     def codec(self) -> Codec:

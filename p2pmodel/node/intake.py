@@ -18,8 +18,11 @@ from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 def record_limit(lineage: Lineage, kind: str) -> int:
     """The most bytes that a record of the kind may have."""
-    body = {"patch": lineage.manifest.limits.max_header_bytes, "candidate": records.MAX_CANDIDATE_BYTES,
-            "verdict": records.MAX_VERDICT_BYTES}[kind]
+    body = {
+        "patch": lineage.manifest.limits.max_header_bytes,
+        "candidate": records.MAX_CANDIDATE_BYTES,
+        "verdict": records.MAX_VERDICT_BYTES,
+    }[kind]
     return body + RECORD_OVERHEAD
 
 
@@ -42,8 +45,14 @@ def _admit_patch(lineage: Lineage, patch_id: PatchId, patch: Patch) -> None:
     """A patch on the head takes part in its round; one on an older version belongs to the history. The first patch of a
     contributor on a parent stands, unless a maintainer's candidate names another."""
     parents = {lineage.model, *(v.id for v in lineage.versions)}
-    named = any(patch_id in c.patches or any(x.patch == patch_id for x in c.left_out) for c in lineage.candidates.values())
-    others = set() if named else {p.contributor for i, p in lineage.patches.items() if p.parent == patch.parent and i != patch_id}
+    named = any(
+        patch_id in c.patches or any(x.patch == patch_id for x in c.left_out) for c in lineage.candidates.values()
+    )
+    others = (
+        set()
+        if named
+        else {p.contributor for i, p in lineage.patches.items() if p.parent == patch.parent and i != patch_id}
+    )
     head = patch.parent if patch.parent in parents else lineage.head
     admission.check_patch(patch, lineage.manifest, head, parents, model=lineage.model, contributors=others)
 
@@ -53,8 +62,13 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
     if parent is None and candidate.parent != lineage.model:
         raise Rejected("parent", f"The candidate's parent {short(candidate.parent)} is not known here.")
     admission.check_candidate(
-        candidate, lineage.manifest, model=lineage.model, proposer=proposer,
-        parent_number=parent.number if parent else BASE_NUMBER, parent_round=parent.round if parent else 0)
+        candidate,
+        lineage.manifest,
+        model=lineage.model,
+        proposer=proposer,
+        parent_number=parent.number if parent else BASE_NUMBER,
+        parent_round=parent.round if parent else 0,
+    )
 
 
 def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:

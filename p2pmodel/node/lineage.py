@@ -137,9 +137,13 @@ def known_lineages(home: Home) -> list[Lineage]:
 def find_lineage(home: Home, text: str) -> Lineage:
     """By name, id, or the beginning of one, among those that the home knows. Raises NotFound, or InvalidInput when
     several have the name."""
-    found = [x for x in known_lineages(home) if x.manifest.name == text or (len(text) >= 4 and x.model.startswith(text))]
+    found = [
+        x for x in known_lineages(home) if x.manifest.name == text or (len(text) >= 4 and x.model.startswith(text))
+    ]
     if not found:
-        raise NotFound(f"No model {text!r} is known here.", "See: p2pmodel model list; or name the folder of a checkpoint.")
+        raise NotFound(
+            f"No model {text!r} is known here.", "See: p2pmodel model list; or name the folder of a checkpoint."
+        )
     if len(found) > 1:
         ids = ", ".join(short(x.model) for x in found)
         raise InvalidInput(f"Several models are called {text!r}: {ids}.", "Use the id.")

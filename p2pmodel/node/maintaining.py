@@ -71,12 +71,21 @@ class Maintainer:
         if not entering:
             return None
         update = self._combine(before, entering, manifest.merge)
-        alpha = search_alpha(lambda a: objective(tuning, self._score(apply_update(before, update, a), "tune"), manifest.limits))
+        alpha = search_alpha(
+            lambda a: objective(tuning, self._score(apply_update(before, update, a), "tune"), manifest.limits)
+        )
         result = blob.pack(apply_update(before, update, alpha))
         candidate = Candidate(
-            model=lineage.model, round=round, parent=parent, number=lineage.number(parent).next_patch(), patches=entering,
-            left_out=tuple(sorted(left_out, key=lambda x: x.patch)), merge=manifest.merge, alpha=alpha,
-            result=BlobRef(canonical.digest(result), len(result)))
+            model=lineage.model,
+            round=round,
+            parent=parent,
+            number=lineage.number(parent).next_patch(),
+            patches=entering,
+            left_out=tuple(sorted(left_out, key=lambda x: x.patch)),
+            merge=manifest.merge,
+            alpha=alpha,
+            result=BlobRef(canonical.digest(result), len(result)),
+        )
         return Proposal(candidate, result)
 
     def examine(self, version: VersionId) -> Verdict:
@@ -100,13 +109,24 @@ class Maintainer:
         if canonical.digest(blob.pack(after)) != candidate.result.digest:
             raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")
         plain = apply_update(before, self._combine(before, candidate.patches, PLAIN_MEAN), 1.0)
-        base, parent, new, plain_mean = (self._score(s, "test") for s in (version_state(lineage, lineage.model), before, after, plain))
+        base, parent, new, plain_mean = (
+            self._score(s, "test") for s in (version_state(lineage, lineage.model), before, after, plain)
+        )
         return tuple(DomainScore(d, base[d], parent[d], new[d], plain_mean[d]) for d in sorted(new))
 
-    def _verdict(self, candidate: Candidate, version: VersionId, reason: str, scores: tuple[DomainScore, ...]) -> Verdict:
+    def _verdict(
+        self, candidate: Candidate, version: VersionId, reason: str, scores: tuple[DomainScore, ...]
+    ) -> Verdict:
         log.info("version %s (%s): %s", candidate.number, short(version), f"reject: {reason}" if reason else "accept")
-        return Verdict(maintainer=self.me, model=candidate.model, round=candidate.round, version=version,
-                       accept=not reason, reason=reason[:256], scores=scores)
+        return Verdict(
+            maintainer=self.me,
+            model=candidate.model,
+            round=candidate.round,
+            version=version,
+            accept=not reason,
+            reason=reason[:256],
+            scores=scores,
+        )
 
     def _combine(self, parent: State, patches: tuple[PatchId, ...], spec: MergeSpec) -> dict[str, Tensor]:
         lineage = self.lineage
@@ -116,7 +136,9 @@ class Maintainer:
                 if patch not in lineage.patches:
                     raise Rejected("patch", f"The candidate names patch {short(patch)}, which is not known here.")
                 header = lineage.patches[patch]
-                yield Contribution(patch, patch_tensors(lineage, header.adapter), patch_tensors(lineage, header.fisher), 1.0)
+                yield Contribution(
+                    patch, patch_tensors(lineage, header.adapter), patch_tensors(lineage, header.fisher), 1.0
+                )
 
         began = time.monotonic()
         update = get_strategy(spec.strategy).combine(parent, contributions, dict(spec.parameters))

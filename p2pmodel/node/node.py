@@ -107,10 +107,14 @@ class Node:
 
     async def _watch_daemon(self) -> None:
         status = await self.host.ended()
-        raise P2PModelError(f"The P2P daemon of this node ended with status {status}.", "Start the node again: p2pmodel join")
+        raise P2PModelError(
+            f"The P2P daemon of this node ended with status {status}.", "Start the node again: p2pmodel join"
+        )
 
 
-async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, stopping: asyncio.Event, say: Callable[[str], None]) -> Node:
+async def _start(
+    options: NodeOptions, device: Device, stack: AsyncExitStack, stopping: asyncio.Event, say: Callable[[str], None]
+) -> Node:
     home = Home.open(options.home)
     stack.callback(home.lock().release)
     key = home.key
@@ -120,7 +124,9 @@ async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, st
         stack.callback(server.stop)
         say(f"metrics at http://127.0.0.1:{server.port}/metrics")
     local = None if options.peers else local_lineage(home, options.model)
-    host = await PeerHost.start(home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers)
+    host = await PeerHost.start(
+        home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers
+    )
     stack.push_async_callback(host.stop)
     contacts = bootstrap_peers(options.peers)
     lineage = local or await swarm_lineage(home, host, contacts, options.model)
@@ -128,11 +134,19 @@ async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, st
     say(f"model {lineage.manifest.name} {lineage.number(lineage.head)}, id {lineage.model}")
 
     directory = Directory(host, lineage.model)
-    community = Community(host, home, lineage, directory, metrics,
-                          listen=f"/ip4/{options.host}/tcp/{options.port + 1 if options.port else 0}")
+    community = Community(
+        host,
+        home,
+        lineage,
+        directory,
+        metrics,
+        listen=f"/ip4/{options.host}/tcp/{options.port + 1 if options.port else 0}",
+    )
     stack.push_async_callback(community.stop)
     blobs = BlobServer(host, home.objects)
-    sync = SyncServer(host, lambda model: lineage.inventory() if model == lineage.model else (), lambda: [lineage.offer()])
+    sync = SyncServer(
+        host, lambda model: lineage.inventory() if model == lineage.model else (), lambda: [lineage.offer()]
+    )
     for service in (blobs, sync):
         await service.start()
         stack.push_async_callback(service.stop)
@@ -141,7 +155,11 @@ async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, st
     maintainer = await _maintainer(lineage, base, home, community, metrics) if base and options.maintain else None
     if maintainer:
         stack.callback(maintainer.stop)
-    hosting = await _hosting(options, device, host, lineage, directory, base, say) if base and options.layers != "none" else None
+    hosting = (
+        await _hosting(options, device, host, lineage, directory, base, say)
+        if base and options.layers != "none"
+        else None
+    )
     if hosting:
         stack.push_async_callback(hosting.stop)
 
@@ -157,8 +175,12 @@ async def _start(options: NodeOptions, device: Device, stack: AsyncExitStack, st
     await attendance.renew()
     stack.push_async_callback(attendance.leave)
     traffic = Traffic(blobs, community.exchange, hosting)
-    control = ControlServer(home.control_socket, Service(
-        home, host, lineage, directory, community, attendance, hosting, traffic, options.maintain, stopping.set))
+    control = ControlServer(
+        home.control_socket,
+        Service(
+            home, host, lineage, directory, community, attendance, hosting, traffic, options.maintain, stopping.set
+        ),
+    )
     await control.start()
     stack.push_async_callback(control.stop)
     for address in host.addresses:
@@ -177,25 +199,38 @@ def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str
 
 async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Community, metrics: Metrics) -> Maintainer:
     if home.key.peer not in lineage.manifest.maintainers:
-        raise UsageError(f"{home.key.peer} is no maintainer of {lineage.manifest.name}.",
-                         "Leave --maintain out, or use the home of a maintainer's key.")
+        raise UsageError(
+            f"{home.key.peer} is no maintainer of {lineage.manifest.name}.",
+            "Leave --maintain out, or use the home of a maintainer's key.",
+        )
     if not home.objects.has(lineage.manifest.exam.digest):
         await community.fetch(lineage.manifest.exam)
     return await asyncio.to_thread(Maintainer, lineage, home.key.peer, base, metrics.merge_seconds.observe)
 
 
-async def _hosting(options: NodeOptions, device: Device, host: PeerHost, lineage: Lineage, directory: Directory, base: Path,
-                   say: Callable[[str], None]) -> Hosting:
+async def _hosting(
+    options: NodeOptions,
+    device: Device,
+    host: PeerHost,
+    lineage: Lineage,
+    directory: Directory,
+    base: Path,
+    say: Callable[[str], None],
+) -> Hosting:
     checkpoint = read_checkpoint(base)
     span = await _span(options, checkpoint, directory, host, say)
     return await Hosting.start(host, lineage, checkpoint, span, device)
 
 
-async def _span(options: NodeOptions, checkpoint: Checkpoint, directory: Directory, host: PeerHost, say: Callable[[str], None]) -> Span:
+async def _span(
+    options: NodeOptions, checkpoint: Checkpoint, directory: Directory, host: PeerHost, say: Callable[[str], None]
+) -> Span:
     if isinstance(options.layers, Span):
         if options.layers.end > checkpoint.layers:
-            raise UsageError(f"There are no layers {options.layers}: the model has {checkpoint.layers}.",
-                             f"Use at most --layers 0:{checkpoint.layers}.")
+            raise UsageError(
+                f"There are no layers {options.layers}: the model has {checkpoint.layers}.",
+                f"Use at most --layers 0:{checkpoint.layers}.",
+            )
         say(f"layers {options.layers} of {checkpoint.layers}, as asked")
         return options.layers
     leases = [lease for lease in await directory.leases() if lease.peer != host.peer]
@@ -211,5 +246,11 @@ def _roles(options: NodeOptions, hosting: Hosting | None) -> tuple[str, ...]:
 
 
 def _serving(lineage: Lineage, hosting: Hosting | None, options: NodeOptions) -> str:
-    what = f"layers {hosting.span} on {hosting.device.name} in {hosting.device.dtype}" if hosting else "records and patches, no layers"
-    return f"serving {what} of {lineage.manifest.name} {lineage.number(lineage.head)}" + (", as a maintainer" if options.maintain else "")
+    what = (
+        f"layers {hosting.span} on {hosting.device.name} in {hosting.device.dtype}"
+        if hosting
+        else "records and patches, no layers"
+    )
+    return f"serving {what} of {lineage.manifest.name} {lineage.number(lineage.head)}" + (
+        ", as a maintainer" if options.maintain else ""
+    )

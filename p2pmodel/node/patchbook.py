@@ -13,7 +13,8 @@ from p2pmodel.wire import bundle
 
 @dataclass(frozen=True)
 class PatchEntry:
-    """state: `merged into 1.0.1`, `left out of 1.0.1: …`, `waits for its round`, `missed its round`, or `not published`."""
+    """state: `merged into 1.0.1`, `left out of 1.0.1: …`, `waits for its round`, `missed its round`, or `not
+    published`."""
 
     id: PatchId
     patch: Patch
@@ -35,10 +36,14 @@ def read_patch(home: Path | None, text: str) -> PatchEntry:
         opened = bundle.open_bundle(_read(path))
         lineage = next((x for x in known_lineages(folder) if x.model == opened.patch.model), None)
         if lineage is None:
-            return PatchEntry(opened.id, opened.patch, "a model not known here", short(opened.patch.parent), "not published")
+            return PatchEntry(
+                opened.id, opened.patch, "a model not known here", short(opened.patch.parent), "not published"
+            )
         if opened.id in lineage.patches:
             return _entry(lineage, opened.id)
-        return PatchEntry(opened.id, opened.patch, lineage.manifest.name, _parent(lineage, opened.patch), "not published")
+        return PatchEntry(
+            opened.id, opened.patch, lineage.manifest.name, _parent(lineage, opened.patch), "not published"
+        )
     for lineage in known_lineages(folder):
         matching = [p for p in lineage.patches if len(text) >= 4 and p.startswith(text)]
         if len(matching) == 1:
@@ -49,6 +54,7 @@ def read_patch(home: Path | None, text: str) -> PatchEntry:
 def verify_patch(home: Path | None, text: str) -> PatchEntry:
     """All the checks of a peer that is offered the patch. Raises Rejected with the first that fails."""
     from p2pmodel.node.intake import check_patch_file, check_stored_patch
+
     folder = Home.open(home)
     path = Path(text)
     if path.is_file():
@@ -64,7 +70,9 @@ def _lineage(home: Home, patch: Patch) -> Lineage:
     for lineage in known_lineages(home):
         if lineage.model == patch.model:
             return lineage
-    raise NotFound(f"The patch is for model {short(patch.model)}, which is not known here.", "Join its swarm first: p2pmodel join")
+    raise NotFound(
+        f"The patch is for model {short(patch.model)}, which is not known here.", "Join its swarm first: p2pmodel join"
+    )
 
 
 def _read(path: Path) -> bytes:

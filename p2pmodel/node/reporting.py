@@ -13,22 +13,37 @@ def status_data(reply: pb.StatusReply) -> dict[str, Any]:
 
 
 def status_text(reply: pb.StatusReply) -> str:
-    blocks = [f"peer {reply.peer}, up {reply.uptime_seconds:.0f} s, {reply.software}\n"
-              + "\n".join(f"join with: p2pmodel join --peers {address}" for address in reply.addresses)]
+    blocks = [
+        f"peer {reply.peer}, up {reply.uptime_seconds:.0f} s, {reply.software}\n"
+        + "\n".join(f"join with: p2pmodel join --peers {address}" for address in reply.addresses)
+    ]
     return "\n\n".join([*blocks, *(_model(reply, model) for model in reply.models)])
 
 
 def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> str:
     covered = sum(1 for n in model.coverage if n)
-    state = "every layer is served" if covered == model.layers else f"only {covered} of {model.layers} layers are served"
-    lines = [f"{model.name} {model.head.number} ({model.id[:10]}): {model.layers} layers, {state}",
-             f"  {'layers':<10}" + "".join(str(min(n, 9)) for n in model.coverage) + "   (how many peers serve each)"]
+    state = (
+        "every layer is served" if covered == model.layers else f"only {covered} of {model.layers} layers are served"
+    )
+    lines = [
+        f"{model.name} {model.head.number} ({model.id[:10]}): {model.layers} layers, {state}",
+        f"  {'layers':<10}" + "".join(str(min(n, 9)) for n in model.coverage) + "   (how many peers serve each)",
+    ]
     for lease in model.leases:
         mine = "  this node" if lease.peer == reply.peer else ""
         versions = ", ".join(v.number or v.id[:10] for v in lease.versions)
-        lines.append(f"  {lease.span.start}:{lease.span.end:<8}{lease.peer}  {versions}  {lease.dtype}, {lease.layer_seconds * 1e3:.2f} ms a layer, "
-                     f"{lease.queue} sessions{mine}")
-    lines.append(f"  {len(model.presences)} peers: " + ", ".join(f"{p.peer[-8:]} ({', '.join(p.roles)})" for p in model.presences))
+        lines.append(
+            f"  {lease.span.start}:{lease.span.end:<8}{lease.peer}  {versions}  {lease.dtype}, "
+            f"{lease.layer_seconds * 1e3:.2f} ms a layer, "
+            f"{lease.queue} sessions{mine}"
+        )
+    lines.append(
+        f"  {len(model.presences)} peers: "
+        + ", ".join(f"{p.peer[-8:]} ({', '.join(p.roles)})" for p in model.presences)
+    )
     r = model.round
-    lines.append(f"  round {r.number}: {r.phase} for {r.since_seconds:.0f} s, {r.patches} patches, {r.accepts} of {r.threshold} accepting verdicts")
+    lines.append(
+        f"  round {r.number}: {r.phase} for {r.since_seconds:.0f} s, {r.patches} patches, "
+        f"{r.accepts} of {r.threshold} accepting verdicts"
+    )
     return "\n".join(lines)

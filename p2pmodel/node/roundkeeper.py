@@ -1,7 +1,7 @@
 """Feeds what happens into the round's transition table, and does what comes out.
 
-What decides is `p2pmodel.logic.rounds`; that a version is adopted is proven by the lineage's records alone. Propositions
-and examinations block, so they run on a thread, one at a time.
+What decides is `p2pmodel.logic.rounds`; that a version is adopted is proven by the lineage's records alone.
+Propositions and examinations block, so they run on a thread, one at a time.
 """
 
 import asyncio
@@ -27,8 +27,16 @@ Adopted = Callable[[VersionId], Awaitable[None]]
 
 
 class RoundKeeper:
-    def __init__(self, lineage: Lineage, key: Key, maintainer: Maintainer | None, announce: Announce, adopted: Adopted,
-                 find_missing: Callable[[], Awaitable[None]], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        lineage: Lineage,
+        key: Key,
+        maintainer: Maintainer | None,
+        announce: Announce,
+        adopted: Adopted,
+        find_missing: Callable[[], Awaitable[None]],
+        metrics: Metrics,
+    ) -> None:
         """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here."""
         self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
         self._announce, self._adopted, self._find_missing = announce, adopted, find_missing
@@ -77,7 +85,9 @@ class RoundKeeper:
         for version, candidate in self._lineage.candidates.items():
             if candidate.parent == self._head:
                 patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
-                self._advance(round_state.CandidateSeen(version, self._lineage.proposers[version], patches, candidate.round))
+                self._advance(
+                    round_state.CandidateSeen(version, self._lineage.proposers[version], patches, candidate.round)
+                )
 
     async def _move_head(self) -> None:
         self._head = self._lineage.head
@@ -106,7 +116,9 @@ class RoundKeeper:
                 self.state = rounds.reopen(self.state, time.monotonic())
                 self._feed_all()
             case round_state.Misbehaviour(maintainer, one, other):
-                log.error("maintainer %s signed two versions in one round: %s and %s", maintainer, short(one), short(other))
+                log.error(
+                    "maintainer %s signed two versions in one round: %s and %s", maintainer, short(one), short(other)
+                )
                 self._metrics.rounds.labels("misbehaviour").inc()
 
     async def _tick(self) -> None:

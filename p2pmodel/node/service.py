@@ -23,8 +23,19 @@ from p2pmodel.wire.v1 import control_pb2 as pb
 class Service:
     """Implements `control.server.ControlService`."""
 
-    def __init__(self, home: Home, host: PeerHost, lineage: Lineage, directory: Directory, community: Community,
-                 attendance: Attendance, hosting: Hosting | None, traffic: Traffic, maintains: bool, stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        home: Home,
+        host: PeerHost,
+        lineage: Lineage,
+        directory: Directory,
+        community: Community,
+        attendance: Attendance,
+        hosting: Hosting | None,
+        traffic: Traffic,
+        maintains: bool,
+        stop: Callable[[], None],
+    ) -> None:
         self._home, self._host, self._lineage, self._directory = home, host, lineage, directory
         self._community, self._attendance, self._hosting = community, attendance, hosting
         self._traffic, self._maintains, self._stop = traffic, maintains, stop
@@ -35,21 +46,40 @@ class Service:
         presences = await self._directory.presences()
         lineage, head = self._lineage, self._lineage.served_head
         model = pb.ModelStatus(
-            id=lineage.model, name=lineage.manifest.name, head=self._ref(head), layers=lineage.manifest.layers, round=self._round(),
+            id=lineage.model,
+            name=lineage.manifest.name,
+            head=self._ref(head),
+            layers=lineage.manifest.layers,
+            round=self._round(),
             leases=[self._lease(lease) for lease in sorted(leases, key=lambda x: x.span)],
-            presences=[pb.PresenceStatus(peer=p.peer, roles=p.roles, software=p.software, addresses=p.addresses) for p in presences],
-            coverage=coverage(leases, lineage.manifest.layers, head), maintains=self._maintains)
+            presences=[
+                pb.PresenceStatus(peer=p.peer, roles=p.roles, software=p.software, addresses=p.addresses)
+                for p in presences
+            ],
+            coverage=coverage(leases, lineage.manifest.layers, head),
+            maintains=self._maintains,
+        )
         if self._hosting:
             model.hosted.CopyFrom(pb.Span(start=self._hosting.span.start, end=self._hosting.span.end))
         return pb.StatusReply(
-            peer=self._host.peer, addresses=self._host.addresses, home=str(self._home.path), pid=os.getpid(),
-            software=f"p2pmodel/{__version__}", uptime_seconds=time.monotonic() - self._began, models=[model], traffic=self._traffic.totals())
+            peer=self._host.peer,
+            addresses=self._host.addresses,
+            home=str(self._home.path),
+            pid=os.getpid(),
+            software=f"p2pmodel/{__version__}",
+            uptime_seconds=time.monotonic() - self._began,
+            models=[model],
+            traffic=self._traffic.totals(),
+        )
 
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         self._lineage.refresh()
         patch = Digest(request.record)
         if patch not in self._lineage.patches:
-            raise NotFound(f"Patch {short(patch)} of {self._lineage.manifest.name} is not in this home.", "Publish its file: p2pmodel patch publish")
+            raise NotFound(
+                f"Patch {short(patch)} of {self._lineage.manifest.name} is not in this home.",
+                "Publish its file: p2pmodel patch publish",
+            )
         await self._community.publish("patch", patch)
         return pb.PublishReply(patch=patch, model=self._lineage.model, round=self._community.round.round)
 
@@ -67,10 +97,22 @@ class Service:
     def _round(self) -> pb.RoundStatus:
         state, rules = self._community.round, self._lineage.manifest
         accepts = {v.maintainer for v in state.votes if v.round == state.round and v.accept}
-        return pb.RoundStatus(number=state.round, phase=state.phase.value, patches=len(state.patches),
-                              since_seconds=time.monotonic() - state.since, accepts=len(accepts), threshold=rules.threshold)
+        return pb.RoundStatus(
+            number=state.round,
+            phase=state.phase.value,
+            patches=len(state.patches),
+            since_seconds=time.monotonic() - state.since,
+            accepts=len(accepts),
+            threshold=rules.threshold,
+        )
 
     def _lease(self, lease: Lease) -> pb.LeaseStatus:
         return pb.LeaseStatus(
-            peer=lease.peer, span=pb.Span(start=lease.span.start, end=lease.span.end), versions=[self._ref(v) for v in lease.versions],
-            dtype=lease.dtype, queue=lease.queue, layer_seconds=lease.layer_seconds, expires_in_seconds=lease.expires - time.time())
+            peer=lease.peer,
+            span=pb.Span(start=lease.span.start, end=lease.span.end),
+            versions=[self._ref(v) for v in lease.versions],
+            dtype=lease.dtype,
+            queue=lease.queue,
+            layer_seconds=lease.layer_seconds,
+            expires_in_seconds=lease.expires - time.time(),
+        )

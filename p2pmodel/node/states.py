@@ -19,8 +19,10 @@ def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
     if ref is None:
         return get_kind(lineage.manifest.kinds[0]).initial(lineage.manifest.slots)
     if not lineage.home.objects.has(ref.digest):
-        raise NotFound(f"The values of version {short(version)} are not on this machine yet.",
-                       "A node of this home fetches them: p2pmodel join")
+        raise NotFound(
+            f"The values of version {short(version)} are not on this machine yet.",
+            "A node of this home fetches them: p2pmodel join",
+        )
     return patch_tensors(lineage, ref)
 
 
@@ -34,4 +36,7 @@ def patch_file_state(lineage: Lineage, path: Path) -> dict[str, Tensor]:
     """All slots' values with the patch of the file applied to its parent. Raises Rejected, NotFound."""
     opened = bundle.open_bundle(path.read_bytes())
     limit = lineage.manifest.limits.max_patch_bytes
-    return {**version_state(lineage, opened.patch.parent), **blob.unpack(opened.raw.adapter, lineage.manifest.slots, limit)}
+    return {
+        **version_state(lineage, opened.patch.parent),
+        **blob.unpack(opened.raw.adapter, lineage.manifest.slots, limit),
+    }

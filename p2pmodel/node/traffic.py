@@ -12,5 +12,9 @@ class Traffic:
     def totals(self) -> dict[str, int]:
         """Since the node began: `activations_sent`, `activations_received`, `blobs_sent`, `blobs_received`."""
         stats = self._hosting.stats if self._hosting else None
-        return {"activations_sent": stats.bytes_out if stats else 0, "activations_received": stats.bytes_in if stats else 0,
-                "blobs_sent": self._blobs.bytes_sent, "blobs_received": self._exchange.bytes_received}
+        return {
+            "activations_sent": stats.bytes_out if stats else 0,
+            "activations_received": stats.bytes_in if stats else 0,
+            "blobs_sent": self._blobs.bytes_sent,
+            "blobs_received": self._exchange.bytes_received,
+        }

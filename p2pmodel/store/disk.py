@@ -68,7 +68,7 @@ def make_folder(path: Path) -> None:
     except FileExistsError:
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
-    with suppress(PermissionError):     # a parent that may be entered and written, but not listed
+    with suppress(PermissionError):  # a parent that may be entered and written, but not listed
         sync_folder(path.parent)
 
 

@@ -38,7 +38,7 @@ class _Inspection:
 
     def rows(self) -> Iterator[RecordRow]:
         for digest in self.home.objects.digests():
-            with suppress(NotFound):        # another process has just removed it
+            with suppress(NotFound):  # another process has just removed it
                 row = self.inspect(digest)
                 if row is not None:
                     yield row

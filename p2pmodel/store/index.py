@@ -37,10 +37,12 @@ _UPDATE = """ON CONFLICT (record) DO UPDATE SET
     kind = excluded.kind, model = excluded.model, size = excluded.size, round = excluded.round"""
 
 _MIGRATIONS = (
-    ("""CREATE TABLE records (
+    (
+        """CREATE TABLE records (
         record TEXT PRIMARY KEY, size INTEGER NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, round INTEGER NOT NULL,
         seen REAL NOT NULL)""",
-     "CREATE INDEX records_by_model ON records (model, seen, record)"),
+        "CREATE INDEX records_by_model ON records (model, seen, record)",
+    ),
 )
 """Statements that take the schema from version n to n + 1; `PRAGMA user_version` says where a file is."""
 
@@ -104,7 +106,7 @@ class Index:
     def models(self) -> list[ModelId]:
         """All models that some record is of, the first seen first."""
         query = "SELECT model FROM records GROUP BY model ORDER BY min(seen), model"
-        return self._run(lambda sql: [ModelId(model) for model, in sql.execute(query)])
+        return self._run(lambda sql: [ModelId(model) for (model,) in sql.execute(query)])
 
     def rebuild(self, source: Callable[[], Iterable[RecordRow]]) -> int:
         """Makes it say what `source` yields, and keeps when each record was first seen. The number of its rows then.
@@ -121,18 +123,18 @@ class Index:
             self._connection = None
 
     def _rebuild(self, sql: sqlite3.Connection, source: Callable[[], Iterable[RecordRow]]) -> int:
-        if [answer for answer, in sql.execute("PRAGMA quick_check")] != ["ok"]:
+        if [answer for (answer,) in sql.execute("PRAGMA quick_check")] != ["ok"]:
             sql = self._replace()
-        last, = sql.execute("SELECT coalesce(max(rowid), 0) FROM records").fetchone()
+        (last,) = sql.execute("SELECT coalesce(max(rowid), 0) FROM records").fetchone()
         rows = list(source())
         sql.execute("BEGIN IMMEDIATE")
-        with sql:       # commits, or rolls back
+        with sql:  # commits, or rolls back
             sql.execute("CREATE TEMP TABLE IF NOT EXISTS found (record TEXT PRIMARY KEY)")
             sql.execute("DELETE FROM found")
             sql.executemany("INSERT OR IGNORE INTO found VALUES (?)", [(row.record.digest,) for row in rows])
             sql.execute("DELETE FROM records WHERE rowid <= ? AND record NOT IN (SELECT record FROM found)", (last,))
             sql.executemany(f"{_INSERT} {_UPDATE}", map(_values, rows))
-            count, = sql.execute("SELECT count(*) FROM records").fetchone()
+            (count,) = sql.execute("SELECT count(*) FROM records").fetchone()
         return int(count)
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -167,7 +169,7 @@ class Index:
     def _open(self) -> sqlite3.Connection:
         self.close()
         with storage_errors(self._path):
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))     # for its mode and its inode
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # for its mode and its inode
         self._inode = _inode(self._path)
         sql = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
@@ -181,10 +183,12 @@ class Index:
         return sql
 
     def _migrate(self, sql: sqlite3.Connection) -> None:
-        version, = sql.execute("PRAGMA user_version").fetchone()
+        (version,) = sql.execute("PRAGMA user_version").fetchone()
         if version > len(_MIGRATIONS):
-            raise StorageError(f"{self._path} was written by a newer p2pmodel.",
-                               "Upgrade, or delete the file: it is made again from the objects.")
+            raise StorageError(
+                f"{self._path} was written by a newer p2pmodel.",
+                "Upgrade, or delete the file: it is made again from the objects.",
+            )
         if version == len(_MIGRATIONS):
             return
         sql.execute("BEGIN IMMEDIATE")
@@ -203,8 +207,10 @@ class Index:
             return busy(self._path, BUSY_SECONDS)
         if code == sqlite3.SQLITE_FULL:
             return StorageError(f"The disk that holds {self._path} is full.", "Free some space, then repeat.")
-        return StorageError(f"The index {self._path} cannot be used: {error}.",
-                            "Check the disk; if that is well, delete the file: it is made again from the objects.")
+        return StorageError(
+            f"The index {self._path} cannot be used: {error}.",
+            "Check the disk; if that is well, delete the file: it is made again from the objects.",
+        )
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -19,8 +19,10 @@ class HomeLock:
             if not try_lock(self._descriptor, path):
                 holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
                 who = f"process {holder}" if holder.isdecimal() else "the other one"
-                raise Busy(f"Another node runs on this home, {path.parent}.",
-                           f"End {who}, or give this one a home of its own with --home.")
+                raise Busy(
+                    f"Another node runs on this home, {path.parent}.",
+                    f"End {who}, or give this one a home of its own with --home.",
+                )
             with storage_errors(path):
                 os.ftruncate(self._descriptor, 0)
                 os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -38,5 +40,6 @@ class HomeLock:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()

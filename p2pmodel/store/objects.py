@@ -46,7 +46,7 @@ class ObjectStore:
             known = False
         if known:
             with storage_errors(path):
-                sync_folder(path.parent)        # whoever renamed it may not have come to this yet
+                sync_folder(path.parent)  # whoever renamed it may not have come to this yet
         else:
             self._scratch.write(path, raw, _READ_ONLY)
         return ref
@@ -77,8 +77,10 @@ class ObjectStore:
             raw = file.readall()
         if canonical.digest(raw) != digest:
             self._set_aside(digest)
-            raise StorageError(f"Object {short(digest)} was damaged on the disk.",
-                               "It was moved aside and will be fetched again; check the disk with p2pmodel fsck.")
+            raise StorageError(
+                f"Object {short(digest)} was damaged on the disk.",
+                "It was moved aside and will be fetched again; check the disk with p2pmodel fsck.",
+            )
         return raw
 
     def read(self, digest: Digest, offset: int, length: int) -> bytes:
@@ -161,7 +163,7 @@ class ObjectStore:
             try:
                 os.replace(path, self._corrupt / digest)
             except FileNotFoundError:
-                return      # another reader found it first
+                return  # another reader found it first
         _log.warning("object %s was damaged on the disk, and was moved to %s", digest, self._corrupt)
 
 

@@ -122,8 +122,10 @@ class Refs:
 
 def _checked(name: str) -> str:
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
-        raise InvalidInput(f"{name[:64]!r} is no name for a ref.",
-                           "Use letters, digits, '.', '_' and '-', in up to 8 parts between slashes.")
+        raise InvalidInput(
+            f"{name[:64]!r} is no name for a ref.",
+            "Use letters, digits, '.', '_' and '-', in up to 8 parts between slashes.",
+        )
     return name
 
 
@@ -134,7 +136,7 @@ def _append(path: Path, line: str) -> None:
         torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
         raw = memoryview(("\n" * bool(torn) + line + "\n").encode())
         while raw:
-            raw = raw[os.write(descriptor, raw):]
+            raw = raw[os.write(descriptor, raw) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

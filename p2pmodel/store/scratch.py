@@ -28,7 +28,7 @@ class ScratchFile:
         try:
             with storage_errors(self._path.parent):
                 while view:
-                    view = view[self._file.write(view):]
+                    view = view[self._file.write(view) :]
         except BaseException:
             self.discard()
             raise
@@ -53,7 +53,7 @@ class ScratchFile:
     def discard(self) -> None:
         """Leaves nothing; may be called again."""
         if not self._file.closed:
-            with suppress(OSError):         # the next sweep finds what cannot be removed now
+            with suppress(OSError):  # the next sweep finds what cannot be removed now
                 self._path.unlink(missing_ok=True)
             self._file.close()
 
@@ -74,7 +74,7 @@ class Scratch:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if os.fstat(descriptor).st_nlink:
                     return ScratchFile(path, file)
-                file.close()                # swept between its creation and its lock
+                file.close()  # swept between its creation and its lock
 
     def write(self, target: Path, raw: Buffer, mode: int) -> None:
         """A whole small file, durable under `target` when this returns. Raises StorageError."""
@@ -93,7 +93,7 @@ class Scratch:
 
 def _remove_unless_locked(path: str) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)    # NFS locks only what is open for writing
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks only what is open for writing
     except FileNotFoundError:
         return False
     try:

@@ -63,7 +63,8 @@ class Admission:
         self._listener = Listener(self._host, CHAIN)
         self._pool = ThreadPoolExecutor(WORKERS, "chain-admit")
         self._thread = threading.Thread(
-            target=self._accept, args=(self._listener, self._pool), name="chain-accept", daemon=True)
+            target=self._accept, args=(self._listener, self._pool), name="chain-accept", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:

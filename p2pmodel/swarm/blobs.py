@@ -49,7 +49,7 @@ class BlobServer:
     """Serves what `source` has and `may_serve` allows. `bytes_sent` counts bodies only."""
 
     def __init__(
-        self, host: PeerHost, source: BlobSource, may_serve: Callable[[Digest], bool] = lambda digest: True,
+        self, host: PeerHost, source: BlobSource, may_serve: Callable[[Digest], bool] = lambda digest: True
     ) -> None:
         self.bytes_sent = 0
         self._source = source
@@ -75,7 +75,7 @@ class BlobServer:
                     chunk = await asyncio.to_thread(self._source.read, request.digest, at, min(CHUNK_BYTES, size - at))
                 except (P2PModelError, OSError) as error:
                     log.warning("Blob %s cannot be read: %s", short(request.digest), error)
-                    channel.abort()               # after the header, a refusal would be taken for the blob's bytes
+                    channel.abort()  # after the header, a refusal would be taken for the blob's bytes
                     return
                 await channel.write(chunk, STALL_SECONDS)
                 self.bytes_sent += len(chunk)
@@ -104,7 +104,8 @@ class BlobFetcher:
                 return
         raise Unreachable(
             f"Blob {short(ref.digest)} of {ref.size} bytes cannot be had from any of {len(candidates)} peers.",
-            "Try again when more peers are there.")
+            "Try again when more peers are there.",
+        )
 
     async def _attempt(self, ref: BlobRef, sources: Sequence[PeerId]) -> set[PeerId] | None:
         """None when the blob is there; else the peers whose bytes make up a wrong one: none when it is incomplete."""

@@ -62,8 +62,9 @@ class ChainClient:
         for session in list(self._sessions):
             session.close()
 
-    def open(self, route: Route, model: ModelId, version: VersionId, codec: str, max_tokens: int,
-             timeout: float = 15.0) -> ChainSession:
+    def open(
+        self, route: Route, model: ModelId, version: VersionId, codec: str, max_tokens: int, timeout: float = 15.0
+    ) -> ChainSession:
         """Returns when every stage of the route has opened the session; blocks, so not for the event loop's thread.
 
         Raises within `timeout` seconds: PeerFailed, with the peer to blame as best known and a stage's own error as its
@@ -113,8 +114,9 @@ class ChainClient:
         except OSError:
             raise lost(peer) from None
 
-    def _await(self, awaited: _Awaited, bell: socket.socket, out: socket.socket, route: Route, began: float,
-               timeout: float) -> socket.socket:
+    def _await(
+        self, awaited: _Awaited, bell: socket.socket, out: socket.socket, route: Route, began: float, timeout: float
+    ) -> socket.socket:
         """The sink's stream, or the error that comes back on `out` instead."""
         patience, deadline = began + timeout * MAX_OPEN_SHARE, began + timeout
         poll = select.poll()

@@ -49,10 +49,16 @@ class ChainServer:
         self._runner, self._idle_seconds = runner, idle_seconds
         self._peer = PeerId(host.peer)
         self._seats = threading.Semaphore(max_sessions)
-        self._admission = Admission(host, runner, self._seats, Outcomes(
-            admitted=lambda admitted: self._call(partial(self._join, admitted)),
-            refused=lambda stream, error: self._call(partial(self._refuse, stream, error)),
-            abandoned=lambda handle: self._call(partial(self._release, handle))))
+        self._admission = Admission(
+            host,
+            runner,
+            self._seats,
+            Outcomes(
+                admitted=lambda admitted: self._call(partial(self._join, admitted)),
+                refused=lambda stream, error: self._call(partial(self._refuse, stream, error)),
+                abandoned=lambda handle: self._call(partial(self._release, handle)),
+            ),
+        )
         self._pings = PingResponder(host, self._state)
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
@@ -102,7 +108,7 @@ class ChainServer:
     def _call(self, what: Callable[[], None]) -> None:
         """Has the compute thread do it."""
         self._calls.put(what)
-        with contextlib.suppress(BlockingIOError):      # then it is being woken already
+        with contextlib.suppress(BlockingIOError):  # then it is being woken already
             self._waker.send(b"\0")
 
     # ---- all below runs in the compute thread
@@ -123,7 +129,7 @@ class ChainServer:
         for key, events in self._selector.select(0 if self._ready else idle):
             key.data(events)
         now = time.monotonic()
-        if now >= self._next_sweep:     # after what came in during the last step, before the next one
+        if now >= self._next_sweep:  # after what came in during the last step, before the next one
             self._next_sweep = now + SWEEP_SECONDS
             self._sweep(now)
         if self._ready:

@@ -43,8 +43,10 @@ class ChainSession:
         self._poll = select.poll()
         self._poll.register(out, select.POLLIN)
         self._poll.register(sink, select.POLLIN)
-        self._sides = {out.fileno(): (out, FrameReader(), route.hops[0].peer),
-                       sink.fileno(): (sink, FrameReader(), route.hops[-1].peer)}
+        self._sides = {
+            out.fileno(): (out, FrameReader(), route.hops[0].peer),
+            sink.fileno(): (sink, FrameReader(), route.hops[-1].peer),
+        }
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._outbox = Outbox()
         self._asked: deque[tuple[int, int]] = deque()
@@ -106,7 +108,7 @@ class ChainSession:
         self._closing = True
         if not self._using.acquire(blocking=False):
             for stream in (self._out, self._sink):
-                with contextlib.suppress(OSError):      # it may fail at this moment
+                with contextlib.suppress(OSError):  # it may fail at this moment
                     stream.shutdown(socket.SHUT_RDWR)
             self._using.acquire()
         try:
@@ -124,7 +126,7 @@ class ChainSession:
             while self._sink.fileno() in self._watched and time.monotonic() < deadline:
                 self._poll_once(deadline)
         except P2PModelError:
-            pass    # it ends either way
+            pass  # it ends either way
 
     def _check(self) -> None:
         if self._error is not None:

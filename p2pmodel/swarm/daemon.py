@@ -47,14 +47,20 @@ class Daemon(P2P):  # type: ignore[misc]
 
     @classmethod
     async def launch(
-        cls, key_file: str, listen: Sequence[Multiaddr], relays: Sequence[str], client_only: bool,
+        cls, key_file: str, listen: Sequence[Multiaddr], relays: Sequence[str], client_only: bool
     ) -> "Daemon":
         """Raises P2PModelError with the daemon's last words when it does not start."""
         try:
             daemon: Daemon = await cls.create(
-                identity_path=key_file, check_if_identity_free=False, startup_timeout=STARTUP_SECONDS,
-                host_maddrs=list(listen), dht_mode="client" if client_only else "server",
-                nat_port_map=not is_loopback(listen), use_auto_relay=bool(relays), trusted_relays=list(relays) or None)
+                identity_path=key_file,
+                check_if_identity_free=False,
+                startup_timeout=STARTUP_SECONDS,
+                host_maddrs=list(listen),
+                dht_mode="client" if client_only else "server",
+                nat_port_map=not is_loopback(listen),
+                use_auto_relay=bool(relays),
+                trusted_relays=list(relays) or None,
+            )
         except (P2PDaemonError, OSError) as error:
             hint = "Check the addresses to listen on."
             raise P2PModelError(f"The P2P daemon did not start: {error}.", hint) from None
@@ -84,8 +90,10 @@ class Daemon(P2P):  # type: ignore[misc]
     async def dial(self, peer: PeerId, ways: Sequence[Multiaddr], seconds: float) -> None:
         """Raises PeerFailed when the peer cannot be connected to in time."""
         connect = p2pd_pb2.ConnectRequest(
-            peer=PeerID.from_base58(peer).to_bytes(), addrs=[way.to_bytes() for way in ways],
-            timeout=max(1, round(seconds)))
+            peer=PeerID.from_base58(peer).to_bytes(),
+            addrs=[way.to_bytes() for way in ways],
+            timeout=max(1, round(seconds)),
+        )
         _, writer = await self._ask(peer, p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect), seconds)
         writer.close()
 
@@ -94,11 +102,12 @@ class Daemon(P2P):  # type: ignore[misc]
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A binary stream to the peer's handler of `protocol`. Raises PeerFailed when there is none in time."""
         stream = p2pd_pb2.StreamOpenRequest(
-            peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol], timeout=max(1, round(seconds)))
+            peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol], timeout=max(1, round(seconds))
+        )
         return await self._ask(peer, p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=stream), seconds)
 
     async def _ask(
-        self, peer: PeerId, request: Any, seconds: float,
+        self, peer: PeerId, request: Any, seconds: float
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         writer: asyncio.StreamWriter | None = None
         try:

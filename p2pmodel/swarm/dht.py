@@ -49,8 +49,9 @@ class Serializer(MSGPackSerializer):  # type: ignore[misc]
 def _load_dictionary(code: int, data: bytes) -> DictionaryDHTValue:
     if code != _DICTIONARY_CODE:
         raise ValueError("unknown extension")
-    _, _, items = msgpack.unpackb(data, raw=False, ext_hook=_refuse, max_array_len=MAX_SUBKEYS, max_map_len=0,
-                                  max_bin_len=MAX_VALUE_BYTES)
+    _, _, items = msgpack.unpackb(
+        data, raw=False, ext_hook=_refuse, max_array_len=MAX_SUBKEYS, max_map_len=0, max_bin_len=MAX_VALUE_BYTES
+    )
     dictionary = DictionaryDHTValue()
     with dictionary.freeze():
         for subkey, value, expires in items:
@@ -172,11 +173,26 @@ async def create_node(p2p: P2P, client_only: bool) -> DHTNode:
     """A member of the DHT that has met nobody yet; with client_only one that answers no requests and stores nothing."""
     node_id = dht_id(p2p.peer_id)
     node = await DHTNode.create(
-        p2p=p2p, node_id=node_id, client_mode=True, wait_timeout=CALL_SECONDS, cache_locally=False, cache_nearest=0,
-        cache_on_store=False, cache_refresh_before_expiry=0, reuse_get_requests=False)
+        p2p=p2p,
+        node_id=node_id,
+        client_mode=True,
+        wait_timeout=CALL_SECONDS,
+        cache_locally=False,
+        cache_nearest=0,
+        cache_on_store=False,
+        cache_refresh_before_expiry=0,
+        reuse_get_requests=False,
+    )
     node.protocol = await RecordProtocol.create(
-        p2p, node_id, bucket_size=BUCKET_SIZE, depth_modulo=5, num_replicas=REPLICAS, wait_timeout=CALL_SECONDS,
-        client_mode=client_only, record_validator=RecordValidator())
+        p2p,
+        node_id,
+        bucket_size=BUCKET_SIZE,
+        depth_modulo=5,
+        num_replicas=REPLICAS,
+        wait_timeout=CALL_SECONDS,
+        client_mode=client_only,
+        record_validator=RecordValidator(),
+    )
     return node
 
 
@@ -185,8 +201,9 @@ async def store(node: DHTNode, key: DHTID, subkey: str, record: bytes, expires: 
     value = Serializer.dumps(record)
     nearest = await node.find_nearest_nodes([key], k_nearest=REPLICAS + 1, exclude_self=True)
     peers: Sequence[PeerID] = list(nearest[key].values())
-    answers = await asyncio.gather(*(
-        node.protocol.call_store(peer, [key], [value], [expires], subkeys=[subkey]) for peer in peers))
+    answers = await asyncio.gather(
+        *(node.protocol.call_store(peer, [key], [value], [expires], subkeys=[subkey]) for peer in peers)
+    )
     taken = sum(bool(answer and answer[0]) for answer in answers)
     if not node.protocol.client_mode:
         taken += node.protocol.storage.store_subkey(key, subkey, value, expires)

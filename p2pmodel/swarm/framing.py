@@ -68,11 +68,11 @@ class FrameReader:
             start = HEADER.size + header.meta
             if len(data) < start:
                 break
-            meta = bytes(data[HEADER.size:start])
+            meta = bytes(data[HEADER.size : start])
             body = _room(header.body)
             have = min(len(data) - start, header.body)
-            body[:have] = data[start:start + have]
-            data = data[start + have:]
+            body[:have] = data[start : start + have]
+            data = data[start + have :]
             if have < header.body:
                 self._head, self._rest = (header, meta, body), memoryview(body)[have:]
                 return done

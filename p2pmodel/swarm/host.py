@@ -40,7 +40,11 @@ class PeerHost:
 
     @classmethod
     async def start(
-        cls, key_path: Path | None, *, listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",), bootstrap: Sequence[str] = (),
+        cls,
+        key_path: Path | None,
+        *,
+        listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+        bootstrap: Sequence[str] = (),
         client_only: bool = False,
     ) -> "PeerHost":
         """key_path: a libp2p Ed25519 key file; None: a key for this run only. bootstrap: full multiaddrs of peers to

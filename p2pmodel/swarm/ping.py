@@ -138,6 +138,7 @@ def probe(host: Host, peer: PeerId, timeout: float = 2.0) -> Pong:
 
 def probe_all(host: Host, peers: Iterable[PeerId], timeout: float) -> dict[PeerId, Pong | None]:
     """All at the same time; None for a peer that does not answer."""
+
     def one(peer: PeerId) -> Pong | None:
         try:
             return probe(host, peer, timeout)

@@ -120,8 +120,14 @@ class Service:
     handler that raises an error of ours refuses with its reason; one that takes longer than `seconds` is cut off."""
 
     def __init__(
-        self, host: PeerHost, protocol: str, handle: Callable[[Channel], Awaitable[None]], *, streams: int = 64,
-        streams_per_peer: int = 8, seconds: float | None = 60.0,
+        self,
+        host: PeerHost,
+        protocol: str,
+        handle: Callable[[Channel], Awaitable[None]],
+        *,
+        streams: int = 64,
+        streams_per_peer: int = 8,
+        seconds: float | None = 60.0,
     ) -> None:
         self._host = host
         self._protocol = protocol

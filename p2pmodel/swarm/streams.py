@@ -53,7 +53,8 @@ def open_stream(host: Host, peer: PeerId, protocol: str, timeout: float = 10.0) 
     if peer == host.peer:
         return _open_local(peer, protocol)
     dial = p2pd_pb2.StreamOpenRequest(
-        peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol], timeout=max(1, math.ceil(timeout)))
+        peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol], timeout=max(1, math.ceil(timeout))
+    )
     request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=dial)
     try:
         stream, response = _ask(host, request, timeout)
@@ -79,9 +80,12 @@ class Listener:
         try:
             self._socket.bind(self._path)
             self._socket.listen(backlog)
-            self._tell(p2pd_pb2.Request(
-                type=p2pd_pb2.Request.STREAM_HANDLER,
-                streamHandler=p2pd_pb2.StreamHandlerRequest(addr=self._address(), proto=[protocol], balanced=False)))
+            self._tell(
+                p2pd_pb2.Request(
+                    type=p2pd_pb2.Request.STREAM_HANDLER,
+                    streamHandler=p2pd_pb2.StreamHandlerRequest(addr=self._address(), proto=[protocol], balanced=False),
+                )
+            )
         except BaseException:
             self._socket.close()
             self._folder.cleanup()
@@ -119,11 +123,16 @@ class Listener:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
-            self._tell(p2pd_pb2.Request(
-                type=p2pd_pb2.Request.REMOVE_STREAM_HANDLER,
-                removeStreamHandler=p2pd_pb2.RemoveStreamHandlerRequest(addr=self._address(), proto=[self._protocol])))
+            self._tell(
+                p2pd_pb2.Request(
+                    type=p2pd_pb2.Request.REMOVE_STREAM_HANDLER,
+                    removeStreamHandler=p2pd_pb2.RemoveStreamHandlerRequest(
+                        addr=self._address(), proto=[self._protocol]
+                    ),
+                )
+            )
         except Unreachable:
-            pass    # a daemon that is gone has no handlers left
+            pass  # a daemon that is gone has no handlers left
         finally:
             self._folder.cleanup()
 

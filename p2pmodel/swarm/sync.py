@@ -101,7 +101,9 @@ class SyncServer:
     """`inventory`: all records of a model, by kind; `lineages`: what this peer takes part in."""
 
     def __init__(
-        self, host: PeerHost, inventory: Callable[[ModelId], Sequence[tuple[str, BlobRef]]],
+        self,
+        host: PeerHost,
+        inventory: Callable[[ModelId], Sequence[tuple[str, BlobRef]]],
         lineages: Callable[[], Sequence[LineageOffer]],
     ) -> None:
         self._inventory = inventory
@@ -136,13 +138,11 @@ class SyncServer:
             try:
                 want = await channel.receive(Want, _SMALL_BYTES)
             except PeerFailed:
-                return                                # the client has what it wanted, and has closed
+                return  # the client has what it wanted, and has closed
             await channel.send(_list(entries, want.buckets))
 
 
-async def missing(
-    host: PeerHost, peer: PeerId, model: ModelId, known: Collection[Digest],
-) -> list[tuple[str, BlobRef]]:
+async def missing(host: PeerHost, peer: PeerId, model: ModelId, known: Collection[Digest]) -> list[tuple[str, BlobRef]]:
     """(record kind, reference) of what the peer has and we lack, sorted by digest, at most MAX_MISSING; nothing when
     the peer does not take part in the model. It is the peer's word: records are checked when they are fetched.
 
@@ -164,7 +164,7 @@ async def missing(
             for entry in listing.entries:
                 if entry.kind in RECORD_KINDS and entry.record.digest not in ours:
                     found[entry.record.digest] = (entry.kind, entry.record)
-            wanted = wanted[listing.covered:]
+            wanted = wanted[listing.covered :]
     return [found[digest] for digest in sorted(found)[:MAX_MISSING]]
 
 
@@ -203,4 +203,4 @@ def _bucket_checksums(digests: Iterable[Digest]) -> bytes:
 
 def _different(ours: bytes, theirs: bytes) -> bytes:
     size = _CHECKSUM_BYTES
-    return bytes(n for n in range(_BUCKETS) if ours[n * size:][:size] != theirs[n * size:][:size])
+    return bytes(n for n in range(_BUCKETS) if ours[n * size :][:size] != theirs[n * size :][:size])

@@ -23,7 +23,9 @@ CLOCK_TOLERANCE_SECONDS = 3.0
 
 MAX_VALUE_BYTES = records.MAX_DHT_BYTES + RECORD_OVERHEAD
 _OPENERS: dict[str, Callable[[bytes], Lease | Presence]] = {
-    "lease": records.open_lease, "presence": records.open_presence}
+    "lease": records.open_lease,
+    "presence": records.open_presence,
+}
 
 
 def dht_key(kind: str, model: ModelId) -> DHTID:
@@ -65,4 +67,5 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         return bool(
             record.subkey == msgpack.packb(noun.peer)
             and record.key == dht_key(kind, noun.model).to_bytes()
-            and record.expiration_time == noun.expires)
+            and record.expiration_time == noun.expires
+        )

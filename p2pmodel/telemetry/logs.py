@@ -9,8 +9,18 @@ from p2pmodel.domain.errors import UsageError
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
-_THIRD_PARTIES = ("asyncio", "filelock", "grpc", "hivemind", "httpcore", "httpx", "libp2p", "multiaddr", "transformers",
-                  "urllib3")
+_THIRD_PARTIES = (
+    "asyncio",
+    "filelock",
+    "grpc",
+    "hivemind",
+    "httpcore",
+    "httpx",
+    "libp2p",
+    "multiaddr",
+    "transformers",
+    "urllib3",
+)
 """They log at WARNING and below what is no concern of an operator; they speak at ERROR, or when the level is DEBUG."""
 
 
@@ -43,6 +53,7 @@ def _handler(stream: TextIO) -> logging.Handler:
         return handler
     from rich.console import Console
     from rich.logging import RichHandler
+
     return RichHandler(console=Console(file=stream), show_path=False, rich_tracebacks=False, log_time_format="[%X]")
 
 

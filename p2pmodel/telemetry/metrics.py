@@ -43,39 +43,61 @@ class Metrics:
         self.build.info({"version": __version__, "python": platform.python_version()})
 
         self.peers_connected = Gauge(
-            "p2pmodel_peers_connected", "Peers that this node has a connection to.", registry=registry)
+            "p2pmodel_peers_connected", "Peers that this node has a connection to.", registry=registry
+        )
         self.layers = Gauge("p2pmodel_layers", "Layers of the model that this node takes part in.", registry=registry)
         self.layers_covered = Gauge(
-            "p2pmodel_layers_covered", "Layers of it that at least one live lease serves at the head version.",
-            registry=registry)
+            "p2pmodel_layers_covered",
+            "Layers of it that at least one live lease serves at the head version.",
+            registry=registry,
+        )
         self.layers_hosted = Gauge("p2pmodel_layers_hosted", "Layers of it that this node serves.", registry=registry)
         self.sessions_open = Gauge("p2pmodel_sessions_open", "Sessions that have a KV cache here.", registry=registry)
         self.tokens = Counter(
-            "p2pmodel_tokens_processed", "Positions computed by the span that this node serves.", registry=registry)
+            "p2pmodel_tokens_processed", "Positions computed by the span that this node serves.", registry=registry
+        )
         self.step_seconds = Counter(
-            "p2pmodel_step_seconds", "Time spent in forwards of the span that this node serves.", registry=registry)
+            "p2pmodel_step_seconds", "Time spent in forwards of the span that this node serves.", registry=registry
+        )
         self.activation_bytes = Counter(
-            "p2pmodel_activation_bytes", "Encoded hidden states over activation streams.", ["direction"],
-            registry=registry)
+            "p2pmodel_activation_bytes",
+            "Encoded hidden states over activation streams.",
+            ["direction"],
+            registry=registry,
+        )
         self.blob_bytes = Counter(
-            "p2pmodel_blob_bytes", "Records and blobs over blob streams.", ["direction"], registry=registry)
+            "p2pmodel_blob_bytes", "Records and blobs over blob streams.", ["direction"], registry=registry
+        )
         self.announcements = Counter(
-            "p2pmodel_announcements", "Announcements over gossip.", ["direction"], registry=registry)
+            "p2pmodel_announcements", "Announcements over gossip.", ["direction"], registry=registry
+        )
         self.gossip_restarts = Counter(
-            "p2pmodel_gossip_restarts", "Times that the gossip child was started again.", registry=registry)
+            "p2pmodel_gossip_restarts", "Times that the gossip child was started again.", registry=registry
+        )
         self.patches = Counter("p2pmodel_patches", "Patches, by what became of them.", ["outcome"], registry=registry)
         self.refused = Counter(
-            "p2pmodel_records_refused", "Records that failed a check, by kind and by the check, in one word.",
-            ["kind", "reason"], registry=registry)
+            "p2pmodel_records_refused",
+            "Records that failed a check, by kind and by the check, in one word.",
+            ["kind", "reason"],
+            registry=registry,
+        )
         self.repaired = Counter(
-            "p2pmodel_records_repaired", "Records that gossip did not bring, found by asking a peer what it has.",
-            registry=registry)
+            "p2pmodel_records_repaired",
+            "Records that gossip did not bring, found by asking a peer what it has.",
+            registry=registry,
+        )
         self.rounds = Counter(
-            "p2pmodel_rounds", "Rounds, by how they ended; misbehaviour: a maintainer signed two candidates of one.",
-            ["outcome"], registry=registry)
+            "p2pmodel_rounds",
+            "Rounds, by how they ended; misbehaviour: a maintainer signed two candidates of one.",
+            ["outcome"],
+            registry=registry,
+        )
         self.merge_seconds = Histogram(
-            "p2pmodel_merge_seconds", "Time to merge the patches of one candidate, once.", buckets=_MERGE_BUCKETS,
-            registry=registry)
+            "p2pmodel_merge_seconds",
+            "Time to merge the patches of one candidate, once.",
+            buckets=_MERGE_BUCKETS,
+            registry=registry,
+        )
         self.head = Info("p2pmodel_head_version", "Number of the head version.", registry=registry)
 
         _declare(self.activation_bytes, DIRECTIONS)

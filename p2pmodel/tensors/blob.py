@@ -23,8 +23,17 @@ from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _CODES}
 MAX_TENSORS = 100_000
@@ -77,7 +86,7 @@ def unpack(raw: bytes | bytearray | memoryview, slots: Sequence[Slot] | None, li
     if len(view) < 8 or length > len(view) - 8:
         raise Rejected("schema", "These bytes are no safetensors blob.")
     parse = _cached_layout if length <= _CACHED_HEADER_BYTES else _layout
-    layout = parse(bytes(view[8:8 + length]), len(view) - 8 - length)
+    layout = parse(bytes(view[8 : 8 + length]), len(view) - 8 - length)
     if slots is not None:
         _check(layout, slots)
     data = np.frombuffer(view, np.uint8, offset=8 + length).copy()
@@ -150,14 +159,23 @@ def _layout(header: bytes, size: int) -> _Layout:
     if at != size:
         raise Rejected("schema", f"The tensors of a blob take {at} bytes, but it holds {size}.")
     names = [name for name, _, _, _, _ in layout]
-    flat = bool(layout) and names == sorted(names) and all(
-        dtype == torch.float32 and begin < end for _, dtype, _, begin, end in layout)
+    flat = (
+        bool(layout)
+        and names == sorted(names)
+        and all(dtype == torch.float32 and begin < end for _, dtype, _, begin, end in layout)
+    )
     places = tuple((name, shape) for name, _, shape, _, _ in layout)
-    return _Layout(tuple(layout), flat, tuple(names), tuple(prod(shape) for _, shape in places), places,
-                   tuple(place for place in places if len(place[1]) != 1))
+    return _Layout(
+        tuple(layout),
+        flat,
+        tuple(names),
+        tuple(prod(shape) for _, shape in places),
+        places,
+        tuple(place for place in places if len(place[1]) != 1),
+    )
 
 
-_cached_layout = lru_cache(maxsize=64)(_layout)     # patches of one lineage differ in their data only
+_cached_layout = lru_cache(maxsize=64)(_layout)  # patches of one lineage differ in their data only
 
 
 def _check(layout: _Layout, slots: Sequence[Slot]) -> None:
@@ -167,5 +185,8 @@ def _check(layout: _Layout, slots: Sequence[Slot]) -> None:
         if slot is None:
             raise Rejected("schema", f"{name[:64]!r} is no slot of this model.")
         if shape != slot.shape or _NAMES[dtype] != slot.dtype:
-            raise Rejected("shape", f"Slot {name[:64]!r} is {slot.dtype} {list(slot.shape)}, but the blob has "
-                                    f"{_NAMES[dtype]} {list(shape)}.")
+            raise Rejected(
+                "shape",
+                f"Slot {name[:64]!r} is {slot.dtype} {list(slot.shape)}, but the blob has "
+                f"{_NAMES[dtype]} {list(shape)}.",
+            )

@@ -62,7 +62,10 @@ class PlainCodec:
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        PlainCodec("fp32", torch.float32), PlainCodec("bf16", torch.bfloat16), PlainCodec("fp16", torch.float16))
+        PlainCodec("fp32", torch.float32),
+        PlainCodec("bf16", torch.bfloat16),
+        PlainCodec("fp16", torch.float16),
+    )
 }
 
 

@@ -30,12 +30,38 @@ from p2pmodel.domain.model import Slot
 OUT, IN = "ia3:out:", "ia3:in:"
 
 _KEYS_VALUES = {
-    "k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin", "project_k", "project_v",
-    "Wk", "Wv", "kv_proj", "kv_b_proj", "v_proj_current", "v_proj_delayed"}
+    "k_proj",
+    "v_proj",
+    "key",
+    "value",
+    "key_proj",
+    "value_proj",
+    "k_lin",
+    "v_lin",
+    "project_k",
+    "project_v",
+    "Wk",
+    "Wv",
+    "kv_proj",
+    "kv_b_proj",
+    "v_proj_current",
+    "v_proj_delayed",
+}
 _FUSED = {"query_key_value", "c_attn", "qkv_proj", "Wqkv", "qkv", "in_proj_qkv"}
 _DOWN = {
-    "down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2", "Wo", "fc_out", "lin2", "layer_2", "output_linear",
-    "proj_down", "w_out"}
+    "down_proj",
+    "fc2",
+    "c_proj",
+    "dense_4h_to_h",
+    "w2",
+    "Wo",
+    "fc_out",
+    "lin2",
+    "layer_2",
+    "output_linear",
+    "proj_down",
+    "w_out",
+}
 _FFN = {"feed_forward", "mlp", "ffn"}
 _SKIPPED = {"encoder_attn", "cross_attn", "crossattention", "gate", "router", "router_mlp", "indexer"}
 
@@ -47,7 +73,7 @@ def find_slots(base: nn.Module) -> tuple[Slot, ...]:
     for path, module in base.named_modules():
         if not path.startswith(prefix) or _SKIPPED & set(path.split(".")):
             continue
-        below = path[len(prefix):].split(".")[1:]      # after the layer's number
+        below = path[len(prefix) :].split(".")[1:]  # after the layer's number
         if "experts" in below and any(part.isdecimal() for part in below):
             continue
         place = _place(below, module)
@@ -58,8 +84,10 @@ def find_slots(base: nn.Module) -> tuple[Slot, ...]:
         elif _is_experts(module):
             found[f"{IN}{path}.down_proj"] = _inner_width(module)
     if not found:
-        raise InvalidInput("No key, value or feed-forward projections were found in this model.",
-                           "(IA)³ patches need a decoder from the transformers library.")
+        raise InvalidInput(
+            "No key, value or feed-forward projections were found in this model.",
+            "(IA)³ patches need a decoder from the transformers library.",
+        )
     return tuple(Slot(name, (width,), "float32") for name, width in sorted(found.items()))
 
 
@@ -109,12 +137,14 @@ class Applier:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
             vector = self._state.get(slot)
             return None if vector is None else _scaled(output, vector)
+
         return hook
 
     def _scale_input(self, slot: str) -> Callable[[nn.Module, Any], tuple[Any, ...] | None]:
         def hook(module: nn.Module, args: Any) -> tuple[Any, ...] | None:
             vector = self._state.get(slot)
             return None if vector is None else (_scaled(args[0], vector), *args[1:])
+
         return hook
 
     def _split_rows(self, experts: nn.Module, slot: str) -> None:
@@ -147,7 +177,7 @@ def _scaled(t: Tensor, vector: Tensor) -> Tensor:
         if t.ndim > 2:
             vector = vector.view(vector.shape[0], *[1] * (t.ndim - 2), vector.shape[1])
         elif t.shape[0] != vector.shape[0]:
-            vector = vector.repeat_interleave(t.shape[0] // vector.shape[0], 0)    # a flattened [B·T, D]
+            vector = vector.repeat_interleave(t.shape[0] // vector.shape[0], 0)  # a flattened [B·T, D]
     return (t * vector).to(t.dtype)
 
 
@@ -171,7 +201,7 @@ def _place(below: list[str], module: nn.Module) -> str | None:
     if name in _KEYS_VALUES | _FUSED and not _FFN & set(parents):
         return OUT
     attention = any("attn" in p or "attention" in p for p in parents)
-    if (name in _DOWN and not attention) or (name == "value" and "feed_forward" in parents):   # the latter is RWKV's
+    if (name in _DOWN and not attention) or (name == "value" and "feed_forward" in parents):  # the latter is RWKV's
         return IN
     return None
 
@@ -186,9 +216,12 @@ def _widths(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return (isinstance(getattr(module, "down_proj", None), nn.Parameter) and hasattr(module, "gate_up_proj")
-            and isinstance(getattr(module, "act_fn", None), nn.Module)
-            and "top_k_index" in inspect.signature(type(module).forward).parameters)
+    return (
+        isinstance(getattr(module, "down_proj", None), nn.Parameter)
+        and hasattr(module, "gate_up_proj")
+        and isinstance(getattr(module, "act_fn", None), nn.Module)
+        and "top_k_index" in inspect.signature(type(module).forward).parameters
+    )
 
 
 def _inner_width(experts: nn.Module) -> int:

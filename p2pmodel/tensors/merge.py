@@ -58,8 +58,9 @@ class MergeStrategy(Protocol):
     @property
     def name(self) -> str: ...
 
-    def combine(self, parent: Mapping[str, Tensor], contributions: Contributions,
-                parameters: Mapping[str, float]) -> dict[str, Tensor]:
+    def combine(
+        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """The mean update δ̄ of every slot of the parent, float64, before α.
 
         Raises Rejected("schema" | "shape" | "finite") for parameters, orders or tensors that cannot be merged.
@@ -71,8 +72,9 @@ class FisherMean:
 
     name = "fisher@1"
 
-    def combine(self, parent: Mapping[str, Tensor], contributions: Contributions,
-                parameters: Mapping[str, float]) -> dict[str, Tensor]:
+    def combine(
+        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         clips = _parameters(self.name, parameters, {"fisher_clip": 2.0, "norm_clip": 3.0})
         return _combine(parent, contributions, clips["norm_clip"], clips["fisher_clip"])
 
@@ -82,8 +84,9 @@ class PlainMean:
 
     name = "mean@1"
 
-    def combine(self, parent: Mapping[str, Tensor], contributions: Contributions,
-                parameters: Mapping[str, float]) -> dict[str, Tensor]:
+    def combine(
+        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         _parameters(self.name, parameters, {})
         return _combine(parent, contributions, None, None)
 
@@ -113,8 +116,9 @@ def apply_update(parent: Mapping[str, Tensor], update: Mapping[str, Tensor], alp
     return result
 
 
-def _combine(parent: Mapping[str, Tensor], contributions: Contributions, norm_clip: float | None,
-             fisher_clip: float | None) -> dict[str, Tensor]:
+def _combine(
+    parent: Mapping[str, Tensor], contributions: Contributions, norm_clip: float | None, fisher_clip: float | None
+) -> dict[str, Tensor]:
     layout = _Layout(parent)
     survey = _survey(layout, contributions)
     factors = survey.weights.copy()
@@ -129,12 +133,12 @@ def _combine(parent: Mapping[str, Tensor], contributions: Contributions, norm_cl
         step = max(16, _CACHED_ELEMENTS // patches)
         for low in range(begin, end, step):
             high = min(low + step, end)
-            updates = values[:, low - begin:high - begin] - layout.parent[low:high]
+            updates = values[:, low - begin : high - begin] - layout.parent[low:high]
             if fisher_clip is None:
                 updates *= factors[:, None]
                 result[low:high] = _fold(updates) / _fold(survey.weights.copy())
             else:
-                mass = _clipped(fishers[:, low - begin:high - begin], fisher_clip)
+                mass = _clipped(fishers[:, low - begin : high - begin], fisher_clip)
                 result[low:high] = _weighted_mean(updates, mass, survey.weights, factors)
     if not np.isfinite(result).all():
         raise Rejected("finite", "The patches' values are too large to be merged.")
@@ -172,7 +176,7 @@ def _fold(rows: F64) -> F64:
     n = len(rows)
     while n > 1:
         half = (n + 1) // 2
-        rows[:n - half] += rows[half:n]
+        rows[: n - half] += rows[half:n]
         n = half
     total: F64 = rows[0]
     return total
@@ -213,7 +217,7 @@ class _Layout:
             if tensors[name].shape != shape:
                 raise Rejected("shape", f"A patch has slot {name} in another shape than its parent.")
             low, high = max(start, begin), min(stop, end)
-            target[low - begin:high - begin] = tensors[name].detach().reshape(-1)[low - start:high - start]
+            target[low - begin : high - begin] = tensors[name].detach().reshape(-1)[low - start : high - start]
 
     def split(self, row: F64) -> dict[str, Tensor]:
         parts = torch.split(torch.from_numpy(row), [prod(shape) for _, shape in self.places])

@@ -1,7 +1,7 @@
 """The patch file: one file with the signed header and its two blobs, so that a patch can be sent by any means.
 
-Canonical encoding of `Bundle`. The file proves nothing by itself: `open_bundle` checks that the blobs are those that the
-header names and that the header is signed by its contributor.
+Canonical encoding of `Bundle`. The file proves nothing by itself: `open_bundle` checks that the blobs are those that
+the header names and that the header is signed by its contributor.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Canonical msgpack: one byte string for one value, so that digests and signatures mean something.
 
-Dataclasses are maps with sorted keys, tuples arrays, integers in their shortest form, floats 64 bits. Decoding checks the
-schema (types, then the noun's own `__post_init__`) and that the bytes are the canonical ones.
+Dataclasses are maps with sorted keys, tuples arrays, integers in their shortest form, floats 64 bits. Decoding checks
+the schema (types, then the noun's own `__post_init__`) and that the bytes are the canonical ones.
 """
 
 import hashlib

@@ -18,11 +18,11 @@ MAX_BODY_BYTES = 64 << 20
 
 
 class Kind(IntEnum):
-    OPEN = 1    # meta: SessionRequest and the rest of the route; the first frame on every stream
-    DATA = 2    # body: encoded hidden states
-    CLOSE = 3   # there is no half-close on these streams: the end is said
-    ERROR = 4   # meta: why a stage gave up; runs on to the client
-    PING = 5    # answered off the compute thread
+    OPEN = 1  # meta: SessionRequest and the rest of the route; the first frame on every stream
+    DATA = 2  # body: encoded hidden states
+    CLOSE = 3  # there is no half-close on these streams: the end is said
+    ERROR = 4  # meta: why a stage gave up; runs on to the client
+    PING = 5  # answered off the compute thread
     PONG = 6
 
 

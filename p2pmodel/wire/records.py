@@ -1,7 +1,8 @@
 """The signed records of a lineage, each with its size limit and the rule that its author is who its body says.
 
 The digest of a record's bytes is its address in every store; of a manifest's it is the model id, of a patch's the patch
-id. A version's id is the digest of the candidate's body, so that two proposers of the same candidate propose one version.
+id. A version's id is the digest of the candidate's body, so that two proposers of the same candidate propose one
+version.
 """
 
 from p2pmodel.domain.announcement import MAX_ANNOUNCEMENT_BYTES, Announcement

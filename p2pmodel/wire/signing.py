@@ -1,8 +1,8 @@
 """Ed25519 keys, the PeerId that is made of one, and signed records.
 
 A record is the canonical encoding of `Signed`. The signature covers a prefix that names the protocol and the kind, so a
-signature for one kind is never valid for another. The public key is read from the PeerId (libp2p's identity multihash of
-the key's protobuf; https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md).
+signature for one kind is never valid for another. The public key is read from the PeerId (libp2p's identity multihash
+of the key's protobuf; https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md).
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from p2pmodel.wire import canonical
 
 T = TypeVar("T")
 
-_IDENTITY_MULTIHASH = b"\x00\x24\x08\x01\x12\x20"   # identity code, 36 bytes; protobuf: type Ed25519, data of 32 bytes
-_PRIVATE_PROTOBUF = b"\x08\x01\x12\x40"             # protobuf: type Ed25519, data of 64 bytes (seed, public key)
+_IDENTITY_MULTIHASH = b"\x00\x24\x08\x01\x12\x20"  # identity code, 36 bytes; protobuf: type Ed25519, data of 32 bytes
+_PRIVATE_PROTOBUF = b"\x08\x01\x12\x40"  # protobuf: type Ed25519, data of 64 bytes (seed, public key)
 RECORD_OVERHEAD = 512
 """More than what a record adds to its body."""
 
@@ -61,7 +61,9 @@ class Key:
 
     def derive(self, purpose: str) -> "Key":
         """Another key that only this one's owner can make (HKDF-SHA256)."""
-        seed = HKDF(SHA256(), 32, salt=None, info=f"p2pmodel/{purpose}/1".encode()).derive(self._private.private_bytes_raw())
+        seed = HKDF(SHA256(), 32, salt=None, info=f"p2pmodel/{purpose}/1".encode()).derive(
+            self._private.private_bytes_raw()
+        )
         return Key(Ed25519PrivateKey.from_private_bytes(seed))
 
     def sign(self, kind: str, noun: object) -> bytes:

@@ -163,11 +163,12 @@ def measure(client: ChainClient, host: Host, told: Sequence[dict[str, Any]], opt
     names = ["socket pair", *(f"{n} stage{'s' * (n > 1)}" for n in range(1, len(hops) + 1))]
     steps: list[Callable[[], object]] = [pair, *(partial(session.step, body, 0, 1) for session in sessions)]
     used = [[os.getpid(), echoing.pid]] + [
-        host.processes + [p for stage in told[:n] for p in stage["processes"]] for n in range(1, len(hops) + 1)]
+        host.processes + [p for stage in told[:n] for p in stage["processes"]] for n in range(1, len(hops) + 1)
+    ]
     results = [Result() for _ in steps]
     for turn in range(options.rounds + 1):
         for result, step, processes in zip(results, steps, used, strict=True):
-            (result if turn else Result()).measure(step, options.tokens, processes)      # the first turn warms up
+            (result if turn else Result()).measure(step, options.tokens, processes)  # the first turn warms up
     print(f"{options.bytes} bytes a token, {options.rounds} rounds of {options.tokens} tokens; milliseconds a token\n")
     print(f"{'ring':<14} {'p10':>9} {'p50':>9} {'p50 a link':>13} {'CPU':>13}")
     for links, (name, result) in enumerate(zip(names, results, strict=True), start=1):

@@ -29,10 +29,14 @@ LIMIT = 1 << 30
 
 def slots_of(layers: int, hidden: int, inner: int) -> list[Slot]:
     """`hidden`: width of keys and values."""
-    places = (("in:layers.{}.mlp.down_proj", inner), ("out:layers.{}.self_attn.k_proj", hidden),
-              ("out:layers.{}.self_attn.v_proj", hidden))
-    slots = [Slot(f"ia3:{place.format(layer)}", (width,), "float32")
-             for layer in range(layers) for place, width in places]
+    places = (
+        ("in:layers.{}.mlp.down_proj", inner),
+        ("out:layers.{}.self_attn.k_proj", hidden),
+        ("out:layers.{}.self_attn.v_proj", hidden),
+    )
+    slots = [
+        Slot(f"ia3:{place.format(layer)}", (width,), "float32") for layer in range(layers) for place, width in places
+    ]
     return sorted(slots, key=lambda slot: slot.name)
 
 
@@ -60,14 +64,19 @@ def measure(layers: int, hidden: int, inner: int, patches: int, repeat: int) -> 
 
         def stored() -> Iterator[Contribution]:
             for name, adapter, fisher in files:
-                yield Contribution(name, blob.unpack(adapter.read_bytes(), slots, LIMIT),
-                                   blob.unpack(fisher.read_bytes(), slots, LIMIT), 1.0)
+                yield Contribution(
+                    name,
+                    blob.unpack(adapter.read_bytes(), slots, LIMIT),
+                    blob.unpack(fisher.read_bytes(), slots, LIMIT),
+                    1.0,
+                )
 
         held = list(stored())
         runs: list[Callable[[], object]] = [
             lambda: [np.fromfile(file, np.uint8) for _, *pair in files for file in pair],
             lambda: strategy.combine(parent, stored, {}),
-            lambda: strategy.combine(parent, lambda: held, {})]
+            lambda: strategy.combine(parent, lambda: held, {}),
+        ]
         best = [float("inf")] * len(runs)
         for _ in range(repeat):
             for index, run in enumerate(runs):
@@ -90,8 +99,11 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for patches in args.patches:
         size, read, merged, held = measure(args.layers, args.hidden, args.inner, patches, args.repeat)
-        print(f"| {patches} | {size / 1e6:.1f} | {read * 1e3:.2f} | {merged * 1e3:.2f} | {read / merged:.2f} "
-              f"| {held * 1e3:.2f} | {read / held:.2f} |", flush=True)
+        print(
+            f"| {patches} | {size / 1e6:.1f} | {read * 1e3:.2f} | {merged * 1e3:.2f} | {read / merged:.2f} "
+            f"| {held * 1e3:.2f} | {read / held:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -79,8 +79,10 @@ def measure(cases: dict[str, Callable[[], Cost]], runs: int) -> dict[str, Cost]:
             cost = case()
             if turn:
                 costs[name].append(cost)
-    return {name: (statistics.median(wall for wall, _ in found), statistics.median(cpu for _, cpu in found))
-            for name, found in costs.items()}
+    return {
+        name: (statistics.median(wall for wall, _ in found), statistics.median(cpu for _, cpu in found))
+        for name, found in costs.items()
+    }
 
 
 def main() -> None:
@@ -91,14 +93,28 @@ def main() -> None:
     parser.add_argument("join", nargs="*", help="arguments of join, after --")
     asked = parser.parse_args()
 
-    short = measure({"python -c pass": lambda: run_python("-c", "pass"),
-                     "p2pmodel --help": lambda: run_python("-m", "p2pmodel", "--help")}, asked.runs)
+    short = measure(
+        {
+            "python -c pass": lambda: run_python("-c", "pass"),
+            "p2pmodel --help": lambda: run_python("-m", "p2pmodel", "--help"),
+        },
+        asked.runs,
+    )
     imports, serving = "import torch, hivemind", "p2pmodel join, until serving"
-    long = measure({imports: lambda: run_python("-c", "import torch, hivemind"), serving: lambda: join(asked.join)},
-                   asked.join_runs) if asked.join_runs else {}
+    long = (
+        measure(
+            {imports: lambda: run_python("-c", "import torch, hivemind"), serving: lambda: join(asked.join)},
+            asked.join_runs,
+        )
+        if asked.join_runs
+        else {}
+    )
     if asked.json:
-        print(json.dumps({name: {"wall_seconds": wall, "cpu_seconds": cpu}
-                          for name, (wall, cpu) in (short | long).items()}))
+        print(
+            json.dumps(
+                {name: {"wall_seconds": wall, "cpu_seconds": cpu} for name, (wall, cpu) in (short | long).items()}
+            )
+        )
         return
     for found in (short, long):
         base = next(iter(found.values()), (1.0, 1.0))

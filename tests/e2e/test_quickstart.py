@@ -1,5 +1,6 @@
 """The main job, as a user runs it: `p2pmodel quickstart`, with real processes. What it prints has to be true."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,33 +22,44 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("swarm")
-    run = subprocess.run([sys.executable, "-m", "p2pmodel", "quickstart", "--json", "--folder", str(folder)],
-                         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    run = subprocess.run(
+        [sys.executable, "-m", "p2pmodel", "quickstart", "--json", "--folder", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout), folder
 
 
 def test_no_process_is_left_behind(rehearsal: tuple[dict[str, Any], Path]) -> None:
     folder = str(rehearsal[1])
-    left = [p.info for p in psutil.process_iter(["pid", "cmdline"]) if any(folder in part for part in p.info["cmdline"] or [])]
+    left = [
+        p.info
+        for p in psutil.process_iter(["pid", "cmdline"])
+        if any(folder in part for part in p.info["cmdline"] or [])
+    ]
     assert left == []
 
 
 def test_no_host_holds_the_whole_model(rehearsal: tuple[dict[str, Any], Path]) -> None:
     spans = [Span(*map(int, text.split(":"))) for text in rehearsal[0]["spans"].values()]
-    assert len(spans) >= 3 and sum(map(len, spans)) == 6 and all(len(span) < 6 for span in spans)
+    assert len(spans) >= 3
+    assert sum(map(len, spans)) == 6
+    assert all(len(span) < 6 for span in spans)
 
 
 def test_the_exam_loss_falls_in_every_round(rehearsal: tuple[dict[str, Any], Path]) -> None:
     report = rehearsal[0]
     means = [sum(exam.values()) / len(exam) for exam in (report["base_exam"], *(v["exam"] for v in report["versions"]))]
-    assert len(means) == 3 and means[0] > means[1] > means[2], means
+    assert len(means) == 3
+    assert means[0] > means[1] > means[2], means
 
 
 def test_no_domain_regresses_beyond_the_tolerance(rehearsal: tuple[dict[str, Any], Path]) -> None:
     report = rehearsal[0]
     exams = [report["base_exam"], *(v["exam"] for v in report["versions"])]
-    for before, after in zip(exams, exams[1:], strict=False):
+    for before, after in itertools.pairwise(exams):
         for domain, loss in before.items():
             assert after[domain] <= loss * 1.005, (domain, loss, after[domain])
 

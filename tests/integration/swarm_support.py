@@ -22,9 +22,13 @@ async def swarm(folder: Path, size: int, clients: Sequence[int] = ()) -> AsyncIt
         (folder / f"{number}.key").write_bytes(key.to_libp2p())
     hosts = [await PeerHost.start(folder / "0.key")]
     try:
-        started = await asyncio.gather(*(
-            PeerHost.start(folder / f"{n}.key", bootstrap=hosts[0].addresses, client_only=n in clients)
-            for n in range(1, size)), return_exceptions=True)
+        started = await asyncio.gather(
+            *(
+                PeerHost.start(folder / f"{n}.key", bootstrap=hosts[0].addresses, client_only=n in clients)
+                for n in range(1, size)
+            ),
+            return_exceptions=True,
+        )
         hosts += [host for host in started if isinstance(host, PeerHost)]
         assert len(hosts) == size, started
         yield list(zip(keys, hosts, strict=True))

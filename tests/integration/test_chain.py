@@ -130,15 +130,23 @@ class Swarm:
     def quiet(self) -> bool:
         return all(server.sessions == 0 for server in self.servers.values()) and all(
             sorted(r.session for r in runner.opened) == sorted(r.session for r in runner.closed)
-            for runner in self.runners.values())
+            for runner in self.runners.values()
+        )
 
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """Stages `x` and `y`, that add 8, each in a process group with its daemon; they take their time to start."""
-    stages = {name: subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.test_chain"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, start_new_session=True) for name in ("x", "y")}
+    stages = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.test_chain"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for name in ("x", "y")
+    }
     yield stages
     for process in stages.values():
         os.killpg(process.pid, signal.SIGKILL)
@@ -310,7 +318,8 @@ def test_a_peer_that_cannot_be_reached_is_named(swarm: Swarm) -> None:
 def test_an_error_of_one_step_ends_that_session_alone(swarm: Swarm) -> None:
     other = swarm.open("a", "b")
     for meta, kind, sentence in (
-        (b"refuse", Rejected, "no hidden states"), (b"defect", PeerFailed, "failed to compute"),
+        (b"refuse", Rejected, "no hidden states"),
+        (b"defect", PeerFailed, "failed to compute"),
         (b"explode", PeerFailed, "failed to compute"),
     ):
         session = swarm.open("a", "b")
@@ -361,16 +370,24 @@ def test_a_client_that_vanishes_frees_the_caches(swarm: Swarm) -> None:
 
 def test_malformed_frames_end_one_session(swarm: Swarm) -> None:
     other = swarm.open("a", "b")
-    for garbage in (b"\xff" * 16, frames.HEADER.pack(Kind.DATA, 0, 0, frames.MAX_BODY_BYTES + 1, 0, 1),
-                    frames.HEADER.pack(Kind.CLOSE, 0, 0, 10, 0, 0), frames.pack(Kind.PING)):
+    for garbage in (
+        b"\xff" * 16,
+        frames.HEADER.pack(Kind.DATA, 0, 0, frames.MAX_BODY_BYTES + 1, 0, 1),
+        frames.HEADER.pack(Kind.CLOSE, 0, 0, 10, 0, 0),
+        frames.pack(Kind.PING),
+    ):
         stream, sink = raw_session(swarm, swarm.client, "a", "b")
         stream.sendall(garbage)
         for end in (stream, sink):
             assert receive_frame(end, PATIENCE).kind is Kind.ERROR
             end.close()
     hops = tuple(Hop(swarm.hosts["a"].peer, Span(n, n + 1)) for n in range(1, 300))
-    for first in (b"\xff" * 16, frames.pack(Kind.OPEN, b"\xc1"), frames.pack(Kind.CLOSE),
-                  frames.pack(Kind.OPEN, canonical.encode({"hops": hops}))):
+    for first in (
+        b"\xff" * 16,
+        frames.pack(Kind.OPEN, b"\xc1"),
+        frames.pack(Kind.CLOSE),
+        frames.pack(Kind.OPEN, canonical.encode({"hops": hops})),
+    ):
         stream = open_stream(swarm.client, swarm.hosts["a"].peer, CHAIN)
         stream.sendall(first)
         frame = receive_frame(stream, PATIENCE)
@@ -388,13 +405,13 @@ def test_a_slow_reader_is_not_read_from_and_stalls_nobody(swarm: Swarm) -> None:
     total, moved = 0, time.monotonic()
     while time.monotonic() < moved + 1.0:
         try:
-            total += stream.send(chunk[total % len(chunk):])
+            total += stream.send(chunk[total % len(chunk) :])
             moved = time.monotonic()
         except BlockingIOError:
             other = swarm.open("a")
             assert add_up(other) == 1.0
             other.close()
-    assert OUTBOX_BYTES < total < OUTBOX_BYTES + (32 << 20)       # what the daemons buffer comes on top
+    assert OUTBOX_BYTES < total < OUTBOX_BYTES + (32 << 20)  # what the daemons buffer comes on top
 
     reader, scratch = FrameReader(), memoryview(bytearray(SCRATCH_BYTES))
     arrived: list[Frame] = []

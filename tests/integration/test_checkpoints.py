@@ -21,8 +21,14 @@ WIDTH, LAYERS = 32, 3
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     config = LlamaConfig(
-        vocab_size=96, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64)
+        vocab_size=96,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(7)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -63,22 +69,30 @@ def changed(config: Path, **values: Any) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | values))
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), [
-    (lambda d: (d / "config.json").unlink(), "no config.json"),
-    (lambda d: (d / "config.json").write_text("{"), "cannot be read"),
-    (lambda d: (d / "config.json").write_text("[1]"), "no JSON object"),
-    (lambda d: changed(d / "config.json", model_type="nonsense"), "no model type that is known"),
-    (lambda d: changed(d / "config.json", model_type="own", auto_map={"AutoConfig": "evil.py"}), "never run"),
-    (lambda d: changed(d / "config.json", model_type="t5", architectures=["T5Model"]), "not a decoder-only"),
-    (lambda d: changed(d / "config.json", architectures=["LlamaForTokenClassification"]), "not a causal"),
-    (lambda d: changed(d / "config.json", num_hidden_layers=-1), "no model that can be built"),
-    (lambda d: changed(d / "config.json", num_hidden_layers=10**9), "no model that can be built"),
-    (lambda d: changed(d / "config.json", hidden_act="nonsense"), "no model that can be built"),
-    (lambda d: (d / "model.safetensors").unlink(), "no weights"),
-    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled weights"),
-    (lambda d: (d / "model.safetensors").rename(d / "other") and (d / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "../other"}}'), "no safetensors file beside it"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda d: (d / "config.json").unlink(), "no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "cannot be read"),
+        (lambda d: (d / "config.json").write_text("[1]"), "no JSON object"),
+        (lambda d: changed(d / "config.json", model_type="nonsense"), "no model type that is known"),
+        (lambda d: changed(d / "config.json", model_type="own", auto_map={"AutoConfig": "evil.py"}), "never run"),
+        (lambda d: changed(d / "config.json", model_type="t5", architectures=["T5Model"]), "not a decoder-only"),
+        (lambda d: changed(d / "config.json", architectures=["LlamaForTokenClassification"]), "not a causal"),
+        (lambda d: changed(d / "config.json", num_hidden_layers=-1), "no model that can be built"),
+        (lambda d: changed(d / "config.json", num_hidden_layers=10**9), "no model that can be built"),
+        (lambda d: changed(d / "config.json", hidden_act="nonsense"), "no model that can be built"),
+        (lambda d: (d / "model.safetensors").unlink(), "no weights"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled weights"),
+        (
+            lambda d: (
+                (d / "model.safetensors").rename(d / "other")
+                and (d / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../other"}}')
+            ),
+            "no safetensors file beside it",
+        ),
+    ],
+)
 def test_a_folder_that_is_no_model_is_refused(spoil: Any, sentence: str, llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path)
@@ -86,12 +100,15 @@ def test_a_folder_that_is_no_model_is_refused(spoil: Any, sentence: str, llama: 
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100),
-    lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
-    lambda d: changed(d / "config.json", num_hidden_layers=LAYERS + 1),
-    lambda d: changed(d / "config.json", intermediate_size=40),
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100),
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
+        lambda d: changed(d / "config.json", num_hidden_layers=LAYERS + 1),
+        lambda d: changed(d / "config.json", intermediate_size=40),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused(spoil: Any, llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     spoil(tmp_path)

@@ -13,15 +13,7 @@ import pytest
 
 from p2pmodel.control.client import ControlClient
 from p2pmodel.control.server import ControlServer
-from p2pmodel.domain.errors import (
-    Busy,
-    NotFound,
-    NotRunning,
-    P2PModelError,
-    PeerFailed,
-    Rejected,
-    StorageError,
-)
+from p2pmodel.domain.errors import Busy, NotFound, NotRunning, P2PModelError, PeerFailed, Rejected, StorageError
 from p2pmodel.wire.v1 import control_pb2 as pb
 
 T = TypeVar("T")
@@ -42,10 +34,22 @@ class Service:
         self._check()
         round_ = pb.RoundStatus(number=2, phase="open", patches=1, since_seconds=1.5)
         lease = pb.LeaseStatus(peer="p", span=pb.Span(start=0, end=3), versions=[pb.VersionRef(id="v", number="1.0.1")])
-        model = pb.ModelStatus(id="m", name="starter", layers=6, round=round_, hosted=pb.Span(start=0, end=3),
-                               leases=[lease], coverage=[1, 1, 1, 0, 0, 0])
-        return pb.StatusReply(peer="p", addresses=["/ip4/127.0.0.1/tcp/1/p2p/p"], pid=os.getpid(), models=[model],
-                              traffic={"blobs_sent": 1 << 40})
+        model = pb.ModelStatus(
+            id="m",
+            name="starter",
+            layers=6,
+            round=round_,
+            hosted=pb.Span(start=0, end=3),
+            leases=[lease],
+            coverage=[1, 1, 1, 0, 0, 0],
+        )
+        return pb.StatusReply(
+            peer="p",
+            addresses=["/ip4/127.0.0.1/tcp/1/p2p/p"],
+            pid=os.getpid(),
+            models=[model],
+            traffic={"blobs_sent": 1 << 40},
+        )
 
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         self._check()
@@ -78,6 +82,7 @@ async def ask(socket: Path, question: Callable[[ControlClient], T]) -> T:
     def run() -> T:
         with ControlClient.connect(socket) as client:
             return question(client)
+
     return await asyncio.to_thread(run)
 
 
@@ -90,15 +95,19 @@ async def test_every_call_brings_back_what_the_node_says(server: ControlServer, 
     assert (await ask(socket, lambda c: c.publish("d" * 64))).patch == "d" * 64
 
 
-@pytest.mark.parametrize("error", [
-    NotFound("There is no model 'x'.", "See: p2pmodel status"),
-    Rejected("shape", "Slot θ has shape (3,), not (4,)."),
-    PeerFailed("It broke off.", "12D3KooW", "Try again."),
-    StorageError("The disk is full." + "!" * 9000),
-    P2PModelError("Something else."),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFound("There is no model 'x'.", "See: p2pmodel status"),
+        Rejected("shape", "Slot θ has shape (3,), not (4,)."),
+        PeerFailed("It broke off.", "12D3KooW", "Try again."),
+        StorageError("The disk is full." + "!" * 9000),
+        P2PModelError("Something else."),
+    ],
+)
 async def test_an_error_of_the_node_is_the_same_error_at_the_client(
-        server: ControlServer, socket: Path, service: Service, error: P2PModelError) -> None:
+    server: ControlServer, socket: Path, service: Service, error: P2PModelError
+) -> None:
     service.error = error
     with pytest.raises(P2PModelError) as raised:
         await ask(socket, ControlClient.status)
@@ -155,7 +164,8 @@ sys.stdin.read()
 
 async def test_the_socket_of_a_killed_node_is_replaced(socket: Path, service: Service) -> None:
     dead = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", LISTENER, str(socket), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        sys.executable, "-c", LISTENER, str(socket), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert dead.stdout is not None
     assert await dead.stdout.readline() == b"up\n"
     dead.kill()

@@ -122,8 +122,14 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def python(program: str, *arguments: str, pass_fds: tuple[int, ...] = ()) -> Iterator["subprocess.Popen[str]"]:
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments], cwd=ROOT, pass_fds=pass_fds, text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        pass_fds=pass_fds,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         yield process
     finally:
@@ -132,7 +138,8 @@ def python(program: str, *arguments: str, pass_fds: tuple[int, ...] = ()) -> Ite
 
 
 async def test_every_node_gets_every_announcement_once_though_it_went_out_before_the_mesh_was_there(
-        capfd: pytest.CaptureFixture[str]) -> None:
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     async with swarm(3) as nodes:
         sent = {node.link.peer: [node.announcement(n) for n in range(5)] for node in nodes}
         await asyncio.gather(*(node.link.publish(MODEL, data) for node in nodes for data in sent[node.link.peer]))
@@ -141,7 +148,7 @@ async def test_every_node_gets_every_announcement_once_though_it_went_out_before
             await until(partial(others.issubset, node.received))
 
         first = nodes[0]
-        await first.link.publish(MODEL, sent[first.link.peer][0])     # again: nobody is told twice
+        await first.link.publish(MODEL, sent[first.link.peer][0])  # again: nobody is told twice
         last = first.announcement(99)
         await first.link.publish(MODEL, last)
         await until(lambda: all(last in node.received for node in nodes[1:]))
@@ -173,9 +180,12 @@ async def test_what_a_rogue_peer_sends_is_refused_and_harms_nobody() -> None:
         good = rogue.sign("announcement", Announcement(rogue.peer, MODEL, "patch", blob()))
         other = rogue.sign("announcement", Announcement(rogue.peer, OTHER, "patch", blob()))
         tampered = good[:-1] + bytes([good[-1] ^ 1])
-        order = {"seed": rogue.to_libp2p()[4:36].hex(), "address": node.link.addresses[0],
-                 "topic": f"p2pmodel/1/{MODEL}",
-                 "messages": [data.hex() for data in (tampered, other, bytes(5000), good)]}
+        order = {
+            "seed": rogue.to_libp2p()[4:36].hex(),
+            "address": node.link.addresses[0],
+            "topic": f"p2pmodel/1/{MODEL}",
+            "messages": [data.hex() for data in (tampered, other, bytes(5000), good)],
+        }
         with python(ROGUE, json.dumps(order)):
             wanted = {"signature": 1, "model": 1, "size": 1, "origin": 2, "rpc": 1}
             await until(lambda: node.received and node.link.stats().refused == wanted)
@@ -188,7 +198,7 @@ async def test_a_killed_child_is_restarted_and_gossips_again() -> None:
         await until(lambda: first.link.stats().peers == 1)
         addresses, pid = second.link.addresses, second.link.stats().pid
         assert pid is not None
-        os.kill(pid, signal.SIGINT)      # what Ctrl-C sends to everyone in the foreground
+        os.kill(pid, signal.SIGINT)  # what Ctrl-C sends to everyone in the foreground
         greeting = second.announcement(1)
         await second.link.publish(MODEL, greeting)
         await until(lambda: greeting in first.received)
@@ -197,7 +207,7 @@ async def test_a_killed_child_is_restarted_and_gossips_again() -> None:
         os.kill(pid, signal.SIGKILL)
         await until(lambda: second.link.stats().pid != pid)
         meanwhile = second.announcement(2)
-        await second.link.publish(MODEL, meanwhile)          # waits for the new child
+        await second.link.publish(MODEL, meanwhile)  # waits for the new child
         assert second.link.stats().restarts == 1
         assert second.link.stats().pid not in (None, pid)
         assert second.link.addresses == addresses
@@ -220,8 +230,9 @@ async def test_a_taken_port_and_a_bad_address_are_said_at_the_start() -> None:
 async def test_unreachable_peers_are_passed_over() -> None:
     async with swarm(2) as (first, second):
         nobody = Key.generate().peer
-        await first.link.connect(["", "no address", "/ip4/127.0.0.1/tcp/9", f"/ip4/127.0.0.1/tcp/9/p2p/{nobody}",
-                                  *first.link.addresses])
+        await first.link.connect(
+            ["", "no address", "/ip4/127.0.0.1/tcp/9", f"/ip4/127.0.0.1/tcp/9/p2p/{nobody}", *first.link.addresses]
+        )
         greeting = first.announcement(1)
         await first.link.publish(MODEL, greeting)
         await until(lambda: greeting in second.received)
@@ -243,7 +254,7 @@ async def test_the_end_of_the_socket_ends_the_child() -> None:
         theirs.close()
         with ours:
             ours.sendall(frames.encode(frames.Start(Key.generate().to_libp2p(), "/ip4/127.0.0.1/tcp/0")))
-            assert await asyncio.to_thread(ours.recv, 1)     # it is up
+            assert await asyncio.to_thread(ours.recv, 1)  # it is up
             assert alive(child.pid)
         await until(lambda: not alive(child.pid))
 
@@ -256,15 +267,18 @@ async def test_the_death_of_the_parent_ends_the_child_though_its_socket_stays_op
         ours.sendall(frames.encode(frames.Start(Key.generate().to_libp2p(), "/ip4/127.0.0.1/tcp/0")))
         assert holder.stdout is not None
         pid = int(await asyncio.to_thread(holder.stdout.readline))
-        assert await asyncio.to_thread(ours.recv, 1)     # it is up
+        assert await asyncio.to_thread(ours.recv, 1)  # it is up
         holder.kill()
         await until(lambda: not alive(pid))
 
 
-@pytest.mark.parametrize(("module", "absent"), [
-    ("p2pmodel.gossip.link", ["torch", "hivemind", "libp2p", "trio"]),
-    ("p2pmodel.gossip.service", ["torch", "hivemind"]),
-])
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("p2pmodel.gossip.link", ["torch", "hivemind", "libp2p", "trio"]),
+        ("p2pmodel.gossip.service", ["torch", "hivemind"]),
+    ],
+)
 def test_each_side_imports_no_more_than_its_own(module: str, absent: list[str]) -> None:
     program = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -31,18 +31,33 @@ VOCABULARY, WIDTH, LAYERS = 96, 32, 3
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 COMMON = SPECIAL | {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
 }
 GPT = SPECIAL | {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
 BLOOM = SPECIAL | {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4}
 WINDOWS = {
-    "head_dim": 8, "sliding_window": 4,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    "head_dim": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LATENT = {
-    "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4, "first_k_dense_replace": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": COMMON,
@@ -97,7 +112,7 @@ def saved(family: str, folders: dict[str, Path]) -> Path:
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
         for parameter in model.parameters():
-            if parameter.ndim > 1:      # as they come, weights are so small that every token is like the next
+            if parameter.ndim > 1:  # as they come, weights are so small that every token is like the next
                 torch.nn.init.normal_(parameter, std=0.2)
         folders[family] = folders[""] / family
         model.save_pretrained(folders[family])
@@ -115,8 +130,10 @@ class LocalChain:
     open_sessions: list["LocalSession"] = field(default_factory=list)
 
     def open(self, max_tokens: int) -> "LocalSession":
-        handles = [runner.open(request(span, max_tokens, self.version, self.codec))
-                   for runner, span in zip(self.runners, self.spans, strict=True)]
+        handles = [
+            runner.open(request(span, max_tokens, self.version, self.codec))
+            for runner, span in zip(self.runners, self.spans, strict=True)
+        ]
         session = LocalSession(self, handles)
         self.open_sessions.append(session)
         return session
@@ -143,7 +160,7 @@ class LocalSession:
 
 
 def request(
-    span: Span, max_tokens: int = 32, version: str = BASE, codec: str = "fp32", model: str = MODEL,
+    span: Span, max_tokens: int = 32, version: str = BASE, codec: str = "fp32", model: str = MODEL
 ) -> SessionRequest:
     return SessionRequest("0" * 32, model, version, codec, span, max_tokens)
 
@@ -228,7 +245,7 @@ def test_a_session_may_run_a_part_of_what_is_hosted(llama: Path) -> None:
     head = load_head(checkpoint, chains[0])
     caches = [RemoteCache(chain, 32) for chain in chains]
     for part, theirs in zip([prompt(7), prompt(1), prompt(1) + 1, prompt(5), prompt(1)], expected, strict=True):
-        for cache in caches:        # in turns, so that the stage goes from span to span
+        for cache in caches:  # in turns, so that the stage goes from span to span
             assert torch.equal(head(input_ids=part, past_key_values=cache, use_cache=True).logits, theirs)
     assert runner.cached_tokens == 3 * 32
 
@@ -248,8 +265,7 @@ def test_rows_with_padding_and_vectors_of_their_own_are_computed_together(llama:
         hidden = whole.get_input_embeddings()(tokens)
         for stage in stages:
             stage.prepare_slots(frozenset(state))
-            hidden = stage.forward(
-                hidden, None, stage.span, position_ids=positions, attention_mask=mask, vectors=state)
+            hidden = stage.forward(hidden, None, stage.span, position_ids=positions, attention_mask=mask, vectors=state)
         assert torch.equal(whole.base_model.norm(hidden), expected)
 
 
@@ -340,9 +356,11 @@ def test_an_answer_that_is_none_is_the_peers_failure(llama: Path) -> None:
 def test_a_runner_refuses_sessions_it_cannot_hold(llama: Path) -> None:
     runner = runner_of(load_stage(read_checkpoint(llama), Span(1, LAYERS)), room=40)
     for refused, error in (
-        (request(Span(1, 2), model=canonical.digest(b"other")), NotFound), (request(Span(0, 2)), NotFound),
+        (request(Span(1, 2), model=canonical.digest(b"other")), NotFound),
+        (request(Span(0, 2)), NotFound),
         (request(Span(1, 2), version=canonical.digest(b"unknown")), NotFound),
-        (request(Span(1, 2), codec="zip"), InvalidInput), (request(Span(1, 2), max_tokens=65), Rejected),
+        (request(Span(1, 2), codec="zip"), InvalidInput),
+        (request(Span(1, 2), max_tokens=65), Rejected),
         (request(Span(1, 2), max_tokens=41), Busy),
     ):
         with pytest.raises(error):
@@ -362,7 +380,12 @@ def test_a_bad_step_ends_its_own_session_and_no_other(llama: Path) -> None:
     body = torch.ones(2, WIDTH).numpy().tobytes()
     nan = torch.full((1, WIDTH), torch.nan).numpy().tobytes()
     for position, meta, wrong in (
-        (0, b"", body[:-1]), (0, b"", b""), (1, b"", body), (0, b"\x80", body), (0, b"", nan), (0, b"", body * 5),
+        (0, b"", body[:-1]),
+        (0, b"", b""),
+        (1, b"", body),
+        (0, b"\x80", body),
+        (0, b"", nan),
+        (0, b"", body * 5),
     ):
         bad = runner.open(request(Span(0, LAYERS), max_tokens=8))
         outputs = runner.step([(bad, position, meta, wrong), (good, good.cache.seen, b"", body[: 4 * WIDTH])])
@@ -391,12 +414,17 @@ def test_a_session_keeps_its_version_to_its_end(llama: Path) -> None:
         runner.open(request(Span(0, 2), 8, TUNED))
 
 
-@pytest.mark.parametrize(("name", "tensor"), [
-    ("ia3:out:layers.0.self_attn.z_proj", torch.ones(4)), ("ia3:out:layers.0.self_attn.k_proj", torch.ones(2, 16)),
-    ("fish:layers.0.self_attn.k_proj", torch.ones(16)), ("ia3:out:layers.0.self_attn.k_proj", torch.ones(3)),
-    ("ia3:out:layers.0.self_attn.k_proj", torch.full((16,), torch.inf)),
-    ("ia3:out:layers.0.self_attn.k_proj", torch.ones(16, dtype=torch.long)),
-])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("ia3:out:layers.0.self_attn.z_proj", torch.ones(4)),
+        ("ia3:out:layers.0.self_attn.k_proj", torch.ones(2, 16)),
+        ("fish:layers.0.self_attn.k_proj", torch.ones(16)),
+        ("ia3:out:layers.0.self_attn.k_proj", torch.ones(3)),
+        ("ia3:out:layers.0.self_attn.k_proj", torch.full((16,), torch.inf)),
+        ("ia3:out:layers.0.self_attn.k_proj", torch.ones(16, dtype=torch.long)),
+    ],
+)
 def test_a_version_that_does_not_fit_the_model_is_refused(name: str, tensor: Tensor, llama: Path) -> None:
     versions = VersionTable(load_stage(read_checkpoint(llama), Span(0, 1)))
     with pytest.raises(Rejected):

@@ -42,7 +42,7 @@ class Blobs:
         return len(self.held[digest]) if digest in self.held else None
 
     def read(self, digest: Digest, offset: int, length: int) -> bytes:
-        return self.held[digest][offset:offset + length]
+        return self.held[digest][offset : offset + length]
 
     def sink(self, digest: Digest, size: int) -> "Sink":
         return Sink(self, digest)
@@ -101,12 +101,14 @@ async def test_a_blob_arrives_whole_and_is_counted(members: Members, content: by
 
 
 async def test_a_blob_that_nobody_has_or_may_serve_is_unreachable(members: Members) -> None:
-    servers = (BlobServer(members[1][1], Blobs(CONTENT), may_serve=lambda digest: False),
-               BlobServer(members[2][1], Blobs(b"another")))
+    servers = (
+        BlobServer(members[1][1], Blobs(CONTENT), may_serve=lambda digest: False),
+        BlobServer(members[2][1], Blobs(b"another")),
+    )
     with pytest.raises(Unreachable):
         await fetch(members, REF, *servers)
     with pytest.raises(Unreachable):
-        await fetch(members, REF)                        # nobody serves blobs at all
+        await fetch(members, REF)  # nobody serves blobs at all
 
 
 async def test_another_source_goes_on_where_the_first_broke_off(members: Members) -> None:
@@ -218,7 +220,7 @@ async def test_a_peer_that_opens_too_many_streams_is_refused(members: Members) -
 
 
 async def test_a_caller_that_says_nothing_or_nonsense_is_cut_off(
-    members: Members, monkeypatch: pytest.MonkeyPatch,
+    members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = BlobServer(members[1][1], Blobs(CONTENT))
     service = Service(members[1][1], "p2pmodel/test/1", server._serve, seconds=0.5)
@@ -287,8 +289,10 @@ async def test_what_is_no_record_is_left_out(members: Members, serving: Serve) -
 
 
 async def test_a_peer_without_the_service_fails_by_name(members: Members) -> None:
-    for call in (sync.lineages(members[0][1], members[2][1].peer),
-                 sync.missing(members[0][1], members[2][1].peer, MODEL, [])):
+    for call in (
+        sync.lineages(members[0][1], members[2][1].peer),
+        sync.missing(members[0][1], members[2][1].peer, MODEL, []),
+    ):
         with pytest.raises(PeerFailed) as failed:
             await call
         assert failed.value.peer == members[2][1].peer

@@ -125,7 +125,7 @@ async def offer(hostile: PeerHost, victim: PeerHost, key: Any, subkey: Any, valu
 
 
 async def test_a_hostile_peer_stores_nothing_in_anothers_name(
-    members: Members, model: ModelId, hostile: tuple[Key, PeerHost],
+    members: Members, model: ModelId, hostile: tuple[Key, PeerHost]
 ) -> None:
     (_, victim), (mallory, host), (bystander, reader), _ = members
     honest = lease(bystander, model)
@@ -137,15 +137,15 @@ async def test_a_hostile_peer_stores_nothing_in_anothers_name(
     forged = mallory.sign("lease", dataclasses.replace(own, peer=bystander.peer, expires=soon + 5))
     leases, elsewhere = dht_key("lease", model), dht_key("lease", canonical.digest(b"another"))
     for key, subkey, value, expires in (
-        (leases, None, dumps(signed), own.expires),                              # a plain value, without a subkey
+        (leases, None, dumps(signed), own.expires),  # a plain value, without a subkey
         (leases, None, dumps("anything"), soon),
-        (leases, bystander.peer, dumps(signed), own.expires),                    # somebody else's subkey
-        (leases, bystander.peer, dumps(forged), soon + 5),                       # somebody else's lease
-        (leases, mallory.peer, dumps(signed), own.expires + 5),                  # longer than what was signed
-        (leases, mallory.peer, dumps(mallory.sign("lease", long)), long.expires),    # longer than any lease
+        (leases, bystander.peer, dumps(signed), own.expires),  # somebody else's subkey
+        (leases, bystander.peer, dumps(forged), soon + 5),  # somebody else's lease
+        (leases, mallory.peer, dumps(signed), own.expires + 5),  # longer than what was signed
+        (leases, mallory.peer, dumps(mallory.sign("lease", long)), long.expires),  # longer than any lease
         (dht_key("presence", model), mallory.peer, dumps(signed), own.expires),  # under another key
         (elsewhere, mallory.peer, dumps(signed), own.expires),
-        (leases, mallory.peer, signed, own.expires),                             # not in the encoding of values
+        (leases, mallory.peer, signed, own.expires),  # not in the encoding of values
         (leases, mallory.peer, dumps(signed) + b"\0", own.expires),
         (leases, mallory.peer, b"\xc6\xff\xff\xff\xff", soon),
         (leases, 7, dumps(signed), own.expires),
@@ -157,7 +157,7 @@ async def test_a_hostile_peer_stores_nothing_in_anothers_name(
 
 
 async def test_an_old_lease_sent_again_neither_replaces_nor_ends_the_new_one(
-    members: Members, model: ModelId, hostile: tuple[Key, PeerHost],
+    members: Members, model: ModelId, hostile: tuple[Key, PeerHost]
 ) -> None:
     alice, host = members[0]
     directory = Directory(host, model)
@@ -182,7 +182,7 @@ class Liar(dht.Records):
 
 
 async def test_a_hostile_peers_answers_hide_and_invent_nothing(
-    members: Members, model: ModelId, hostile: tuple[Key, PeerHost],
+    members: Members, model: ModelId, hostile: tuple[Key, PeerHost]
 ) -> None:
     """It answers with forged records, with plain values, and with claims to have the newest there can be."""
     (alice, honest), _, (bob, reader), _ = members
@@ -228,16 +228,19 @@ def dictionary(*items: Any) -> bytes:
     return bytes(msgpack.packb(msgpack.ExtType(0x50, msgpack.packb([1, 2.0, list(items)]))))
 
 
-@pytest.mark.parametrize("raw", [
-    pytest.param(nested(50), id="nested extensions"),
-    pytest.param(dictionary([msgpack.ExtType(0x40, b"\x90"), b"", 1.0]), id="an extension for a subkey"),
-    pytest.param(dictionary(["peer", b"", "soon"]), id="no time"),
-    pytest.param(b"\xc7\x08\x50\x93\x01\x02\xdd\xff\xff\xff\xff", id="a list without end"),
-    pytest.param(b"\xdd\xff\xff\xff\xff", id="an array"),
-    pytest.param(b"\xdf\xff\xff\xff\xff", id="a map"),
-    pytest.param(b"", id="nothing"),
-    pytest.param(b"\xc1", id="no msgpack"),
-])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(nested(50), id="nested extensions"),
+        pytest.param(dictionary([msgpack.ExtType(0x40, b"\x90"), b"", 1.0]), id="an extension for a subkey"),
+        pytest.param(dictionary(["peer", b"", "soon"]), id="no time"),
+        pytest.param(b"\xc7\x08\x50\x93\x01\x02\xdd\xff\xff\xff\xff", id="a list without end"),
+        pytest.param(b"\xdd\xff\xff\xff\xff", id="an array"),
+        pytest.param(b"\xdf\xff\xff\xff\xff", id="a map"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\xc1", id="no msgpack"),
+    ],
+)
 async def test_bytes_that_claim_more_than_they_are_do_not_decode(raw: bytes) -> None:
     with pytest.raises(ValueError, match=r"|\w"):
         dht.Serializer.loads(raw)

@@ -69,7 +69,8 @@ def test_the_daemon_ends_with_its_node_however_that_ends() -> None:
     """TERM: in order. INT: as a terminal sends it, to the whole process group. KILL: with a daemon that hangs."""
     modes = ["TERM", "INT", "KILL"]
     script = subprocess.Popen(
-        [sys.executable, "-c", NODE, *modes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, "-c", NODE, *modes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert script.stdout is not None
     nodes: list[dict[str, Any]] = [json.loads(script.stdout.readline()) for _ in modes]
     for node in nodes:
@@ -134,8 +135,10 @@ async def test_bootstrap_peers_that_do_not_answer_are_named() -> None:
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        addresses = [f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}",
-                     f"/ip4/127.0.0.1/tcp/{deaf.getsockname()[1]}/p2p/{Key.generate().peer}"]
+        addresses = [
+            f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}",
+            f"/ip4/127.0.0.1/tcp/{deaf.getsockname()[1]}/p2p/{Key.generate().peer}",
+        ]
         before = time.monotonic()
         with pytest.raises(Unreachable) as unreachable:
             await PeerHost.start(None, bootstrap=addresses)
@@ -143,12 +146,22 @@ async def test_bootstrap_peers_that_do_not_answer_are_named() -> None:
     assert time.monotonic() - before < 20
 
 
-@pytest.mark.parametrize("address", [
-    "", "somewhere", "127.0.0.1:31337", "/ip4/127.0.0.1/tcp/31337", f"/p2p/{NOBODY}",
-    f"/ip4/300.0.0.1/tcp/1/p2p/{NOBODY}", f"/ip4/127.0.0.1/tcp/99999/p2p/{NOBODY}",
-    "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
-    f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}/p2p-circuit", f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}\n", "/ip4/1.2.3.4/nonsense/5",
-])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "somewhere",
+        "127.0.0.1:31337",
+        "/ip4/127.0.0.1/tcp/31337",
+        f"/p2p/{NOBODY}",
+        f"/ip4/300.0.0.1/tcp/1/p2p/{NOBODY}",
+        f"/ip4/127.0.0.1/tcp/99999/p2p/{NOBODY}",
+        "/ip4/127.0.0.1/tcp/1/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N",
+        f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}/p2p-circuit",
+        f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}\n",
+        "/ip4/1.2.3.4/nonsense/5",
+    ],
+)
 async def test_what_is_no_peers_address_is_refused_with_an_example(address: str) -> None:
     with pytest.raises(UsageError, match=re.escape("/ip4/203.0.113.7/tcp/31337/p2p/12D3KooW")):
         await PeerHost.start(None, bootstrap=[address])
@@ -160,8 +173,9 @@ def test_a_peer_behind_a_relay_is_the_last_of_its_address() -> None:
     assert (peer, str(way)) == (NOBODY, f"/dns4/relay.example.org/tcp/31337/p2p/{relay}/p2p-circuit")
 
 
-@pytest.mark.parametrize("address", [
-    "", "0.0.0.0:1", "/ip4/127.0.0.1", "/ip4/127.0.0.1/tcp/x", "/ip4/203.0.113.7/tcp/31337"])
+@pytest.mark.parametrize(
+    "address", ["", "0.0.0.0:1", "/ip4/127.0.0.1", "/ip4/127.0.0.1/tcp/x", "/ip4/203.0.113.7/tcp/31337"]
+)
 async def test_what_cannot_be_listened_on_is_refused(address: str) -> None:
     with pytest.raises(UsageError):
         await PeerHost.start(None, listen=[address])

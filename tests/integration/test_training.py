@@ -36,15 +36,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner, eos_token="<end>", bos_token="<end>")
+        tokenizer_object=inner, eos_token="<end>", bos_token="<end>"
+    )
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=256, eos_token_id=256))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +100,9 @@ def test_training_lowers_the_held_out_loss(trained: Trained, parent: dict[str, t
         assert bool(fisher.sum() > 0)
 
 
-def test_training_is_the_seeds(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], trained: Trained,
-                               parts: Parts) -> None:
+def test_training_is_the_seeds(
+    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], trained: Trained, parts: Parts
+) -> None:
     again = train(model, KIND, parent, *parts, OPTIONS)
     assert again.checkpoints == trained.checkpoints
     assert len(again.checkpoints) == 1 + 12 // 5
@@ -100,14 +113,14 @@ def test_training_is_the_seeds(model: LlamaForCausalLM, parent: dict[str, torch.
     assert other.checkpoints[1] != trained.checkpoints[1]
 
 
-def test_training_starts_at_the_parent(model: LlamaForCausalLM, trained: Trained,
-                                       parts: Parts) -> None:
+def test_training_starts_at_the_parent(model: LlamaForCausalLM, trained: Trained, parts: Parts) -> None:
     further = train(model, KIND, trained.adapter, *parts, dataclasses.replace(OPTIONS, steps=1))
     assert further.loss_before == pytest.approx(trained.loss_after, abs=1e-6)
 
 
-def test_training_leaves_the_model_as_it_was(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
-                                             parts: Parts) -> None:
+def test_training_leaves_the_model_as_it_was(
+    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts
+) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.train()
     losses: list[tuple[int, float]] = []
@@ -123,16 +136,18 @@ def test_training_leaves_the_model_as_it_was(model: LlamaForCausalLM, parent: di
         assert p.grad is None
 
 
-def test_a_training_that_goes_wrong_gives_the_best_state_seen(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
-                                                              parts: Parts) -> None:
+def test_a_training_that_goes_wrong_gives_the_best_state_seen(
+    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts
+) -> None:
     options = dataclasses.replace(OPTIONS, learning_rate=30.0, steps=4, checkpoint_every=2)
     wild = train(model, KIND, parent, *parts, options)
     assert wild.loss_after == wild.loss_before
     assert pack(wild.adapter) == pack(parent)
 
 
-def test_a_loss_that_is_not_finite_is_said(model: LlamaForCausalLM, parent: dict[str, torch.Tensor],
-                                           parts: Parts) -> None:
+def test_a_loss_that_is_not_finite_is_said(
+    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts
+) -> None:
     broken = {name: torch.full_like(tensor, 1e38) for name, tensor in parent.items()}
     with pytest.raises(InvalidInput, match="not finite"):
         train(model, KIND, broken, *parts, OPTIONS)
@@ -144,9 +159,13 @@ def test_options_out_of_range_are_refused(change: dict[str, float]) -> None:
         dataclasses.replace(OPTIONS, **change)  # type: ignore[arg-type]
 
 
-def test_two_contributors_merge_to_something_better(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-                                                    parent: dict[str, torch.Tensor], exam: Path,
-                                                    parts: Parts) -> None:
+def test_two_contributors_merge_to_something_better(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    parent: dict[str, torch.Tensor],
+    exam: Path,
+    parts: Parts,
+) -> None:
     examiner = Examiner(model, tokenizer, KIND, Suite.load(exam))
     given = []
     for seed in (1, 2):
@@ -159,8 +178,9 @@ def test_two_contributors_merge_to_something_better(model: LlamaForCausalLM, tok
     assert merged["prose"] < examiner.score(parent, "test")["prose"]
 
 
-def test_scores_are_nats_per_byte_of_the_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-                                               parent: dict[str, torch.Tensor], exam: Path) -> None:
+def test_scores_are_nats_per_byte_of_the_texts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, parent: dict[str, torch.Tensor], exam: Path
+) -> None:
     """Against the model's own loss, one text at a time; the long ones are cut at the context of 64 tokens."""
     scores = Examiner(model, tokenizer, KIND, Suite.load(exam)).score(parent, "test")
     assert list(scores) == ["prose", "numbers", "long"]
@@ -169,15 +189,16 @@ def test_scores_are_nats_per_byte_of_the_texts(model: LlamaForCausalLM, tokenize
         ids = torch.tensor([[256, *tokenizer(text)["input_ids"]]])
         size += ids.shape[1] - 1
         for at in range(0, ids.shape[1] - 1, 64):
-            window = ids[:, at:at + 65]
+            window = ids[:, at : at + 65]
             with torch.no_grad():
                 logits = model(input_ids=window[:, :-1]).logits
             nats += float(torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum"))
     assert scores["long"] == pytest.approx(nats / size, rel=1e-5)
 
 
-def test_evaluation_counts_tokens_and_bytes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-                                            parent: dict[str, torch.Tensor]) -> None:
+def test_evaluation_counts_tokens_and_bytes(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, parent: dict[str, torch.Tensor]
+) -> None:
     result = evaluate(model, tokenizer, KIND, parent, ["abcé", "x"])
     assert (result.tokens, result.bytes) == (6, 6)
     assert result.nats_per_byte == result.nats_per_token > 0
@@ -185,8 +206,9 @@ def test_evaluation_counts_tokens_and_bytes(model: LlamaForCausalLM, tokenizer: 
         evaluate(model, tokenizer, KIND, parent, [""])
 
 
-def test_the_first_token_is_not_predicted_without_a_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-                                                          parent: dict[str, torch.Tensor]) -> None:
+def test_the_first_token_is_not_predicted_without_a_start(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, parent: dict[str, torch.Tensor]
+) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)  # type: ignore[no-untyped-call]
     scorer = Scorer(model, bare, ["ab", "a", ""])
     assert scorer.tokens == [1, 0, 0]
@@ -215,16 +237,19 @@ def test_the_starters_exam_is_valid() -> None:
     assert all(len(d.test) > len(d.tune) > 0 for d in suite.domains)
 
 
-@pytest.mark.parametrize(("replace", "by", "says"), [
-    ('"prose.tune.jsonl"', '"../secret.jsonl"', "no plain file name"),
-    ('"prose.tune.jsonl"', '"/etc/passwd.jsonl"', "no plain file name"),
-    ('"prose.tune.jsonl"', '"exam.toml"', "ends in .jsonl"),
-    ('"prose.tune.jsonl"', '"absent.jsonl"', "is not there"),
-    ('tune = "prose.tune.jsonl"', "", "lacks"),
-    ('name = "numbers"', 'name = "prose"', "twice"),
-    ('name = "numbers"', 'name = "a/b"', "no name"),
-    ("[[domain]]", "[domain", "not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("replace", "by", "says"),
+    [
+        ('"prose.tune.jsonl"', '"../secret.jsonl"', "no plain file name"),
+        ('"prose.tune.jsonl"', '"/etc/passwd.jsonl"', "no plain file name"),
+        ('"prose.tune.jsonl"', '"exam.toml"', "ends in .jsonl"),
+        ('"prose.tune.jsonl"', '"absent.jsonl"', "is not there"),
+        ('tune = "prose.tune.jsonl"', "", "lacks"),
+        ('name = "numbers"', 'name = "prose"', "twice"),
+        ('name = "numbers"', 'name = "a/b"', "no name"),
+        ("[[domain]]", "[domain", "not valid TOML"),
+    ],
+)
 def test_a_wrong_exam_is_refused_in_one_sentence(exam: Path, replace: str, by: str, says: str) -> None:
     index = (exam / "exam.toml").read_text()
     (exam / "exam.toml").write_text(index.replace(replace, by, 1))
@@ -237,8 +262,9 @@ def test_a_wrong_exam_is_refused_in_one_sentence(exam: Path, replace: str, by: s
     assert refused.value.reason == "schema"
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\n\n", b'{"source": "x"}\n', b"[1]\n", b"\xff\n", b'{"text": ""}\n', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", b'{"source": "x"}\n', b"[1]\n", b"\xff\n", b'{"text": ""}\n', b"[" * 100_000]
+)
 def test_rows_without_text_are_refused(exam: Path, content: bytes) -> None:
     (exam / "prose.test.jsonl").write_bytes(content)
     with pytest.raises(InvalidInput, match=r"prose\.test\.jsonl"):

@@ -33,7 +33,8 @@ def test_imports_go_down_only() -> None:
 def test_help_loads_nothing_heavy() -> None:
     loaded = loaded_by(
         "import contextlib, io, sys\nsys.argv = ['p2pmodel', '--help']\nfrom p2pmodel.cli.app import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main()")
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main()"
+    )
     assert not loaded & {"torch", "hivemind", "transformers", "numpy", "grpc", "libp2p", "trio", "msgspec", "sqlite3"}
 
 
@@ -41,8 +42,11 @@ def test_a_node_never_loads_libp2p_and_the_gossip_child_never_hivemind() -> None
     # Loading both into one process ends it: both register crypto.pb.KeyType.
     packages = [p.parent.name for p in SOURCES if p.name == "__init__.py" and p.parent.parent.name == "p2pmodel"]
     rooms = [name for name in packages if name != "gossip"]
-    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in SOURCES
-               if p.parent.name in rooms and p.stem not in ("__init__", "__main__")]
+    modules = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in SOURCES
+        if p.parent.name in rooms and p.stem not in ("__init__", "__main__")
+    ]
     node = loaded_by("import " + ", ".join([*modules, "p2pmodel.gossip.link"]))
     assert "hivemind" in node
     assert "libp2p" not in node

@@ -19,7 +19,8 @@ STATE = {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.arange(4.0).view(2, 2)}
 dtypes = st.sampled_from(list(blob.DTYPES.values()))
 shapes = st.lists(st.integers(0, 3), max_size=3)
 tensors = st.dictionaries(st.text(min_size=1, max_size=8), st.tuples(shapes, dtypes), max_size=5).map(
-    lambda specs: {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in specs.items()})
+    lambda specs: {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in specs.items()}
+)
 
 
 def framed(header: object, data: bytes = b"") -> bytes:
@@ -90,39 +91,45 @@ def test_a_blob_with_changed_bytes_is_refused_or_valid(data: st.DataObject) -> N
 def test_a_truncated_blob_is_refused(length: int) -> None:
     raw = blob.pack(STATE)
     with pytest.raises(Rejected):
-        blob.unpack(raw[:min(length, len(raw) - 1)], SLOTS, LIMIT)
+        blob.unpack(raw[: min(length, len(raw) - 1)], SLOTS, LIMIT)
 
 
-@pytest.mark.parametrize("raw", [
-    framed(b"[" * 100_000),
-    framed(b'{"a":' * 100_000),
-    framed([]),
-    framed({"a": 1}),
-    framed({"a": entry("F31")}, bytes(12)),
-    framed({"a": entry(shape=[-3])}, bytes(12)),
-    framed({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(12)),
-    framed({"a": entry(offsets=[0, 1 << 62])}, bytes(12)),
-    framed({"a": entry(offsets=[4, 16])}, bytes(16)),
-    framed({"a": entry()}, bytes(13)),
-    framed({"a": entry(), "b": entry(offsets=[0, 12])}, bytes(12)),
-    framed({"a": {**entry(), "more": 1}}, bytes(12)),
-    framed(b'{"a\xff":1}'),
-    (1 << 63).to_bytes(8, "little") + bytes(100),
-    b"",
-])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        framed(b"[" * 100_000),
+        framed(b'{"a":' * 100_000),
+        framed([]),
+        framed({"a": 1}),
+        framed({"a": entry("F31")}, bytes(12)),
+        framed({"a": entry(shape=[-3])}, bytes(12)),
+        framed({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(12)),
+        framed({"a": entry(offsets=[0, 1 << 62])}, bytes(12)),
+        framed({"a": entry(offsets=[4, 16])}, bytes(16)),
+        framed({"a": entry()}, bytes(13)),
+        framed({"a": entry(), "b": entry(offsets=[0, 12])}, bytes(12)),
+        framed({"a": {**entry(), "more": 1}}, bytes(12)),
+        framed(b'{"a\xff":1}'),
+        (1 << 63).to_bytes(8, "little") + bytes(100),
+        b"",
+    ],
+)
 def test_malformed_headers_are_refused(raw: bytes) -> None:
     with pytest.raises(Rejected) as refused:
         blob.unpack(raw, None, LIMIT)
     assert refused.value.reason == "schema"
 
 
-@pytest.mark.parametrize(("state", "reason"), [
-    ({"c": torch.ones(3)}, "schema"),
-    ({"a": torch.ones(4)}, "shape"),
-    ({"a": torch.ones(3, dtype=torch.float64)}, "shape"),
-    ({"a": torch.tensor([1.0, float("nan"), 1.0])}, "finite"),
-    ({"a": torch.tensor([1.0, float("-inf"), 1.0])}, "finite"),
-])
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"c": torch.ones(3)}, "schema"),
+        ({"a": torch.ones(4)}, "shape"),
+        ({"a": torch.ones(3, dtype=torch.float64)}, "shape"),
+        ({"a": torch.tensor([1.0, float("nan"), 1.0])}, "finite"),
+        ({"a": torch.tensor([1.0, float("-inf"), 1.0])}, "finite"),
+    ],
+)
 def test_what_the_slots_do_not_say_is_refused(state: dict[str, torch.Tensor], reason: str) -> None:
     with pytest.raises(Rejected) as refused:
         blob.unpack(blob.pack(state), SLOTS, LIMIT)

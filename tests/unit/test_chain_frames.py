@@ -34,7 +34,7 @@ def cut(raw: bytes, sizes: list[int]) -> list[Frame]:
         theirs.setblocking(False)
         at = turn = 0
         while at < len(raw):
-            at += ours.send(raw[at:at + sizes[turn % len(sizes)]])
+            at += ours.send(raw[at : at + sizes[turn % len(sizes)]])
             turn += 1
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -49,7 +49,7 @@ def test_frames_arrive_whole_in_any_pieces(sent: list[tuple[bytes, bytes, int]],
     arrived = cut(raw, sizes)
     assert [(frame.meta, bytes(frame.body), frame.position) for frame in arrived] == sent
     for frame in arrived:
-        memoryview(frame.body)[:] = bytes(len(frame.body))      # writable, and nobody else's
+        memoryview(frame.body)[:] = bytes(len(frame.body))  # writable, and nobody else's
 
 
 def test_a_large_body_lies_in_pages_of_its_own() -> None:
@@ -114,13 +114,16 @@ def test_the_longest_route_fits_into_a_frame() -> None:
     assert len(canonical.encode(Opening(request, hops, CLIENT))) < frames.MAX_META_BYTES
 
 
-@pytest.mark.parametrize("change", [
-    {"hops": (Hop(B, Span(5, 6)),)},
-    {"hops": tuple(Hop(B, Span(n, n + 1)) for n in range(4, 4 + MAX_HOPS))},
-    {"hops": (Hop("nobody", Span(4, 6)),)},     # type: ignore[arg-type]
-    {"client": "nobody"},
-    {"request": dataclasses.replace(REQUEST, session="z" * 32)},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hops": (Hop(B, Span(5, 6)),)},
+        {"hops": tuple(Hop(B, Span(n, n + 1)) for n in range(4, 4 + MAX_HOPS))},
+        {"hops": (Hop("nobody", Span(4, 6)),)},  # type: ignore[arg-type]
+        {"client": "nobody"},
+        {"request": dataclasses.replace(REQUEST, session="z" * 32)},
+    ],
+)
 def test_an_opening_that_makes_no_sense_is_refused(change: dict[str, object]) -> None:
     fields = {field.name: getattr(OPENING, field.name) for field in dataclasses.fields(OPENING)}
     with pytest.raises(Rejected):

@@ -70,7 +70,8 @@ def test_an_unknown_codec_is_refused_with_those_that_exist() -> None:
 
 def test_an_installed_package_brings_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halves.py").write_text(
-        "import torch\nfrom p2pmodel.tensors.codecs import PlainCodec\ncodec = PlainCodec('halves', torch.float16)\n")
+        "import torch\nfrom p2pmodel.tensors.codecs import PlainCodec\ncodec = PlainCodec('halves', torch.float16)\n"
+    )
     info = tmp_path / "halves-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.0\n")

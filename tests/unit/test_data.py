@@ -23,7 +23,8 @@ def byte_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner, **({"eos_token": "<end>"} if eos else {}))
+        tokenizer_object=inner, **({"eos_token": "<end>"} if eos else {})
+    )
 
 
 TOKENIZER = byte_tokenizer()
@@ -34,13 +35,16 @@ def text(content: str) -> TextFile:
     return TextFile("t.txt", canonical.digest(content.encode()), len(content.encode()), content)
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    (b"", "is empty"),
-    (b" \n\t\n", "nothing but blanks"),
-    (b"abc\x00def", "not a UTF-8 text"),
-    (b"\xff\xfe\x00a", "not a UTF-8 text"),
-    ("ä".encode("latin-1"), "not a UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "nothing but blanks"),
+        (b"abc\x00def", "not a UTF-8 text"),
+        (b"\xff\xfe\x00a", "not a UTF-8 text"),
+        ("ä".encode("latin-1"), "not a UTF-8 text"),
+    ],
+)
 def test_files_that_are_no_texts_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "f.txt").write_bytes(content)
     with pytest.raises(InvalidInput, match=says) as refused:
@@ -80,7 +84,7 @@ def test_blocks_predict_each_token_once(contents: list[str], sequence: int) -> N
     assert width <= sequence
     assert len(cut) >= 2
     targets = cut[:, 1:].flatten().tolist()
-    assert [int(cut[0, 0]), *targets] == stream[:len(targets) + 1]
+    assert [int(cut[0, 0]), *targets] == stream[: len(targets) + 1]
     assert len(stream) - 1 - len(targets) < width
 
 

@@ -12,15 +12,17 @@ messages = st.one_of(
     st.builds(frames.Failed, st.booleans(), st.text(max_size=60)),
     st.builds(frames.Published, st.integers(0, 2**63), st.text(max_size=20)),
     st.builds(frames.Received, st.binary(max_size=4096)),
-    st.builds(frames.Status, st.integers(0, 1000),
-              st.dictionaries(st.text(max_size=10), st.integers(0, 2**40), max_size=4)))
+    st.builds(
+        frames.Status, st.integers(0, 1000), st.dictionaries(st.text(max_size=10), st.integers(0, 2**40), max_size=4)
+    ),
+)
 
 
 @given(st.lists(messages, max_size=6), st.integers(1, 50))
 def test_messages_survive_however_the_stream_is_cut(sent: list[frames.FromChild], piece: int) -> None:
     raw = b"".join(map(frames.encode, sent))
     buffer: frames.FrameBuffer[frames.FromChild] = frames.FrameBuffer(frames.FromChild)
-    assert [m for at in range(0, len(raw), piece) for m in buffer.feed(raw[at:at + piece])] == sent
+    assert [m for at in range(0, len(raw), piece) for m in buffer.feed(raw[at : at + piece])] == sent
 
 
 def test_a_frame_too_large_is_refused_by_its_length() -> None:

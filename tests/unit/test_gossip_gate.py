@@ -42,7 +42,7 @@ def test_reservations_wait_their_turn() -> None:
 def test_the_sources_that_were_seen_last_are_remembered() -> None:
     limits = SourceLimits(rate=1, burst=1, capacity=2)
     assert [limits.allow(source, 0) for source in "aba"] == [True, True, False]
-    assert limits.allow("c", 0)          # forgets b, which was seen longest ago
+    assert limits.allow("c", 0)  # forgets b, which was seen longest ago
     assert [limits.allow(source, 0) for source in "ab"] == [False, True]
 
 
@@ -53,14 +53,17 @@ def test_an_announcement_for_its_model_is_let_in() -> None:
     assert not gate.refused
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (announcement(model=canonical.digest(b"another")), "model"),
-    (announcement(key=Key.generate()), "owner"),
-    (announcement()[:-1] + bytes([announcement()[-1] ^ 1]), "signature"),
-    (KEY.sign("patch", patch(KEY)), "kind"),
-    (b"", "schema"),
-    (bytes(4097), "size"),
-])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (announcement(model=canonical.digest(b"another")), "model"),
+        (announcement(key=Key.generate()), "owner"),
+        (announcement()[:-1] + bytes([announcement()[-1] ^ 1]), "signature"),
+        (KEY.sign("patch", patch(KEY)), "kind"),
+        (b"", "schema"),
+        (bytes(4097), "size"),
+    ],
+)
 def test_what_is_no_announcement_for_the_model_is_refused_by_reason(data: bytes, reason: str) -> None:
     gate = Gate()
     assert refusal(MODEL, data) == reason
@@ -68,13 +71,16 @@ def test_what_is_no_announcement_for_the_model_is_refused_by_reason(data: bytes,
     assert gate.refused == {reason: 1}
 
 
-@pytest.mark.parametrize(("origin", "topics", "size", "reason"), [
-    (ORIGIN, TOPICS, 4097, "size"),
-    (ORIGIN, [*TOPICS, "another"], 10, "topics"),
-    (ORIGIN, [], 10, "topics"),
-    (b"\x12\x20" + bytes(32), TOPICS, 10, "origin"),     # the id of an RSA key: its key would come with the message
-    (b"", TOPICS, 10, "origin"),
-])
+@pytest.mark.parametrize(
+    ("origin", "topics", "size", "reason"),
+    [
+        (ORIGIN, TOPICS, 4097, "size"),
+        (ORIGIN, [*TOPICS, "another"], 10, "topics"),
+        (ORIGIN, [], 10, "topics"),
+        (b"\x12\x20" + bytes(32), TOPICS, 10, "origin"),  # the id of an RSA key: its key would come with the message
+        (b"", TOPICS, 10, "origin"),
+    ],
+)
 def test_a_message_is_refused_by_its_outside(origin: bytes, topics: list[str], size: int, reason: str) -> None:
     gate = Gate()
     assert not gate.admit("peer", origin, topics, size, 0.0)

@@ -14,11 +14,26 @@ from p2pmodel.tensors import ia3
 from p2pmodel.tensors.kinds import get_kind
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS: dict[str, Any] = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
 GPT2: dict[str, Any] = {
-    "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_inner": 24, "bos_token_id": 1, "eos_token_id": 2}
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 NEOX: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 
 FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], set[str]]] = {
@@ -27,13 +42,26 @@ FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], set[str]]] = {
     "phi3": (lambda: hf.Phi3Config(**SMALL), {"out:self_attn.qkv_proj", "in:mlp.down_proj"}),
     "gpt2": (lambda: hf.GPT2Config(**GPT2), {"out:attn.c_attn", "in:mlp.c_proj"}),
     "gpt_neox": (lambda: hf.GPTNeoXConfig(**NEOX), {"out:attention.query_key_value", "in:mlp.dense_4h_to_h"}),
-    "opt": (lambda: hf.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2,
-                                 num_attention_heads=4, word_embed_proj_dim=16, dropout=0.0),
-            {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:fc2"}),
-    "mixtral": (lambda: hf.MixtralConfig(**EXPERTS),
-                {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"}),
-    "qwen3_moe": (lambda: hf.Qwen3MoeConfig(**SMALL, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2),
-                  {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"}),
+    "opt": (
+        lambda: hf.OPTConfig(
+            vocab_size=32,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=16,
+            dropout=0.0,
+        ),
+        {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:fc2"},
+    ),
+    "mixtral": (
+        lambda: hf.MixtralConfig(**EXPERTS),
+        {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"},
+    ),
+    "qwen3_moe": (
+        lambda: hf.Qwen3MoeConfig(**SMALL, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2),
+        {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"},
+    ),
 }
 
 
@@ -86,8 +114,8 @@ def test_rows_of_a_batch_are_as_if_alone(family: str) -> None:
             together = run(base, ids)
         for row in range(3):
             with applier.use({name: vectors[row] for name, vectors in rows.items()}):
-                alone = run(base, ids[row:row + 1])
-            torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-4, atol=1e-5)
+                alone = run(base, ids[row : row + 1])
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(together, plain, atol=1e-3)
         assert torch.equal(run(base, ids), plain)
 

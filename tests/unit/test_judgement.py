@@ -29,7 +29,9 @@ def test_a_candidate_may_not_trade_one_domain_for_another() -> None:
 
 
 @given(losses, losses)
-def test_what_is_accepted_is_better_and_the_search_prefers_it_to_standing_still(parent: dict[str, float], candidate: dict[str, float]) -> None:
+def test_what_is_accepted_is_better_and_the_search_prefers_it_to_standing_still(
+    parent: dict[str, float], candidate: dict[str, float]
+) -> None:
     if not why_reject(parent, candidate, Limits(regression_tolerance=0.0)):
         assert sum(candidate.values()) < sum(parent.values())
         assert objective(parent, candidate, Limits(regression_tolerance=0.0)) <= objective(parent, parent, Limits())

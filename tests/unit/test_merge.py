@@ -30,8 +30,12 @@ def contribution(number: int, adapter: Sequence[float], fisher: Sequence[float],
     return Contribution(patch_id(number), {"s": torch.tensor(adapter)}, {"s": torch.tensor(fisher)}, weight)
 
 
-def combine(strategy: merge.MergeStrategy, parent: dict[str, Tensor], given: Sequence[Contribution],
-            parameters: dict[str, float] | None = None) -> dict[str, Tensor]:
+def combine(
+    strategy: merge.MergeStrategy,
+    parent: dict[str, Tensor],
+    given: Sequence[Contribution],
+    parameters: dict[str, float] | None = None,
+) -> dict[str, Tensor]:
     ordered = sorted(given, key=lambda c: c.patch)
     return strategy.combine(parent, lambda: ordered, parameters or {})
 
@@ -40,13 +44,16 @@ def rows(count: st.SearchStrategy[int], width: int = 3) -> st.SearchStrategy[lis
     def build(n: int) -> st.SearchStrategy[list[Contribution]]:
         one = st.tuples(*(st.lists(of, min_size=width, max_size=width) for of in (values, masses)))
         return st.lists(one, min_size=n, max_size=n).map(
-            lambda parts: [contribution(i, adapter, fisher) for i, (adapter, fisher) in enumerate(parts)])
+            lambda parts: [contribution(i, adapter, fisher) for i, (adapter, fisher) in enumerate(parts)]
+        )
+
     return count.flatmap(build)
 
 
 @given(rows(st.integers(1, 7)), st.randoms(), st.sampled_from([FISHER, MEAN]))
-def test_any_order_of_arrival_gives_the_same_bits(given: list[Contribution], random: object,
-                                                  strategy: merge.MergeStrategy) -> None:
+def test_any_order_of_arrival_gives_the_same_bits(
+    given: list[Contribution], random: object, strategy: merge.MergeStrategy
+) -> None:
     parent = {"s": torch.ones(3)}
     first = combine(strategy, parent, given)
     random.shuffle(given)  # type: ignore[attr-defined]
@@ -91,8 +98,11 @@ def test_the_mean_update_lies_between_the_updates(given: list[Contribution]) -> 
 
 def test_closed_forms_of_scalars() -> None:
     parent = {"s": torch.tensor([1.0])}
-    given = [contribution(0, [2.0], [1e-10]), contribution(1, [4.0], [3e-10], weight=2.0),
-             contribution(2, [1.0], [2e-10])]
+    given = [
+        contribution(0, [2.0], [1e-10]),
+        contribution(1, [4.0], [3e-10], weight=2.0),
+        contribution(2, [1.0], [2e-10]),
+    ]
     expected = (1 * 1e-10 * 1 + 2 * 3e-10 * 3 + 1 * 2e-10 * 0) / (1e-10 + 2 * 3e-10 + 2e-10)
     assert combine(FISHER, parent, given, NO_CLIP)["s"].item() == pytest.approx(expected, rel=1e-6)
     assert combine(MEAN, parent, given)["s"].item() == pytest.approx((1 + 2 * 3 + 0) / 4)
@@ -115,8 +125,9 @@ def test_the_norm_of_an_update_is_clipped_at_a_multiple_of_the_median() -> None:
 @given(rows(st.integers(3, 7)), st.floats(1, 1e6), st.booleans())
 def test_a_liar_is_bounded(honest: list[Contribution], scale: float, also_values: bool) -> None:
     parent = {"s": torch.zeros(3)}
-    liar = Contribution(patch_id(99), {"s": torch.full((3,), scale if also_values else 4.0)},
-                        {"s": torch.full((3,), 1e6)}, 1.0)
+    liar = Contribution(
+        patch_id(99), {"s": torch.full((3,), scale if also_values else 4.0)}, {"s": torch.full((3,), 1e6)}, 1.0
+    )
     given = [Contribution(c.patch, c.adapter, {"s": c.fisher["s"] + 0.1}, 1.0) for c in honest]
     result = combine(FISHER, parent, [*given, liar])["s"]
     largest = max(float(c.adapter["s"].norm()) for c in given)
@@ -151,16 +162,19 @@ def test_the_largest_and_smallest_numbers_merge() -> None:
 def test_a_patch_without_a_slot_leaves_it_unchanged() -> None:
     parent = {"a": torch.ones(2), "b": torch.ones(2)}
     one = torch.ones(2)
-    given = [Contribution(patch_id(0), {"a": one * 3}, {"a": one}, 1.0),
-             Contribution(patch_id(1), {"a": one * 3, "b": one * 5}, {"a": one, "b": one}, 1.0)]
+    given = [
+        Contribution(patch_id(0), {"a": one * 3}, {"a": one}, 1.0),
+        Contribution(patch_id(1), {"a": one * 3, "b": one * 5}, {"a": one, "b": one}, 1.0),
+    ]
     assert combine(MEAN, parent, given)["b"].tolist() == [2.0, 2.0]
     assert combine(FISHER, parent, given)["a"].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("strategy", [FISHER, MEAN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, strategy: merge.MergeStrategy,
-                                         dtype: torch.dtype) -> None:
+def test_blocks_do_not_change_the_result(
+    monkeypatch: pytest.MonkeyPatch, strategy: merge.MergeStrategy, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
     parent = {"a": torch.ones(7, 11, dtype=dtype), "b": torch.ones(50, dtype=dtype)}
 
@@ -174,8 +188,15 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, strate
     monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 9 * 20)
     monkeypatch.setattr(merge, "_CACHED_ELEMENTS", 130)
     assert blob.pack(combine(strategy, parent, given)) == blob.pack(whole)
-    read = [Contribution(c.patch, blob.unpack(blob.pack(c.adapter), None, 1 << 20),
-                         blob.unpack(blob.pack(c.fisher), None, 1 << 20), c.weight) for c in given]
+    read = [
+        Contribution(
+            c.patch,
+            blob.unpack(blob.pack(c.adapter), None, 1 << 20),
+            blob.unpack(blob.pack(c.fisher), None, 1 << 20),
+            c.weight,
+        )
+        for c in given
+    ]
     assert blob.pack(combine(strategy, parent, read)) == blob.pack(whole)
 
 

@@ -41,15 +41,20 @@ def write(home, n):
     print(n, flush=True)
 """
 
-FOREVER = WRITE + """
+FOREVER = (
+    WRITE
+    + """
 home = Home.open(Path(sys.argv[1]))
 n = int(sys.argv[2])
 while True:
     n += 1
     write(home, n)
 """
+)
 
-EVERY_STEP = WRITE + """
+EVERY_STEP = (
+    WRITE
+    + """
 import signal
 STEPS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir", "fchmod", "ftruncate")
 kill_at = 0
@@ -81,11 +86,17 @@ for point in range(1, 1000):
     home.lock().release()
     home.close()
 """
+)
 
 
 def run(code: str, *arguments: object, prepare: Callable[[], None] | None = None) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
-                            cwd=Path(__file__).parents[2], preexec_fn=prepare)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        preexec_fn=prepare,
+    )
 
 
 def demand_whole(path: Path, acknowledged: int) -> None:
@@ -96,7 +107,7 @@ def demand_whole(path: Path, acknowledged: int) -> None:
     assert report.corrupt == ()
     assert report.dangling_refs == ()
     assert os.listdir(home.path / "scratch") == []
-    assert [row.round for row in home.index.records(MODEL, "candidate")][:len(rounds)] == rounds
+    assert [row.round for row in home.index.records(MODEL, "candidate")][: len(rounds)] == rounds
     head = (home.refs.get("head") or "0").split()
     assert int(head[0]) >= acknowledged
     if acknowledged:
@@ -125,7 +136,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         assert process.stdout is not None
         for _ in range(chance.randrange(1, 12)):
             acknowledged = int(process.stdout.readline())
-        for _ in range(chance.randrange(20_000)):   # a moment inside the next write
+        for _ in range(chance.randrange(20_000)):  # a moment inside the next write
             pass
         process.kill()
         acknowledged = max([acknowledged, *(int(line) for line in process.stdout if line.endswith("\n"))])
@@ -210,8 +221,11 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_stays(small_disk: Path) 
         home.objects.put(b"x" * 200_000)
     fill(small_disk / "more-ballast")
     rows = [RecordRow("patch", MODEL, BlobRef(canonical.digest(b"%d" % n), 1), 0, 1.0) for n in range(1000)]
-    for write in (lambda: home.objects.put(b"y" * 5000), lambda: home.refs.set("head", "other" * 800),
-                  lambda: [home.index.add(row) for row in rows]):
+    for write in (
+        lambda: home.objects.put(b"y" * 5000),
+        lambda: home.refs.set("head", "other" * 800),
+        lambda: [home.index.add(row) for row in rows],
+    ):
         with pytest.raises(StorageError):
             write()
     home.close()

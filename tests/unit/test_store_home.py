@@ -59,8 +59,11 @@ def test_a_home_that_cannot_be_is_one_sentence(tmp_path: Path, path: str) -> Non
 
 
 def test_a_read_only_home_is_said_to_be() -> None:
-    read_only = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()
-                 if line.split()[3].split(",")[0] == "ro" and Path(line.split()[1]).is_dir()]
+    read_only = [
+        line.split()[1]
+        for line in Path("/proc/mounts").read_text().splitlines()
+        if line.split()[3].split(",")[0] == "ro" and Path(line.split()[1]).is_dir()
+    ]
     if not read_only:
         pytest.skip("nothing is mounted read-only here")
     with pytest.raises(StorageError, match="read-only"):
@@ -154,13 +157,20 @@ def test_the_socket_of_a_long_path_is_elsewhere_and_stays(tmp_path: Path, monkey
 
 def test_settings(home: Home) -> None:
     assert home.settings() == {}
-    (home.path / "config.toml").write_text('[gateway]\nport = 8080\n', newline="\r\n")
+    (home.path / "config.toml").write_text("[gateway]\nport = 8080\n", newline="\r\n")
     assert home.settings() == {"gateway": {"port": 8080}}
 
 
-@pytest.mark.parametrize(("raw", "line"), [
-    (b"a = 1\nb = \n", 2), (b"a = 1\n\nb = [1,\n", 4), (b"a = 1\na = 2", 2), (b"a = 1\nb = '\xff'\n", 2),
-    (b'a = "', 1)])
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        (b"a = 1\nb = \n", 2),
+        (b"a = 1\n\nb = [1,\n", 4),
+        (b"a = 1\na = 2", 2),
+        (b"a = 1\nb = '\xff'\n", 2),
+        (b'a = "', 1),
+    ],
+)
 def test_malformed_settings_name_file_and_line(home: Home, raw: bytes, line: int) -> None:
     path = home.path / "config.toml"
     path.write_bytes(raw)

@@ -40,8 +40,12 @@ def row(n: int = 0, kind: str = "patch", model: ModelId = MODEL, seen: float = 1
 def lineage(home: Home) -> list[RecordRow]:
     """One signed record of each kind, in the store, with its row."""
     verdict = Verdict(KEY.peer, MODEL, 3, records.version_id(candidate(round=3)), True, "", ())
-    signed = (KEY.sign("manifest", manifest(KEY)), KEY.sign("patch", patch(KEY)),
-              KEY.sign("candidate", candidate(round=3)), KEY.sign("verdict", verdict))
+    signed = (
+        KEY.sign("manifest", manifest(KEY)),
+        KEY.sign("patch", patch(KEY)),
+        KEY.sign("candidate", candidate(round=3)),
+        KEY.sign("verdict", verdict),
+    )
     for record in signed:
         home.objects.put(record)
     return [record_row(record, home.objects.stored(canonical.digest(record)) or 0.0) for record in signed]
@@ -51,9 +55,14 @@ def everything(home: Home) -> set[RecordRow]:
     return set(home.index.find(""))
 
 
-rows = st.builds(row, n=st.integers(0, 30), kind=st.sampled_from(["manifest", "patch", "verdict"]),
-                 model=st.sampled_from([MODEL, canonical.digest(b"other")]), seen=st.floats(0, 1e9),
-                 round=st.integers(0, 2**63 - 1))
+rows = st.builds(
+    row,
+    n=st.integers(0, 30),
+    kind=st.sampled_from(["manifest", "patch", "verdict"]),
+    model=st.sampled_from([MODEL, canonical.digest(b"other")]),
+    seen=st.floats(0, 1e9),
+    round=st.integers(0, 2**63 - 1),
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
@@ -95,7 +104,11 @@ def test_rows_that_cannot_be_kept_are_refused() -> None:
 def test_rows_tell_model_and_round_of_each_kind(home: Home) -> None:
     made = lineage(home)
     assert [(r.kind, r.model, r.round) for r in made] == [
-        ("manifest", made[0].record.digest, 0), ("patch", MODEL, 0), ("candidate", MODEL, 3), ("verdict", MODEL, 3)]
+        ("manifest", made[0].record.digest, 0),
+        ("patch", MODEL, 0),
+        ("candidate", MODEL, 3),
+        ("verdict", MODEL, 3),
+    ]
 
 
 def test_a_deleted_index_comes_back_from_the_objects(home: Home) -> None:
@@ -124,8 +137,13 @@ def test_a_damaged_index_is_made_again(home: Home, damage: str) -> None:
     home.close()
     path = home.path / "index.sqlite"
     raw = path.read_bytes()
-    damaged = {"garbage": b"not a database at all" * 500, "empty": b"", "cut": raw[:5000], "zeros": bytes(len(raw)),
-               "page": raw[:4096] + b"\xff" * (len(raw) - 4096)}
+    damaged = {
+        "garbage": b"not a database at all" * 500,
+        "empty": b"",
+        "cut": raw[:5000],
+        "zeros": bytes(len(raw)),
+        "page": raw[:4096] + b"\xff" * (len(raw) - 4096),
+    }
     path.write_bytes(damaged[damage])
     again = Home.open(home.path)
     assert again.index.records(MODEL, "verdict") == [made[3]]
@@ -163,8 +181,13 @@ def test_fsck_finds_what_is_wrong_and_mends_what_it_can(home: Home) -> None:
         home.index.add(dataclasses.replace(one, seen=7.0))
     home.index.add(row())
     version = records.version_id(candidate(round=3))
-    for name, value in (("object", good.digest), ("version", version), ("text", "no digest"), ("lost", MODEL),
-                        ("damaged", f"{good.digest} {bad.digest}")):
+    for name, value in (
+        ("object", good.digest),
+        ("version", version),
+        ("text", "no digest"),
+        ("lost", MODEL),
+        ("damaged", f"{good.digest} {bad.digest}"),
+    ):
         home.refs.set(name, value)
     (home.path / "refs" / "garbage").write_bytes(b"\xff")
     (home.path / "scratch" / "left").write_bytes(b"half")

@@ -46,7 +46,7 @@ def test_what_is_put_is_what_is_read(home: Home, raw: bytes, offset: int, length
     ref = home.objects.put(raw)
     assert ref == BlobRef(canonical.digest(raw), len(raw)) == home.objects.put(raw)
     assert home.objects.load(ref.digest) == raw == home.objects.path(ref.digest).read_bytes()
-    assert home.objects.read(ref.digest, offset, length) == raw[offset:offset + length]
+    assert home.objects.read(ref.digest, offset, length) == raw[offset : offset + length]
     assert home.objects.size(ref.digest) == len(raw)
     assert not unfinished(home)
 

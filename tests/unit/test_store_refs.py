@@ -77,9 +77,26 @@ TestRefsAreADictionary = RefsAreADictionary.TestCase
 TestRefsAreADictionary.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
 
 
-@pytest.mark.parametrize("name", [
-    "", "/a", "a/", "a//b", "..", "a/../b", ".hidden", "a/.b", "a b", "a\nb", "a\x00", "é", "a/" * 8 + "a", "x" * 129,
-    "/".join(["x" * 60] * 4)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "/a",
+        "a/",
+        "a//b",
+        "..",
+        "a/../b",
+        ".hidden",
+        "a/.b",
+        "a b",
+        "a\nb",
+        "a\x00",
+        "é",
+        "a/" * 8 + "a",
+        "x" * 129,
+        "/".join(["x" * 60] * 4),
+    ],
+)
 def test_a_name_that_could_escape_is_refused(home: Home, name: str) -> None:
     for use in (home.refs.get, home.refs.delete, home.refs.log, lambda n: home.refs.set(n, "value")):
         with pytest.raises(InvalidInput):
@@ -99,7 +116,7 @@ def test_the_log_tells_times_and_hides_what_never_happened(home: Home) -> None:
     home.refs.set("a", "two", "one")
     log = home.path / "logs" / "a"
     with log.open("a") as file:
-        file.write(json.dumps([0.0, "two", "never"]) + "\n" + '[1.0, "two", "to')     # killed, then torn by a power cut
+        file.write(json.dumps([0.0, "two", "never"]) + "\n" + '[1.0, "two", "to')  # killed, then torn by a power cut
     assert [(c.old, c.new) for c in home.refs.log("a")] == [(None, "one"), ("one", "two")]
     home.refs.set("a", "three")
     changes = home.refs.log("a")

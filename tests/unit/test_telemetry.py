@@ -29,8 +29,11 @@ def scrape(metrics: Metrics) -> str:
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in text_string_to_metric_families(text) for sample in family.samples}
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def test_a_scrape_shows_what_was_counted() -> None:
@@ -48,7 +51,8 @@ def test_a_scrape_shows_what_was_counted() -> None:
     assert found["p2pmodel_activation_bytes_total", (("direction", "received"),)] == 0
     assert found["p2pmodel_merge_seconds_bucket", (("le", "0.5"),)] == 1
     assert [key for key in found if key[0] == "p2pmodel_head_version_info"] == [
-        ("p2pmodel_head_version_info", (("number", "1.0.1"),))]
+        ("p2pmodel_head_version_info", (("number", "1.0.1"),))
+    ]
 
 
 def test_every_metric_is_named_by_the_rules_and_documented() -> None:
@@ -129,6 +133,7 @@ def test_a_terminal_gets_rich_logs() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
+
     stream = Terminal()
     logs.configure("INFO", stream)
     logging.getLogger("p2pmodel").info("hello")

@@ -11,7 +11,6 @@ from p2pmodel.domain.model import MergeSpec
 from p2pmodel.domain.version import LeftOut, Verdict, VersionNumber
 from p2pmodel.wire import canonical, frames, records
 from p2pmodel.wire.signing import Key
-
 from tests.factories import candidate, manifest, patch
 
 KEY = Key.generate()
@@ -30,8 +29,15 @@ def test_a_noun_survives_the_wire(number: VersionNumber, reason: str, digest: st
 
 @given(st.binary(max_size=400))
 def test_random_bytes_are_refused_and_nothing_else(raw: bytes) -> None:
-    for opener in (records.open_manifest, records.open_patch, records.open_candidate, records.open_verdict,
-                   records.open_lease, records.open_presence, records.open_announcement):
+    for opener in (
+        records.open_manifest,
+        records.open_patch,
+        records.open_candidate,
+        records.open_verdict,
+        records.open_lease,
+        records.open_presence,
+        records.open_announcement,
+    ):
         with pytest.raises(Rejected):
             opener(raw)
 
@@ -50,7 +56,8 @@ def test_records_open_to_what_was_signed() -> None:
     noun, signer = records.open_manifest(KEY.sign("manifest", manifest(KEY)))
     assert (noun, signer) == (manifest(KEY), KEY.peer)
     noun, proposer, version = records.open_candidate(KEY.sign("candidate", candidate()))
-    assert (noun, proposer) == (candidate(), KEY.peer) and version == records.version_id(candidate())
+    assert (noun, proposer) == (candidate(), KEY.peer)
+    assert version == records.version_id(candidate())
 
 
 def test_nobody_speaks_for_another_peer() -> None:
@@ -74,7 +81,7 @@ def test_a_record_over_its_limit_is_refused_before_it_is_decoded() -> None:
 
 
 def test_bytes_that_are_not_canonical_are_refused() -> None:
-    raw = b"\x83\xa5minor\x01\xa5major\xcd\x00\x02\xa5patch\x03"     # keys out of order, 2 in three bytes
+    raw = b"\x83\xa5minor\x01\xa5major\xcd\x00\x02\xa5patch\x03"  # keys out of order, 2 in three bytes
     with pytest.raises(Rejected) as refused:
         canonical.decode(raw, VersionNumber, 100)
     assert refused.value.reason == "canonical"
@@ -93,12 +100,18 @@ def test_a_manifest_with_a_threshold_above_its_keys_is_refused() -> None:
 
 def test_a_key_keeps_its_peer_id() -> None:
     again = Key.from_libp2p(KEY.to_libp2p())
-    assert again.peer == KEY.peer and again.derive("gossip").peer == KEY.derive("gossip").peer != KEY.peer
+    assert again.peer == KEY.peer
+    assert again.derive("gossip").peer == KEY.derive("gossip").peer != KEY.peer
     with pytest.raises(P2PModelError):
         Key.from_libp2p(KEY.to_libp2p()[:-1] + b"\x00\x00")
 
 
-@given(st.sampled_from(frames.Kind), st.binary(max_size=100), st.integers(0, frames.MAX_BODY_BYTES), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from(frames.Kind),
+    st.binary(max_size=100),
+    st.integers(0, frames.MAX_BODY_BYTES),
+    st.integers(0, 2**32 - 1),
+)
 def test_frames_survive(kind: frames.Kind, meta: bytes, body: int, position: int) -> None:
     raw = frames.pack(kind, meta, body, position, 7)
     assert frames.parse(raw) == frames.Header(kind, len(meta), body, position, 7)
