@@ -1,10 +1,14 @@
 """Valid nouns to start a test from."""
 
+from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.model import BlobRef, Limits, Manifest, MergeSpec, ModelFile, Schedule, Slot
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.domain.version import Candidate, VersionNumber
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
+
+
+MODEL = canonical.digest(b"model")
 
 
 def blob(content: bytes = b"blob") -> BlobRef:
@@ -31,7 +35,7 @@ def manifest(*keys: Key, name: str = "test", layers: int = 6, threshold: int = 1
     )
 
 
-def patch(key: Key, model: str = canonical.digest(b"model"), parent: str | None = None) -> Patch:
+def patch(key: Key, model: Digest = MODEL, parent: Digest | None = None) -> Patch:
     recipe = Recipe(seed=1, steps=10, batch=4, sequence=64, optimizer="adamw", learning_rate=0.01, fisher_examples=8)
     data = (DataFile("notes.txt", canonical.digest(b"notes"), 5, 1, "CC0-1.0"),)
     return Patch(
@@ -50,7 +54,7 @@ def patch(key: Key, model: str = canonical.digest(b"model"), parent: str | None 
 
 
 def candidate(
-    model: str = canonical.digest(b"model"), round: int = 1, parent: str | None = None, patches: tuple[str, ...] = ()
+    model: Digest = MODEL, round: int = 1, parent: Digest | None = None, patches: tuple[Digest, ...] = ()
 ) -> Candidate:
     return Candidate(
         model=model,

@@ -1,7 +1,7 @@
 """`p2pmodel train` and `p2pmodel patch`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,7 +52,7 @@ def train(
     folder = Home.open(home)
     lineage = local_lineage(folder, model)
     parent = lineage.find_version(version)
-    chosen = {"steps": steps, "batch": batch, "sequence": sequence, "learning_rate": learning_rate}
+    chosen: dict[str, Any] = {"steps": steps, "batch": batch, "sequence": sequence, "learning_rate": learning_rate}
     settings = dataclasses.replace(TrainingOptions(seed=seed), **{k: v for k, v in chosen.items() if v is not None})
     columns = (
         TextColumn("training"),

@@ -32,7 +32,7 @@ from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
 
 ADOPTION_SECONDS = 300.0
-TRAINING = ("--steps", "40", "--batch", "4", "--sequence", "128", "--learning-rate", "0.06")
+TRAINING = ("--steps", "40", "--batch", "8", "--sequence", "128", "--learning-rate", "0.005")
 DOMAINS = ("asyncio", "email", "tkinter", "xml", "distutils")
 
 
@@ -145,16 +145,16 @@ def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
         )
     spans = split_layers(lineage.manifest.layers, plan.hosts)
     with progress.step(f"starting {1 + plan.hosts + plan.maintainers + plan.contributors} nodes", "start") as more:
-        common = ("--model", lineage.model, "--threads", "1")
-        bootstrap = swarm.start("bootstrap", *common, "--layers", "none")
+        common: tuple[str, ...] = ("--model", lineage.model)
+        bootstrap = swarm.start("bootstrap", *common, "--layers", "none", "--threads", "1")
         bootstrap.wait_until_serving(time.monotonic() + 120)
         common = (*common, "--peers", bootstrap.address)
         for index, span in enumerate(spans):
-            swarm.start(f"host-{index + 1}", *common, "--layers", str(span))
+            swarm.start(f"host-{index + 1}", *common, "--layers", str(span), "--threads", "1")
         for name in maintainers:
             swarm.start(name, *common, "--layers", "none", "--maintain")
         for domain in domains:
-            swarm.start(domain, *common, "--layers", "none")
+            swarm.start(domain, *common, "--layers", "none", "--threads", "1")
         swarm.wait_until_serving(each=lambda node: more(f"{node.name} serves"))
     for index, span in enumerate(spans):
         progress.say(f"  host-{index + 1} holds layers {span} of {lineage.manifest.layers}")

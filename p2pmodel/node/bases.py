@@ -38,7 +38,7 @@ def is_base_of(folder: Path, manifest: Manifest) -> bool:
 
 
 def remember_base(home: Home, lineage: Lineage, folder: Path) -> None:
-    """Notes a folder that was compared with the Manifest, with the state of its files, so that it is hashed only once."""
+    """Notes a folder that was compared with the Manifest, and the state of its files: it is hashed only once."""
     note = json.dumps({"folder": str(folder.resolve()), "stamp": _stamp(folder, lineage.manifest)})
     if home.refs.get(_ref(lineage)) != note:
         home.refs.set(_ref(lineage), note)

@@ -161,7 +161,7 @@ class SwarmClient:
             if sampling.temperature == 0
             else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         )
-        out = self._model.generate(
+        out = self._model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
@@ -175,7 +175,7 @@ class SwarmClient:
         session.close()
         answer = out[0, ids.shape[1] :]
         return Answer(
-            text=self.tokenizer.decode(answer, skip_special_tokens=True),
+            text=str(self.tokenizer.decode(answer, skip_special_tokens=True)),
             tokens=len(answer),
             model=self.lineage.manifest.name,
             version=wanted,
@@ -249,7 +249,7 @@ class _Nobody:
         log.debug("a %s is refused: %s", kind, reason)
 
 
-class _Pieces(TextStreamer):  # type: ignore[misc]
+class _Pieces(TextStreamer):
     """Hands on text as soon as it can't change any more."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:

@@ -42,6 +42,10 @@ def evaluate_files(
         what = f"{lineage.manifest.name} {entry.parent_number} with patch {entry.id[:10]}"
     folder_of_base = find_base(folder, lineage, base)
     result = evaluate(
-        load_whole(folder_of_base), load_tokenizer(folder_of_base), get_kind(lineage.manifest.kinds[0]), state, texts
+        load_whole(folder_of_base),
+        load_tokenizer(folder_of_base),
+        get_kind(lineage.manifest.kinds[0]),
+        state,
+        [text.text for text in texts],
     )
     return FileLoss(what, result.nats_per_token, result.nats_per_byte, result.tokens, result.bytes)

@@ -88,5 +88,5 @@ def lineage_of_folder(home: Home, folder: Path) -> Lineage | None:
 
 def _skeleton(checkpoint: Checkpoint) -> torch.nn.Module:
     with torch.device("meta"):
-        model: torch.nn.Module = AutoModel.from_config(checkpoint.config)
+        model: torch.nn.Module = AutoModel.from_config(checkpoint.config)  # type: ignore[no-untyped-call]
     return model

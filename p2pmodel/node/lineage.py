@@ -76,7 +76,7 @@ class Lineage:
     @property
     def served_head(self) -> VersionId:
         """The newest version whose values this home holds as well, as its node has noted it."""
-        return self.home.refs.get(f"models/{self.model}/head") or self.model
+        return VersionId(Digest(self.home.refs.get(f"models/{self.model}/head") or self.model))
 
     def number(self, version: VersionId) -> VersionNumber:
         """Raises NotFound when the version is none that was adopted here."""

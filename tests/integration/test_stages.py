@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, PeerFailed, Rejected, UsageError
+from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.head import RemoteCache, load_head
@@ -160,7 +161,7 @@ class LocalSession:
 
 
 def request(
-    span: Span, max_tokens: int = 32, version: str = BASE, codec: str = "fp32", model: str = MODEL
+    span: Span, max_tokens: int = 32, version: Digest = BASE, codec: str = "fp32", model: Digest = MODEL
 ) -> SessionRequest:
     return SessionRequest("0" * 32, model, version, codec, span, max_tokens)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pmodel.domain.errors import P2PModelError, Rejected
+from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.model import MergeSpec
 from p2pmodel.domain.version import LeftOut, Verdict, VersionNumber
 from p2pmodel.wire import canonical, frames, records
@@ -20,7 +21,7 @@ digests = st.binary(min_size=1, max_size=4).map(canonical.digest)
 
 
 @given(number=numbers, reason=st.text(min_size=1, max_size=100), digest=digests)
-def test_a_noun_survives_the_wire(number: VersionNumber, reason: str, digest: str) -> None:
+def test_a_noun_survives_the_wire(number: VersionNumber, reason: str, digest: Digest) -> None:
     for noun in (number, LeftOut(digest, reason)):
         raw = canonical.encode(noun)
         assert canonical.decode(raw, type(noun), 10_000) == noun
@@ -55,8 +56,8 @@ def test_records_open_to_what_was_signed() -> None:
     assert records.open_patch(KEY.sign("patch", patch(KEY))) == patch(KEY)
     noun, signer = records.open_manifest(KEY.sign("manifest", manifest(KEY)))
     assert (noun, signer) == (manifest(KEY), KEY.peer)
-    noun, proposer, version = records.open_candidate(KEY.sign("candidate", candidate()))
-    assert (noun, proposer) == (candidate(), KEY.peer)
+    proposed, proposer, version = records.open_candidate(KEY.sign("candidate", candidate()))
+    assert (proposed, proposer) == (candidate(), KEY.peer)
     assert version == records.version_id(candidate())
 
 
