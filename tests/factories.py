@@ -7,7 +7,6 @@ from p2pmodel.domain.version import Candidate, VersionNumber
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
 
-
 MODEL = canonical.digest(b"model")
 
 

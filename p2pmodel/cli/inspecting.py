@@ -25,7 +25,8 @@ def status(home: options.Home = None, json: options.Json = False) -> None:
     from p2pmodel.node.reporting import status_data, status_text
     from p2pmodel.store.home import Home
 
-    reply = ControlClient.connect(Home.open(home).control_socket).status()
+    with ControlClient.connect(Home.open(home).control_socket) as client:
+        reply = client.status()
     emit(status_data(reply), status_text(reply), json)
 
 

@@ -105,16 +105,16 @@ def publish(
 ) -> None:
     """Announce a patch to the swarm, through the node that runs on this home."""
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.contributing import take_in
+    from p2pmodel.node.intake import take_in
     from p2pmodel.node.lineage import Lineage
     from p2pmodel.store.home import Home
     from p2pmodel.wire.bundle import open_bundle
 
     folder = Home.open(home)
-    client = ControlClient.connect(folder.control_socket)
-    raw = file.read_bytes()
-    record = take_in(Lineage(folder, open_bundle(raw).patch.model), raw)
-    client.publish(record.digest)
+    with ControlClient.connect(folder.control_socket) as client:
+        raw = file.read_bytes()
+        record = take_in(Lineage(folder, open_bundle(raw).patch.model), raw)
+        client.publish(record.digest)
     emit({"id": record.digest}, f"patch {short(record.digest)} is announced; follow it with: p2pmodel patch list", json)
 
 

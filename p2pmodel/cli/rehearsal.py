@@ -140,7 +140,7 @@ def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
                 plan.maintainers // 2 + 1,
                 starter.EXAM,
                 licence=starter.LICENCE,
-                schedule=Schedule(min_patches=plan.contributors, open_seconds=120.0),
+                schedule=Schedule(min_patches=plan.contributors, open_seconds=900.0),
             ),
         )
     spans = split_layers(lineage.manifest.layers, plan.hosts)

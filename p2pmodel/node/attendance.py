@@ -4,16 +4,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from p2pmodel import __version__
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence
 from p2pmodel.node.community import Community
-from p2pmodel.node.hosting import Hosting
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.signing import Key
+
+if TYPE_CHECKING:
+    from p2pmodel.node.hosting import Hosting
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ class Attendance:
         lineage: Lineage,
         directory: Directory,
         community: Community,
-        hosting: Hosting | None,
+        hosting: "Hosting | None",
         roles: Sequence[str],
     ) -> None:
         self._key, self._host, self._lineage, self._directory = key, host, lineage, directory

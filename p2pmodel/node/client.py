@@ -4,11 +4,10 @@ The network runs on a loop in a thread of its own, so that `generate()` can bloc
 """
 
 import asyncio
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +17,14 @@ import torch
 import uvloop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from p2pmodel.control.client import ControlClient
-from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed, Unreachable
+from p2pmodel.domain.errors import InvalidInput, PeerFailed
 from p2pmodel.domain.ids import Digest, PeerId, VersionId
 from p2pmodel.domain.swarm import Presence, Route
 from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
 from p2pmodel.engine.head import load_head
 from p2pmodel.logic.routing import find_route
 from p2pmodel.node.bases import find_base
+from p2pmodel.node.contacts import contacts, remember_contacts
 from p2pmodel.node.discovery import bootstrap_peers, swarm_lineage
 from p2pmodel.node.exchange import Exchange
 from p2pmodel.node.inference import RoutedChain, RoutedSession
@@ -40,8 +39,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 30.0
-CONTACTS = "contacts"
-"""The ref that holds the addresses which answered last."""
 
 
 @dataclass(frozen=True)
@@ -259,20 +256,3 @@ class _Pieces(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self._show(text)
-
-
-def contacts(home: Home) -> tuple[str, ...]:
-    """Addresses to begin with: of the node that runs on the home, or those that answered last. Raises Unreachable."""
-    try:
-        return tuple(ControlClient.connect(home.control_socket).status().addresses)
-    except NotRunning:
-        noted = home.refs.get(CONTACTS)
-    if not noted:
-        raise Unreachable("No swarm is known on this machine.", "Name a node with --peers, or start one: p2pmodel join")
-    return tuple(json.loads(noted))
-
-
-def remember_contacts(home: Home, peers: Sequence[str]) -> None:
-    note = json.dumps(list(peers))
-    if home.refs.get(CONTACTS) != note:
-        home.refs.set(CONTACTS, note)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from p2pmodel.domain.announcement import Announcement
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Unreachable
@@ -14,7 +15,6 @@ from p2pmodel.gossip.link import GossipLink, GossipStats
 from p2pmodel.logic.round_state import RoundState
 from p2pmodel.node.exchange import Exchange
 from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
 from p2pmodel.node.roundkeeper import RoundKeeper
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
@@ -23,6 +23,9 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire import records
 from p2pmodel.wire.signing import Key
+
+if TYPE_CHECKING:
+    from p2pmodel.node.maintaining import Maintainer
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Community:
         await self._gossip.stop()
 
     def keep_rounds(
-        self, key: Key, maintainer: Maintainer | None, adopted: Callable[[VersionId], Awaitable[None]]
+        self, key: Key, maintainer: "Maintainer | None", adopted: Callable[[VersionId], Awaitable[None]]
     ) -> None:
         """From now on what comes in moves the rounds."""
         self._keeper = RoundKeeper(

@@ -1,4 +1,4 @@
-"""Training a patch on one's own data, on this machine alone, and putting it into the store to be announced."""
+"""Training a patch on one's own data, on this machine alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,12 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 from p2pmodel import __version__
-from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import blocks, read_texts, split
-from p2pmodel.engine.training import Trained, TrainingOptions, train
-from p2pmodel.node import intake
+from p2pmodel.engine.training import OPTIMIZER, Trained, TrainingOptions, train
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.states import version_state
 from p2pmodel.store.home import Home
@@ -59,7 +57,7 @@ def train_patch(
         steps=options.steps,
         batch=options.batch,
         sequence=options.sequence,
-        optimizer="adamw",
+        optimizer=OPTIMIZER,
         learning_rate=options.learning_rate,
         fisher_examples=options.fisher_examples,
     )
@@ -80,18 +78,3 @@ def train_patch(
     )
     header = home.key.sign("patch", patch)
     return NewPatch(canonical.digest(header), patch, trained, bundle.pack(header, adapter, fisher))
-
-
-def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
-    """Checks a patch file as every peer will, and stores it; publishing is the node's. Raises Rejected."""
-    opened = bundle.open_bundle(raw)
-    refs = intake.needed_blobs(lineage, "patch", opened.raw.header)
-    if opened.patch.parent != lineage.head:
-        raise Rejected(
-            "parent",
-            "The patch was trained on another version than the head, and can't be merged any more.",
-            "Train it again on the head: p2pmodel train",
-        )
-    for raw_blob in (opened.raw.adapter, opened.raw.fisher):
-        lineage.home.objects.put(raw_blob)
-    return intake.store(lineage, "patch", opened.raw.header, refs)

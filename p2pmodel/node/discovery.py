@@ -8,8 +8,8 @@ from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotFound, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId, short
 from p2pmodel.domain.swarm import LineageOffer
-from p2pmodel.node import bases, founding
-from p2pmodel.node.lineage import Lineage, find_lineage
+from p2pmodel.node import bases
+from p2pmodel.node.lineage import Lineage, find_lineage, known_lineages
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.host import PeerHost
@@ -31,17 +31,23 @@ def local_lineage(home: Home, text: str | None) -> Lineage:
     exam standing in for its own until a Manifest is made on purpose.
     """
     if text is None:
-        return founding.found_starter(home)
+        return _lineage_of_folder(home, starter.MODEL, starter.NAME, starter.LICENCE)
     if Path(text).is_dir():
         folder = Path(text)
-        known = founding.lineage_of_folder(home, folder)
-        if known:
-            return known
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.resolve().name)[:64]
-        return founding.found(home, folder, founding.Founding(name, (home.key.peer,), 1, starter.EXAM))
-    if "/" in text and len(text.split("/")) == 2:
+        return _lineage_of_folder(home, folder, name, "")
+    if text.count("/") == 1:
         return local_lineage(home, str(bases.download(text)))
     return find_lineage(home, text)
+
+
+def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lineage:
+    for lineage in known_lineages(home):
+        if bases.is_base_of(folder, lineage.manifest):
+            return lineage
+    from p2pmodel.node import founding  # loads transformers, which most commands can do without
+
+    return founding.found(home, folder, founding.Founding(name, (home.key.peer,), 1, starter.EXAM, licence=licence))
 
 
 async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:

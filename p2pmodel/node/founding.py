@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.model import Limits, Manifest, MergeSpec, Schedule
 from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
 from p2pmodel.engine.exams import Suite
 from p2pmodel.node.bases import file_digests, remember_base
-from p2pmodel.node.lineage import Lineage, known_lineages
+from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.tensors.merge import get_strategy
@@ -66,24 +65,6 @@ def found(home: Home, folder: Path, founding: Founding) -> Lineage:
     lineage = Lineage.create(home, home.key.sign("manifest", manifest))
     remember_base(home, lineage, folder)
     return lineage
-
-
-def found_starter(home: Home) -> Lineage:
-    """The lineage of the starter model that this home began, made at the first call, with the home's key as
-    maintainer."""
-    files = file_digests(starter.MODEL, read_checkpoint(starter.MODEL).files)
-    for lineage in known_lineages(home):
-        if lineage.manifest.files == files:
-            return lineage
-    return found(
-        home, starter.MODEL, Founding(starter.NAME, (home.key.peer,), 1, starter.EXAM, licence=starter.LICENCE)
-    )
-
-
-def lineage_of_folder(home: Home, folder: Path) -> Lineage | None:
-    """The known lineage whose base is the checkpoint in the folder, if there is one."""
-    files = file_digests(folder, read_checkpoint(folder).files)
-    return next((x for x in known_lineages(home) if x.manifest.files == files), None)
 
 
 def _skeleton(checkpoint: Checkpoint) -> torch.nn.Module:

@@ -1,14 +1,18 @@
 """Carries the figures that the parts keep into the node's metrics."""
 
+from typing import TYPE_CHECKING
+
 from p2pmodel.domain.swarm import Lease
 from p2pmodel.logic.routing import coverage
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
-from p2pmodel.node.hosting import Hosting
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.traffic import Traffic
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from p2pmodel.node.hosting import Hosting
 
 
 class Gauges:
@@ -21,7 +25,7 @@ class Gauges:
         lineage: Lineage,
         attendance: Attendance,
         community: Community,
-        hosting: Hosting | None,
+        hosting: "Hosting | None",
         traffic: Traffic,
     ) -> None:
         self._metrics, self._host, self._lineage, self._attendance = metrics, host, lineage, attendance

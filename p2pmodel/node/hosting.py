@@ -3,17 +3,14 @@
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 
-import torch
-
-from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Span
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.versions import VersionTable
+from p2pmodel.node.device import DTYPES, Device
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.states import version_state
 from p2pmodel.swarm.chain_server import ChainServer, ChainStats
@@ -23,28 +20,6 @@ log = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 2
 """The head and what came before it, for the sessions that began there."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where and in what precision to compute. name: a torch device; dtype: a key of DTYPES; cached_tokens: the most
-    that all sessions together may keep."""
-
-    name: str = "cpu"
-    dtype: str = "fp32"
-    cached_tokens: int = 1 << 16
-
-
-def choose_device(gpu: int | None) -> Device:
-    """The GPU of that number, or the CPU for None. Raises UsageError when the machine has no such GPU."""
-    if gpu is None:
-        return Device()
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu >= count or gpu < 0:
-        have = f"only GPUs 0 to {count - 1}" if count else "no GPU that this PyTorch can use"
-        raise UsageError(f"There is no GPU {gpu}: this machine has {have}.", "Use --cpu, or see: p2pmodel doctor")
-    return Device(f"cuda:{gpu}", "bf16")
 
 
 class Hosting:

@@ -95,6 +95,21 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
     return stored
 
 
+def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
+    """Checks a patch file as every peer will, and stores it; publishing is the node's. Raises Rejected."""
+    opened = bundle.open_bundle(raw)
+    refs = needed_blobs(lineage, "patch", opened.raw.header)
+    if opened.patch.parent != lineage.head:
+        raise Rejected(
+            "parent",
+            "The patch was trained on another version than the head, and can't be merged any more.",
+            "Train it again on the head: p2pmodel train",
+        )
+    for raw_blob in (opened.raw.adapter, opened.raw.fisher):
+        lineage.home.objects.put(raw_blob)
+    return store(lineage, "patch", opened.raw.header, refs)
+
+
 def check_tensors(lineage: Lineage, adapter: bytes, fisher: bytes) -> None:
     """A patch's two blobs against the Manifest. Raises Rejected."""
     slots, limit = lineage.manifest.slots, lineage.manifest.limits.max_patch_bytes

@@ -8,22 +8,21 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from p2pmodel.control.server import ControlServer
 from p2pmodel.domain.errors import P2PModelError, UsageError
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.domain.swarm import Span
-from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
 from p2pmodel.logic.placement import choose_span
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.bases import find_base
-from p2pmodel.node.client import remember_contacts
 from p2pmodel.node.community import Community
+from p2pmodel.node.contacts import remember_contacts
+from p2pmodel.node.device import Device, choose_device
 from p2pmodel.node.discovery import bootstrap_peers, local_lineage, swarm_lineage
 from p2pmodel.node.gauges import Gauges
-from p2pmodel.node.hosting import Device, Hosting, choose_device
 from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
 from p2pmodel.node.service import Service
 from p2pmodel.node.threads import use_threads
 from p2pmodel.node.traffic import Traffic
@@ -33,6 +32,10 @@ from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from p2pmodel.node.hosting import Hosting
+    from p2pmodel.node.maintaining import Maintainer
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +200,9 @@ def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str
     return find_base(home, lineage, options.base, say)
 
 
-async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Community, metrics: Metrics) -> Maintainer:
+async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Community, metrics: Metrics) -> "Maintainer":
+    from p2pmodel.node.maintaining import Maintainer  # loads transformers, as hosting does
+
     if home.key.peer not in lineage.manifest.maintainers:
         raise UsageError(
             f"{home.key.peer} is no maintainer of {lineage.manifest.name}.",
@@ -216,36 +221,37 @@ async def _hosting(
     directory: Directory,
     base: Path,
     say: Callable[[str], None],
-) -> Hosting:
-    checkpoint = read_checkpoint(base)
-    span = await _span(options, checkpoint, directory, host, say)
-    return await Hosting.start(host, lineage, checkpoint, span, device)
+) -> "Hosting":
+    from p2pmodel.engine.checkpoint import read_checkpoint
+    from p2pmodel.node.hosting import Hosting
+
+    span = await _span(options, lineage.manifest.layers, directory, host, say)
+    return await Hosting.start(host, lineage, read_checkpoint(base), span, device)
 
 
 async def _span(
-    options: NodeOptions, checkpoint: Checkpoint, directory: Directory, host: PeerHost, say: Callable[[str], None]
+    options: NodeOptions, layers: int, directory: Directory, host: PeerHost, say: Callable[[str], None]
 ) -> Span:
     if isinstance(options.layers, Span):
-        if options.layers.end > checkpoint.layers:
+        if options.layers.end > layers:
             raise UsageError(
-                f"There are no layers {options.layers}: the model has {checkpoint.layers}.",
-                f"Use at most --layers 0:{checkpoint.layers}.",
+                f"There are no layers {options.layers}: the model has {layers}.", f"Use at most --layers 0:{layers}."
             )
-        say(f"layers {options.layers} of {checkpoint.layers}, as asked")
+        say(f"layers {options.layers} of {layers}, as asked")
         return options.layers
     leases = [lease for lease in await directory.leases() if lease.peer != host.peer]
     # A node that begins a swarm alone holds the whole model, so that there is something to join.
-    capacity = options.capacity or (max(1, checkpoint.layers // 2) if options.peers else checkpoint.layers)
-    span, reason = choose_span(leases, checkpoint.layers, capacity, salt=host.peer)
-    say(f"layers {span} of {checkpoint.layers}: {reason}")
+    capacity = options.capacity or (max(1, layers // 2) if options.peers else layers)
+    span, reason = choose_span(leases, layers, capacity, salt=host.peer)
+    say(f"layers {span} of {layers}: {reason}")
     return span
 
 
-def _roles(options: NodeOptions, hosting: Hosting | None) -> tuple[str, ...]:
+def _roles(options: NodeOptions, hosting: "Hosting | None") -> tuple[str, ...]:
     return tuple(role for role, has in (("host", hosting), ("maintainer", options.maintain)) if has) or ("peer",)
 
 
-def _serving(lineage: Lineage, hosting: Hosting | None, options: NodeOptions) -> str:
+def _serving(lineage: Lineage, hosting: "Hosting | None", options: NodeOptions) -> str:
     what = (
         f"layers {hosting.span} on {hosting.device.name} in {hosting.device.dtype}"
         if hosting

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest, VersionId, short
@@ -15,9 +16,11 @@ from p2pmodel.domain.model import BlobRef
 from p2pmodel.logic import round_state, rounds
 from p2pmodel.node import intake
 from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire.signing import Key
+
+if TYPE_CHECKING:  # it loads transformers, which a node that only watches can do without
+    from p2pmodel.node.maintaining import Maintainer
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class RoundKeeper:
         self,
         lineage: Lineage,
         key: Key,
-        maintainer: Maintainer | None,
+        maintainer: "Maintainer | None",
         announce: Announce,
         adopted: Adopted,
         find_missing: Callable[[], Awaitable[None]],

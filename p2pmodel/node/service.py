@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from p2pmodel import __version__
 from p2pmodel.domain.errors import NotFound
@@ -11,13 +12,15 @@ from p2pmodel.domain.swarm import Lease
 from p2pmodel.logic.routing import coverage
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
-from p2pmodel.node.hosting import Hosting
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.traffic import Traffic
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.v1 import control_pb2 as pb
+
+if TYPE_CHECKING:
+    from p2pmodel.node.hosting import Hosting
 
 
 class Service:
@@ -31,7 +34,7 @@ class Service:
         directory: Directory,
         community: Community,
         attendance: Attendance,
-        hosting: Hosting | None,
+        hosting: "Hosting | None",
         traffic: Traffic,
         maintains: bool,
         stop: Callable[[], None],

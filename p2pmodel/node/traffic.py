@@ -1,12 +1,16 @@
 """Bytes that a node has sent and received, by what they were."""
 
+from typing import TYPE_CHECKING
+
 from p2pmodel.node.exchange import Exchange
-from p2pmodel.node.hosting import Hosting
 from p2pmodel.swarm.blobs import BlobServer
+
+if TYPE_CHECKING:
+    from p2pmodel.node.hosting import Hosting
 
 
 class Traffic:
-    def __init__(self, blobs: BlobServer, exchange: Exchange, hosting: Hosting | None) -> None:
+    def __init__(self, blobs: BlobServer, exchange: Exchange, hosting: "Hosting | None") -> None:
         self._blobs, self._exchange, self._hosting = blobs, exchange, hosting
 
     def totals(self) -> dict[str, int]:

@@ -104,9 +104,7 @@ def measure(checkpoint: Path, stages: int, tokens: int, repetitions: int) -> Non
             for name, node in swarm.nodes.items():
                 members = family(node.process.pid)
                 pss = sum(p.memory_full_info().pss for p in members) / 1e6
-                print(
-                    f"{name}: {len(members)} processes, {pss:.0f} MB PSS in all, beside about {weights:.0f} MB of weights"
-                )
+                print(f"{name}: {len(members)} processes, {pss:.0f} MB PSS, with about {weights:.0f} MB of weights")
 
 
 def main() -> None:
@@ -118,9 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = random_llama(Path(folder), args.hidden, args.layers) if args.hidden else starter.MODEL
-        print(
-            "| stages | local ms/token | swarm ms/token | ratio | overhead ms/hop | local CPU ms | all CPU ms | CPU ms/hop |"
-        )
+        print("| stages | local ms | swarm ms | ratio | ms/hop | local CPU ms | all CPU ms | CPU ms/hop |")
         print("|---|---|---|---|---|---|---|---|")
         for stages in (1, 2, 3):
             measure(checkpoint, stages, args.tokens, args.repetitions)
