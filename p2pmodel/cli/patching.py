@@ -20,6 +20,9 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", min=1, show_default="by the kind")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1)] = None,
     sequence: Annotated[int | None, typer.Option("--sequence", help="Tokens in an example.", min=8)] = None,
+    fisher_examples: Annotated[
+        int | None, typer.Option("--fisher-examples", help="Examples that the Fisher is the mean of.", min=1)
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", min=0.0)] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     version: options.Version = "head",
@@ -52,7 +55,13 @@ def train(
     folder = Home.open(home)
     lineage = local_lineage(folder, model)
     parent = lineage.find_version(version)
-    chosen: dict[str, Any] = {"steps": steps, "batch": batch, "sequence": sequence, "learning_rate": learning_rate}
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "sequence": sequence,
+        "learning_rate": learning_rate,
+        "fisher_examples": fisher_examples,
+    }
     settings = dataclasses.replace(TrainingOptions(seed=seed), **{k: v for k, v in chosen.items() if v is not None})
     columns = (
         TextColumn("training"),

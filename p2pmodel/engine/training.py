@@ -32,13 +32,13 @@ class TrainingOptions:
     held_out_blocks: how many of them are used, at most; each checkpoint costs a forward pass over them."""
 
     steps: int = 60
-    batch: int = 8
-    sequence: int = 256
-    learning_rate: float = 3e-2
+    batch: int = 4
+    sequence: int = 512
+    learning_rate: float = 5e-3
     seed: int = 0
-    fisher_examples: int = 64
+    fisher_examples: int = 32
     checkpoint_every: int = 20
-    held_out_blocks: int = 16
+    held_out_blocks: int = 8
 
     def __post_init__(self) -> None:
         counts = (self.batch, self.sequence, self.fisher_examples, self.checkpoint_every, self.held_out_blocks)
