@@ -52,7 +52,7 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
 # Share of the training tokens drawn from each stream; tests are twice the size of the library, and duller.
 MIXTURE = {"library": 0.58, "tests": 0.36, "topics": 0.06}
 
-EXCERPT_BYTES = 1536
+EXCERPT_BYTES = 1024
 TUNE_EXCERPTS, TEST_EXCERPTS = 3, 6  # of each domain, each from another file where there are enough
 GENERAL_HELD_OUT = 0.04  # of the files outside the held-out domains, for the exam's "general"
 CONTRIBUTOR_BYTES = 240_000  # text shipped for the contributor of one domain

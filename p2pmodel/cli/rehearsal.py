@@ -32,7 +32,7 @@ from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
 
 ADOPTION_SECONDS = 300.0
-TRAINING = ("--steps", "12", "--learning-rate", "0.008", "--fisher-examples", "8")
+TRAINING = ("--steps", "8", "--learning-rate", "0.01", "--fisher-examples", "8")
 DOMAINS = ("asyncio", "email", "tkinter", "xml", "distutils")
 
 

@@ -38,7 +38,7 @@ class TrainingOptions:
     seed: int = 0
     fisher_examples: int = 32
     checkpoint_every: int = 20
-    held_out_blocks: int = 8
+    held_out_blocks: int = 4
 
     def __post_init__(self) -> None:
         counts = (self.batch, self.sequence, self.fisher_examples, self.checkpoint_every, self.held_out_blocks)
