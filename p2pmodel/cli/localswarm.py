@@ -15,6 +15,7 @@ from p2pmodel.domain.errors import P2PModelError, Unreachable
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
+POLL_SECONDS = 0.7
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -126,21 +127,17 @@ class LocalSwarm:
             node.wait_until_serving(deadline)
             each(node)
 
-    def wait_for_head(self, number: str, seconds: float, waiting: Callable[[str], None] = lambda _: None) -> None:
-        """Returns when every node serves the version. Raises Unreachable with what each has when time is up."""
+    def wait_for_head(self, number: str, seconds: float) -> None:
+        """Returns when every node serves the version. Raises Unreachable, naming one that does not, when time is up."""
         deadline = time.monotonic() + seconds
-        while True:
-            heads = {name: head_of(node) for name, node in self.nodes.items()}
-            if all(head == number for head in heads.values()):
-                return
-            waiting(", ".join(sorted({head for head in heads.values() if head})))
-            if time.monotonic() > deadline:
-                have = ", ".join(f"{name} {head or 'does not answer'}" for name, head in heads.items())
-                raise Unreachable(
-                    f"Version {number} was not adopted everywhere within {seconds:.0f} seconds ({have}).",
-                    f"The nodes' logs are in {self.folder}",
-                )
-            time.sleep(0.3)
+        for name, node in self.nodes.items():  # one by one: asking costs a look into the DHT
+            while (head := head_of(node)) != number:
+                if time.monotonic() > deadline:
+                    raise Unreachable(
+                        f"{name} has not adopted version {number} within {seconds:.0f} seconds; it is at {head or '?'}.",
+                        f"The nodes' logs are in {self.folder}",
+                    )
+                time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         for node in self.nodes.values():
@@ -152,7 +149,8 @@ class LocalSwarm:
 def head_of(node: NodeProcess) -> str:
     """The number of the version that the node serves; empty when it does not answer."""
     try:
-        return node.control().status().models[0].head.number
+        with node.control() as client:
+            return client.status().models[0].head.number
     except P2PModelError:
         return ""
 
