@@ -130,11 +130,12 @@ class LocalSwarm:
     def wait_for_head(self, number: str, seconds: float) -> None:
         """Returns when every node serves the version. Raises Unreachable, naming one that does not, when time is up."""
         deadline = time.monotonic() + seconds
-        for name, node in self.nodes.items():  # one by one: asking costs a look into the DHT
+        # One by one, because asking costs the node a look into the DHT.
+        for name, node in self.nodes.items():
             while (head := head_of(node)) != number:
                 if time.monotonic() > deadline:
                     raise Unreachable(
-                        f"{name} has not adopted version {number} within {seconds:.0f} seconds; it is at {head or '?'}.",
+                        f"{name} has not adopted {number} within {seconds:.0f} seconds; it is at {head or '?'}.",
                         f"The nodes' logs are in {self.folder}",
                     )
                 time.sleep(POLL_SECONDS)

@@ -33,12 +33,15 @@ def infer(
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
 
+    pieces = [text]  # the prompt is shown with the answer's first piece
+
     def show(piece: str) -> None:
+        pieces.append(piece)
         if not json:
-            typer.echo(piece, nl=False)
+            typer.echo("".join(pieces), nl=False)
+        pieces.clear()
 
     with SwarmClient.connect(home, tuple(peers or ()), model, base) as client:
-        show(text)
         answer = client.generate(text, sampling, version, codec, show)
     summary = (
         f"{answer.tokens} tokens of {answer.model} {answer.number} in {answer.seconds:.1f} s "

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FindRoute = Callable[[frozenset[PeerId]], Route]
 PATIENCE_SECONDS = 15.0
-"""How long a session waits for layers that nobody serves any more."""
+"""How long a session under way waits for layers that nobody serves any more."""
 
 
 class RoutedChain:
@@ -37,10 +37,12 @@ class RoutedChain:
         self.last = RoutedSession(self, max_tokens)
         return self.last
 
-    def connect(self, banned: set[PeerId], max_tokens: int) -> ChainSession:
-        """A session on the best route; peers that refuse are banned on the way. Raises Unreachable after
-        PATIENCE_SECONDS."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+    def connect(self, banned: set[PeerId], max_tokens: int, patience: float) -> ChainSession:
+        """A session on the best route; peers that refuse are banned on the way.
+
+        patience: seconds to wait for layers that nobody serves. Raises Unreachable, naming them.
+        """
+        deadline = time.monotonic() + patience
         tried: set[PeerId] = set(banned)
         while True:
             try:
@@ -50,16 +52,13 @@ class RoutedChain:
                 log.warning("%s", error)
                 if error.peer:
                     tried.add(PeerId(error.peer))
+                if time.monotonic() > deadline and not error.peer:
+                    raise
             except Unreachable:
                 if time.monotonic() > deadline:
                     raise
                 tried = set(banned)  # a peer that was merely busy may do now
                 time.sleep(0.5)
-            if time.monotonic() > deadline:
-                raise Unreachable(
-                    f"No route through the swarm could be opened within {PATIENCE_SECONDS:.0f} seconds.",
-                    "See who serves what: p2pmodel status",
-                )
 
     @property
     def codec(self) -> Codec:
@@ -73,7 +72,7 @@ class RoutedSession:
         self._chain, self._max_tokens = chain, max_tokens
         self._banned: set[PeerId] = set()
         self._sent: list[Tensor] = []
-        self._session = chain.connect(self._banned, max_tokens)
+        self._session = chain.connect(self._banned, max_tokens, 0.0)
         self._earlier_bytes = (0, 0)
         self.failovers = 0
 
@@ -107,7 +106,7 @@ class RoutedSession:
             self._banned |= {PeerId(error.peer)} if error.peer else {hop.peer for hop in self.route.hops}
             self.close()
             self._earlier_bytes = self.bytes
-            self._session = self._chain.connect(self._banned, self._max_tokens)
+            self._session = self._chain.connect(self._banned, self._max_tokens, PATIENCE_SECONDS)
             try:
                 return self._step(history, 0)[:, -tokens:]
             except PeerFailed as again:

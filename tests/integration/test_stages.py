@@ -126,7 +126,7 @@ class LocalChain:
 
     runners: list[Runner]
     spans: list[Span]
-    version: str = BASE
+    version: Digest = BASE
     codec: str = "fp32"
     open_sessions: list["LocalSession"] = field(default_factory=list)
 
