@@ -45,7 +45,9 @@ class ControlClient:
         with ExitStack() as stack:
             # gRPC connects, and connects again, whenever it likes: the short path has to stay valid.
             short = stack.enter_context(reachable(socket))
-            channel = stack.enter_context(grpc.insecure_channel(f"unix:{short}"))
+            # gRPC pools connections by address, and the next short path may be the same text for another socket.
+            own = (("grpc.use_local_subchannel_pool", 1),)
+            channel = stack.enter_context(grpc.insecure_channel(f"unix:{short}", options=own))
             return cls(channel, stack.pop_all())
 
     def close(self) -> None:

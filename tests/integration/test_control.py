@@ -25,6 +25,7 @@ class Service:
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.stopping = asyncio.Event()
+        self.peer = "p"
 
     def _check(self) -> None:
         if self.error is not None:
@@ -44,7 +45,7 @@ class Service:
             coverage=[1, 1, 1, 0, 0, 0],
         )
         return pb.StatusReply(
-            peer="p",
+            peer=self.peer,
             addresses=["/ip4/127.0.0.1/tcp/1/p2p/p"],
             pid=os.getpid(),
             models=[model],
@@ -211,3 +212,23 @@ async def test_a_client_outlives_nothing(socket: Path, service: Service) -> None
 async def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path, service: Service) -> None:
     with pytest.raises(StorageError, match="No control socket"):
         await ControlServer(tmp_path / "nowhere" / "control.sock", service).start()
+
+
+async def test_two_nodes_are_never_mistaken_for_each_other(tmp_path: Path) -> None:
+    """The short path to a socket is the same text for two sockets, once the first client has been closed."""
+    servers = {}
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        service = Service()
+        service.peer = name
+        servers[name] = ControlServer(tmp_path / name / "control.sock", service)
+        await servers[name].start()
+    try:
+        for name in ("one", "two", "three", "one") * 3:
+            socket = tmp_path / name / "control.sock"
+            left_open = await asyncio.to_thread(lambda path=socket: ControlClient.connect(path).status())
+            assert left_open.peer == name
+            assert (await ask(socket, ControlClient.status)).peer == name
+    finally:
+        for server in servers.values():
+            await server.stop()
