@@ -185,6 +185,12 @@ class SwarmClient:
             seconds=time.monotonic() - began,
         )
 
+    @property
+    def route(self) -> Route | None:
+        """Of the generation under way, or else of the last one; None before the first."""
+        session = self._routed.last if self._routed else None
+        return session.route if session else None
+
     def open(self, max_tokens: int) -> RoutedSession:
         """Implements `engine.head.RemoteChain`: a session at the version of the generation under way."""
         assert self._routed is not None

@@ -226,8 +226,8 @@ async def test_two_nodes_are_never_mistaken_for_each_other(tmp_path: Path) -> No
     try:
         for name in ("one", "two", "three", "one") * 3:
             socket = tmp_path / name / "control.sock"
-            left_open = await asyncio.to_thread(lambda path=socket: ControlClient.connect(path).status())
-            assert left_open.peer == name
+            left_open = await asyncio.to_thread(ControlClient.connect, socket)
+            assert (await asyncio.to_thread(left_open.status)).peer == name
             assert (await ask(socket, ControlClient.status)).peer == name
     finally:
         for server in servers.values():
