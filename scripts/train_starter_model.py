@@ -368,6 +368,11 @@ def nats_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
     return nats / sum(len(t.encode()) for t in texts)
 
 
+def exam_texts(domain: str) -> list[str]:
+    lines = (STARTER / "exam" / f"{domain}.test.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
 def xz_nats_per_byte(texts: list[str], training: bytes) -> float:
     """What xz needs for the texts once it has seen the library's part of the training text."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 64 << 20}]
@@ -384,8 +389,7 @@ def write_card(work: Path, steps: int) -> None:
         training = file.read()
     rows = []
     for name in (*HELD_OUT, "general"):
-        lines = (STARTER / "exam" / f"{name}.test.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line)["text"] for line in lines]
+        texts = exam_texts(name)
         ours, xz = nats_per_byte(model, tokenizer, texts), xz_nats_per_byte(texts, training)
         rows.append(
             f"| {name} | {'no' if name in HELD_OUT else 'yes'} | {ours:.4f} | {ours / math.log(2):.3f} | "

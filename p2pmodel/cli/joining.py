@@ -12,6 +12,23 @@ from p2pmodel.domain.swarm import Span
 def join(
     gpu: Annotated[int | None, typer.Option("--gpu", help="Number of the GPU to compute on.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU (the default).")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="How weights are held: fp32, bf16, fp16, or int8, nf4 on a GPU.",
+            show_default="fp32 on the CPU, bf16 or fp16 on a GPU",
+        ),
+    ] = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-memory",
+            metavar="SIZE",
+            help="Memory for the caches of sessions, such as 2GiB.",
+            show_default="a share of what is free",
+        ),
+    ] = None,
     model: options.Model = None,
     peers: options.Peers = None,
     layers: Annotated[str, typer.Option("--layers", metavar="A:B", help="Span to host, `auto`, or `none`.")] = "auto",
@@ -44,7 +61,7 @@ def join(
     """Host a part of a model. With no model named it is the starter model; with no peers, a swarm begins here."""
     if gpu is not None and cpu:
         raise UsageError("--gpu and --cpu exclude each other.", "Choose one.")
-    hosted = parse_layers(layers)
+    hosted, cached = parse_layers(layers), None if cache_memory is None else options.parse_size(cache_memory)
     import uvloop
 
     from p2pmodel.node.node import NodeOptions, run
@@ -59,6 +76,8 @@ def join(
                 capacity=capacity,
                 base=base,
                 gpu=gpu,
+                dtype=dtype,
+                cache_memory=cached,
                 host=host,
                 port=port,
                 metrics_port=metrics_port,

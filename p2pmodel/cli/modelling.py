@@ -53,31 +53,27 @@ def create(
     from p2pmodel import starter
     from p2pmodel.domain.errors import InvalidInput
     from p2pmodel.domain.model import Limits, Schedule
-    from p2pmodel.node import bases, founding
+    from p2pmodel.node import founding, hub
     from p2pmodel.store.home import Home
 
     folder = Home.open(home)
-    is_folder = Path(checkpoint).is_dir()
-    path = (
-        starter.MODEL
-        if checkpoint == starter.NAME and not is_folder
-        else Path(checkpoint)
-        if is_folder
-        else bases.download(checkpoint)
-    )
-    source = "" if is_folder or checkpoint == starter.NAME else checkpoint
+    local = starter.MODEL if checkpoint == starter.NAME and not Path(checkpoint).is_dir() else Path(checkpoint)
+    source = None if local.is_dir() else hub.Source.parse(checkpoint)
+    if source is None and not local.is_dir():
+        raise InvalidInput(f"{checkpoint!r} is neither a folder here nor a hub id such as org/name.")
     try:
         limits = Limits(regression_tolerance=tolerance)
         schedule = dataclasses.replace(Schedule(), min_patches=min_patches, open_seconds=open_seconds)
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     maintainers = tuple(PeerId(m) for m in maintainer or [folder.key.peer])
-    lineage = founding.found(
-        folder,
-        path,
-        founding.Founding(
-            name, maintainers, threshold, exam or starter.EXAM, source, licence, strategy, schedule, limits
-        ),
+    decided = founding.Founding(
+        name, maintainers, threshold, exam or starter.EXAM, "", licence, strategy, schedule, limits
+    )
+    lineage = (
+        founding.found_from_hub(folder, hub.list_files(source), decided)
+        if source
+        else founding.found(folder, local, decided)
     )
     emit(
         {"id": lineage.model, "name": name, "maintainers": maintainers, "threshold": threshold},

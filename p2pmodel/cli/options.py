@@ -1,9 +1,14 @@
 """Options that several commands share, spelled once."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from p2pmodel.domain.errors import UsageError
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 Home = Annotated[
     Path | None,
@@ -31,3 +36,12 @@ Peers = Annotated[
     typer.Option("--peers", help="Multiaddr of a node of the swarm (/ip4/…/tcp/…/p2p/…); may be repeated."),
 ]
 Version = Annotated[str, typer.Option("--version", help="Number (1.0.2), id, `base` or `head`.")]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `2GiB`, `500MB` or a plain number. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?", text.strip().replace("K", "k"))
+    unit = found and {"ki": "Ki"}.get(found[2], found[2])
+    if not found or unit not in UNITS or not (size := int(float(found[1]) * UNITS[unit])):
+        raise UsageError(f"{text[:32]!r} is no size in bytes.", "Write it as 2GiB, 500MB, or a number of bytes.")
+    return size

@@ -22,16 +22,32 @@ def infer(
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     version: options.Version = "head",
-    codec: Annotated[str, typer.Option("--codec", help="How activations travel: fp32, bf16 or fp16.")] = "fp16",
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec",
+            help="How activations travel: fp32, bf16, fp16, int8, or h4 (4 bits).",
+            show_default="the smallest that costs no quality",
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            help="A small model that guesses ahead, for peers far away: its folder, or auto for the starter's own. "
+            "The answer stays the same.",
+        ),
+    ] = None,
     base: options.Base = None,
     home: options.Home = None,
     json: options.Json = False,
 ) -> None:
     """Continue a text with the swarm's model; the answer is streamed as it is made."""
     from p2pmodel.node.client import Sampling, SwarmClient
+    from p2pmodel.tensors.codecs import DEFAULT_CODEC
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, draft)
 
     pieces = [text]  # the prompt is shown with the answer's first piece
 
@@ -42,7 +58,7 @@ def infer(
         pieces.clear()
 
     with SwarmClient.connect(home, tuple(peers or ()), model, base) as client:
-        answer = client.generate(text, sampling, version, codec, show)
+        answer = client.generate(text, sampling, version, codec or DEFAULT_CODEC, show)
     summary = (
         f"{answer.tokens} tokens of {answer.model} {answer.number} in {answer.seconds:.1f} s "
         f"({answer.tokens / answer.seconds:.1f} a second), through {answer.route_text}"

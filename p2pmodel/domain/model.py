@@ -100,7 +100,7 @@ class Limits:
 @dataclass(frozen=True)
 class Manifest:
     """`files`: config, weights and tokenizer of the base, sorted by name. `exam`: the suite's archive.
-    `source`: where the base can be had (a hub id), or empty."""
+    `source`: where the base can be had (`org/name@commit` on a model hub), or empty."""
 
     name: str
     created: int

@@ -16,6 +16,11 @@ class StageRunner(Protocol):
     def open(self, request: SessionRequest) -> Any:
         """Raises P2PModelError when the span, version, codec or room for max_tokens cannot be had."""
 
+    def known(self, handle: Any) -> tuple[bytes, ...]:
+        """Of a session that was just opened: a key for each block of tokens that need not be sent, since the runner
+        knows the beginning of the session; the next stage finds its own part of it by these keys. The first step is
+        at the position up to which all stages know it."""
+
     def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         """Each item is (handle, position of the first token, meta, encoded hidden states); at most one item a session.
         Returns the encoded outputs in the same order; an exception in an item's place ends that session alone."""

@@ -9,6 +9,15 @@ from p2pmodel.domain.model import BlobRef
 
 LEASE_SECONDS = 30.0
 """The longest that a lease or a presence may be valid for."""
+MAX_DELAYS = 16
+MAX_DELAY_SECONDS = 60.0
+
+MAX_ROWS = 256
+"""Of one session: sequences of a batch, or beams."""
+
+PREFIX_BLOCK = 32
+"""Tokens: the unit in which beginnings of sessions are recognised."""
+MAX_PREFIX_BLOCKS = 1024
 
 
 @dataclass(frozen=True, order=True)
@@ -39,8 +48,9 @@ class Span:
 class Lease:
     """A peer's signed claim to serve `span` of `model` at `versions`, until `expires` (Unix seconds).
 
-    layer_seconds: measured time of one layer for one token; queue: sessions that wait or run; leaving: the last word of
-    a peer that withdraws, since a DHT cannot forget.
+    layer_seconds: measured time of one layer for one token; queue: sessions that computed lately; leaving: the last
+    word of a peer that withdraws, since a DHT cannot forget. delays: seconds one way, as measured by this peer, to
+    peers that host what comes next, sorted by peer. moving: what it is loading, to serve it instead of `span`.
     """
 
     peer: PeerId
@@ -52,6 +62,8 @@ class Lease:
     queue: int
     leaving: bool
     expires: float
+    delays: tuple[tuple[PeerId, float], ...] = ()
+    moving: Span | None = None
 
     def __post_init__(self) -> None:
         check_peer(self.peer, "lease peer")
@@ -62,6 +74,13 @@ class Lease:
             raise ValueError("a lease names 1 to 16 versions")
         if not (isfinite(self.layer_seconds) and self.layer_seconds > 0 and isfinite(self.expires) and self.queue >= 0):
             raise ValueError("lease figures are out of range")
+        others = [peer for peer, _ in self.delays]
+        if len(others) > MAX_DELAYS or others != sorted(set(others)):
+            raise ValueError(f"a lease names at most {MAX_DELAYS} delays, of different peers, sorted by peer")
+        for peer, seconds in self.delays:
+            check_peer(peer, "lease neighbour")
+            if not 0 <= seconds <= MAX_DELAY_SECONDS:
+                raise ValueError("a lease's delay is out of range")
 
 
 @dataclass(frozen=True)
@@ -110,8 +129,10 @@ class Route:
 class SessionRequest:
     """What a stage needs to know to open a session: the rest of the route is in the frame around it.
 
-    codec: name of the activation codec; max_tokens: how many positions the stage has to keep room for. A session keeps
-    its version to its end.
+    codec: name of the activation codec; max_tokens: how many positions of each of its rows the stage has to keep room
+    for; rewinds: whether a step may go back to where the step before began, as speculative decoding does; prefix: the
+    keys of the first blocks of tokens that it will be sent, for it to recognise (see `engine.prefixes`). A session
+    keeps its version to its end.
     """
 
     session: str
@@ -120,12 +141,35 @@ class SessionRequest:
     codec: str
     span: Span
     max_tokens: int
+    rows: int = 1
+    rewinds: bool = False
+    prefix: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         check_digest(self.model, "session model")
         check_digest(self.version, "session version")
         if len(self.session) != 32 or not 1 <= self.max_tokens <= 1 << 20 or len(self.codec) > 32:
             raise ValueError("session request is out of range")
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"a session has 1 to {MAX_ROWS} rows")
+        if len(self.prefix) > MAX_PREFIX_BLOCKS or any(len(key) > 32 for key in self.prefix):
+            raise ValueError("session prefix is out of range")
+
+
+@dataclass(frozen=True)
+class StepNote:
+    """What a step of B rows and T tokens says beside its hidden states. Most say nothing.
+
+    mask: a bit for each token, rows one after another, whether it may be attended to; empty for all of them.
+    positions: B·T int32, little-endian, where they do not follow from the step's own; else empty.
+    order: which row of the session each row goes on from, as beam search wants it; empty when nothing moves.
+    wanted: of how many of the last tokens the client needs the output; None for all of them.
+    """
+
+    mask: bytes = b""
+    positions: bytes = b""
+    order: tuple[int, ...] = ()
+    wanted: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,36 @@ for transformers 5.23.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from p2pmodel.domain.swarm import Span
 
 FIRST_ROOM = 16
 
 
-class StageCache(DynamicCache):
-    """The cache of one session on one stage. `seen`: tokens that every layer of the span has taken in."""
+def attends_only(config: PreTrainedConfig) -> bool:
+    """Whether all layers of the family keep keys and values, and nothing that can't be put back: no recurrent states.
+    Only then can tokens be taken back, and several at once follow others as they would have one by one."""
+    cache = DynamicCache(config=config)
+    kinds: set[Any] = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
-    def __init__(self, config: PreTrainedConfig, span: Span, max_tokens: int) -> None:
+
+class StageCache(DynamicCache):
+    """The cache of one session on one stage. `seen`: tokens that every layer of the span has taken in.
+
+    rewinds: whether `rewind` may go back; families that can't (see `attends_only`) raise NotImplementedError.
+    """
+
+    def __init__(self, config: PreTrainedConfig, span: Span, max_tokens: int, rewinds: bool = False) -> None:
         super().__init__(config=config)
+        if rewinds and not attends_only(config):
+            raise NotImplementedError(f"{config.model_type} keeps states that cannot be taken back")
         self.span = span
         self.max_tokens = max_tokens
-        self.seen = 0
+        self.seen = self._last = 0
         layers = self.layers
         if self.layer_class_to_replicate is not None:
             count = config.get_text_config(decoder=True).num_hidden_layers
@@ -38,6 +50,54 @@ class StageCache(DynamicCache):
         for index, layer in enumerate(layers):
             if index not in span and isinstance(layer, CacheLayerMixin):
                 layers[index] = ElsewhereLayer(self, hosted.get(kinds[index]), getattr(layer, "is_sliding", False))
+        self.rewinds = rewinds
+        if rewinds:
+            self.activate_past_recording()  # type: ignore[no-untyped-call]
+
+    def rewind(self, position: int) -> None:
+        """Forgets the tokens from `position` on. A cache that rewinds has to be told before every step how far it goes
+        back, be it not at all: until then a window keeps what it would have dropped, and no longer.
+
+        Raises ValueError for a position before that of the last step."""
+        if not self._last <= position <= self.seen:
+            raise ValueError(
+                f"from {self.seen}, after a step that began at {self._last}, there is no way to {position}"
+            )
+        if self.seen:
+            for layer in self._hosted():
+                layer.crop(position - self.seen)
+        self.seen = self._last = position
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the keys and values of every token are there, so that a part of it is what a shorter session has."""
+        return all(isinstance(layer, RoomyLayer) for layer in self._hosted())
+
+    def take_over(self, source: "StageCache", tokens: int) -> None:
+        """The first `tokens` of another session's cache of the same span, into this one, which is empty."""
+        for layer, other in zip(self._hosted(), source._hosted(), strict=True):
+            layer.update(other.keys[..., :tokens, :], other.values[..., :tokens, :])
+        self.seen = tokens
+
+    def start_at(self, position: int) -> None:
+        """Before the first step: forgets what was taken over from `position` on."""
+        for layer in self._hosted():
+            layer.crop(position - self.seen)
+        self.seen = self._last = position
+
+    def trim(self, tokens: int) -> None:
+        """After the last step: keeps the first `tokens`, and gives back the memory of the rest."""
+        for layer in self._hosted():
+            layer.trim(tokens)
+        self.seen = tokens
+
+    def reorder(self, order: Tensor) -> None:
+        """Each row goes on from row order[row], [B]."""
+        for layer in self._hosted():
+            layer.reorder_cache(order)
+
+    def _hosted(self) -> list[Any]:
+        return self.layers[self.span.start : self.span.end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -74,6 +134,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = key_buffer[..., :end, :], value_buffer[..., :end, :]
         return self.keys, self.values
 
+    def trim(self, tokens: int) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[..., :tokens, :].clone(), self.values[..., :tokens, :].clone()
+        self._buffers = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._buffers = None  # the views have become copies
+
 
 def _grown(held: Tensor | None, new: Tensor, room: int) -> Tensor:
     buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])
@@ -89,6 +158,7 @@ class ElsewhereLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    record_past = False
 
     def __init__(self, cache: StageCache, like: Any, is_sliding: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -117,7 +187,7 @@ class ElsewhereLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class CountingCache(DynamicCache):
-    """The client's: it counts tokens, and the stages hold what they left."""
+    """Counts tokens; the keys and values are elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,10 +220,19 @@ class CountingCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the client hosts no layers")
+        raise NotImplementedError("keys and values are elsewhere")
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise NotImplementedError("sessions of the swarm have one row")
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("keys and values are elsewhere")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("stages keep what they have seen")
+        raise NotImplementedError("keys and values are elsewhere")
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError("keys and values are elsewhere")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("keys and values are elsewhere")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError("keys and values are elsewhere")

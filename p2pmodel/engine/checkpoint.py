@@ -1,7 +1,9 @@
 """A Hugging Face folder: what model is in it, and which files make it up. Nothing in it is executed or unpickled."""
 
+from collections.abc import Callable, Collection
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from p2pmodel.domain.errors import InvalidInput, NotFound
+from p2pmodel.domain.swarm import Span
 from p2pmodel.engine import family, weights
 
 MAX_LAYERS = 10_000
 DEFAULT_CONTEXT = 2048
 """Of families without a limit of their own (ALiBi, recurrent ones)."""
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -39,7 +43,8 @@ CONFIG_ERRORS = (StrictDataclassError, OSError, ArithmeticError, AssertionError,
 @dataclass(frozen=True)
 class Checkpoint:
     """files: config, weights and tokenizer, sorted; context: the longest sequence, in tokens; stack: module path of the
-    layer list below the base model, such as `layers` or `decoder.layers`."""
+    layer list below the base model, such as `layers` or `decoder.layers`; other_lists: of lists of the same name;
+    provide: brings files of these names, if they are not here yet, before they are read, or raises P2PModelError."""
 
     path: Path
     config: PreTrainedConfig
@@ -49,6 +54,8 @@ class Checkpoint:
     context: int
     files: tuple[str, ...]
     stack: str
+    other_lists: tuple[str, ...] = ()
+    provide: Callable[[tuple[str, ...]], None] = field(default=lambda names: None, compare=False)
 
     def base_class(self) -> type[PreTrainedModel]:
         return _class_for(self.config, MODEL_MAPPING)
@@ -56,12 +63,30 @@ class Checkpoint:
     def causal_class(self) -> type[PreTrainedModel]:
         return _class_for(self.config, MODEL_FOR_CAUSAL_LM_MAPPING)
 
+    def in_span(self, tensor: str, span: Span) -> bool:
+        """Whether a tensor of the checkpoint, by its name, belongs to a layer of the span."""
+        layer = family.layer_of(tensor, self.stack, self.other_lists)
+        return layer is not None and layer in span
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads no weights. Raises InvalidInput when `path` holds no decoder-only language model in safetensors files."""
+    def in_head(self, tensor: str) -> bool:
+        """Whether it belongs to no layer: embeddings, norms, heads."""
+        return family.layer_of(tensor, self.stack, self.other_lists) is None
+
+    def weight_files(self, span: Span | None) -> tuple[str, ...]:
+        """Names of the files that hold the weights of the span, or for None those that a client needs."""
+        wanted = self.in_head if span is None else partial(self.in_span, span=span)
+        return weights.files_with(self.path, wanted)
+
+
+def read_checkpoint(path: Path, elsewhere: Collection[str] = ()) -> Checkpoint:
+    """Reads no weights. Of a checkpoint in several files, those that hold weights may be missing; elsewhere: names of
+    files that belong to it, though they are not here.
+
+    Raises InvalidInput when `path` holds no decoder-only language model in safetensors files."""
     config = _read_config(path)
-    files = {"config.json", *weights.weight_files(path)}
-    files.update(name for name in ("generation_config.json", *TOKENIZER_FILES) if (path / name).is_file())
+    files = {"config.json", *weights.weight_files(path, elsewhere)}
+    optional = (GENERATION, *TOKENIZER_FILES)
+    files.update(name for name in optional if name in elsewhere or (path / name).is_file())
     try:
         decoder = config.get_text_config(decoder=True)
         layers, hidden_size = int(decoder.num_hidden_layers), int(decoder.hidden_size)
@@ -75,7 +100,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path / 'config.json'} describes no model that can be built: {family.first_line(error)}."
         ) from None
     stack = family.find_stack(base, layers)
-    return Checkpoint(path, config, config.model_type, layers, hidden_size, context, tuple(sorted(files)), stack)
+    return Checkpoint(
+        path,
+        config,
+        config.model_type,
+        layers,
+        hidden_size,
+        context,
+        tuple(sorted(files)),
+        stack,
+        family.lists_like(base, stack),
+    )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -127,7 +162,7 @@ def _read_config(path: Path) -> PreTrainedConfig:
     except CONFIG_ERRORS as error:
         raise InvalidInput(f"{path / 'config.json'} cannot be read: {family.first_line(error)}.") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        raise InvalidInput(f"The model in {path} is a {kind}, not a decoder-only language model.")
+        raise InvalidInput(f"The model in {path} is of type {kind}, which is no decoder-only language model.")
     causal = _class_for(config, MODEL_FOR_CAUSAL_LM_MAPPING).__name__
     if config.architectures and causal not in config.architectures:
         raise InvalidInput(f"The model in {path} is a {config.architectures[0]}, not a causal language model.")

@@ -6,8 +6,9 @@ nothing; then what is not wanted is replaced by modules without parameters, and 
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,35 +49,80 @@ def owners(base: nn.Module, stack: str) -> list[nn.Module]:
     return chain
 
 
-def layer_of(name: str, stack: str) -> int | None:
-    """The layer that a tensor belongs to, by its name in a checkpoint; None for embeddings, norms and heads."""
+def lists_like(base: nn.Module, stack: str) -> tuple[str, ...]:
+    """Paths of the other lists of modules that have the same name, such as the layers of what sees or hears."""
+    leaf = stack.rsplit(".", 1)[-1]
+    return tuple(
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and path.rsplit(".", 1)[-1] == leaf and path != stack
+    )
+
+
+def layer_of(name: str, stack: str, others: Sequence[str] = ()) -> int | None:
+    """The layer that a tensor belongs to, by its name in a checkpoint; None for embeddings, norms, heads, and what is
+    in the lists `others`."""
     # The leaf alone, since checkpoints name the modules around the list differently from the classes.
     found = re.search(rf"(?:^|\.){re.escape(stack.rsplit('.', 1)[-1])}\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    if found is None:
+        return None
+    around = set(name[: found.start()].split("."))
+
+    def shared(path: str) -> int:
+        return len(around & set(path.split(".")[:-1]))
+
+    return int(found[1]) if shared(stack) >= max(map(shared, others), default=0) else None
 
 
 class Scratch:
-    """What stand-ins return while a forward runs: `value` [B, T, width], as the embeddings would be; nobody uses it.
-    arity: the form in which the family takes a layer's output, see ARITIES."""
+    """What stand-ins return while a forward runs: `value` [B, T, width], as the embeddings would be, filled with
+    `filling`; nobody uses it. arity: the form in which the family takes a layer's output, see ARITIES. calls: where
+    the layers that are called are noted, while somebody watches."""
 
     value: Tensor | None = None
+    filling = 0.0
     width = 0
     arity = 0
+    calls: list[int] | None = None
 
 
 class StandIn(nn.Module):
     """In place of a module that is not hosted. Layer loops read attributes off their layers (`attention_type`), so it
-    has the plain ones of the module it stands for."""
+    has the plain ones of the module it stands for. index: of the layer, None for what is none."""
 
-    def __init__(self, scratch: Scratch, like: nn.Module, is_layer: bool = False) -> None:
+    def __init__(self, scratch: Scratch, like: nn.Module, index: int | None = None) -> None:
         super().__init__()
         copy_plain_attributes(like, self)
         self._scratch = scratch
-        self._is_layer = is_layer
+        self._index = index
+        self._kind = type(like).__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scratch = self._scratch
-        return layer_output(scratch.value, scratch.arity) if self._is_layer else scratch.value
+        if self._index is None:
+            return scratch.value
+        if scratch.calls is not None:
+            scratch.calls.append(self._index)
+        return (scratch.value, *[ELSEWHERE] * (scratch.arity - 1)) if scratch.arity else scratch.value
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(f"they look into a {self._kind} that is elsewhere")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"they need {name!r} of a {self.__dict__.get('_kind', 'module')} that is elsewhere")
+
+
+class _Elsewhere:
+    """What a layer that is not hosted may have given beside the hidden states. It can be handed on, but not used: None
+    would be, as if there were nothing."""
+
+    def _use(self, *args: Any) -> Any:
+        raise TypeError("their layers take more than the hidden states from those before them")
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __bool__ = _use
+
+
+ELSEWHERE = _Elsewhere()
 
 
 def layer_output(hidden: Tensor | None, arity: int) -> Any:
@@ -111,19 +157,44 @@ def load_parts(
         cut(self)
         if not tied:
             self.all_tied_weights_keys = {}
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel):
+                vars(part)["_init_weights"] = partial(_initialise, part, part._init_weights)
 
     members: dict[str, Any] = {"__init__": build, "__module__": kind.__module__}
     if not tied:
         members |= {"_tied_weights_keys": None, "tie_weights": lambda self, *args, **kwargs: None}
     # Of the same name: transformers keeps registers by the classes' names.
-    partial: Any = type(kind.__name__, (kind,), members)
+    partial_kind: Any = type(kind.__name__, (kind,), members)
     with quiet_loading(path):
-        model, report = partial.from_pretrained(
+        model, report = partial_kind.from_pretrained(
             None, config=config, state_dict=weights.select(path, wanted), dtype=dtype, output_loading_info=True
         )
     demand_complete(report, path)
+    for part in model.modules():
+        vars(part).pop("_init_weights", None)
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def _initialise(model: nn.Module, initialise: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """What a family sets for all its layers at once is set for those that are here."""
+    with _real_parts(model):
+        initialise(module)
+
+
+@contextmanager
+def _real_parts(model: nn.Module) -> Iterator[None]:
+    """Lists of modules are without those that hold nothing."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    before = [dict(module._modules) for module in lists]
+    for module in lists:
+        module._modules = {name: part for name, part in module._modules.items() if part and any(part.state_dict())}
+    try:
+        yield
+    finally:
+        for module, modules in zip(lists, before, strict=True):
+            module._modules = modules
 
 
 @contextmanager
@@ -150,8 +221,13 @@ def demand_complete(report: Mapping[str, Any], path: Path) -> None:
 
 def cache_argument(forward: Callable[..., Any]) -> str:
     """The name under which a model's forward takes its cache: the recurrent families have their own."""
-    names = inspect.signature(forward).parameters
+    names = parameters_of(forward)
     return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
+
+
+def parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
+    """The names of a forward's arguments."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def first_line(error: BaseException) -> str:

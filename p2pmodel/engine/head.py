@@ -6,11 +6,14 @@ Embeddings, final norm and head are here, so `generate()`, sampling, streamers a
 import weakref
 from contextlib import closing
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -18,6 +21,7 @@ from p2pmodel.domain.errors import InvalidInput, PeerFailed, UsageError
 from p2pmodel.engine import family
 from p2pmodel.engine.cache import CountingCache
 from p2pmodel.engine.checkpoint import Checkpoint
+from p2pmodel.engine.steps import Note
 
 NO_ATTENTION = "p2pmodel_remote"
 """Not registered anywhere, so the family prepares no masks: what attends is elsewhere."""
@@ -28,18 +32,36 @@ _made: ContextVar[list["RemoteCache"]] = ContextVar("caches of the generate() th
 
 
 class RemoteSession(Protocol):
-    def forward(self, hidden: Tensor, position: int) -> Tensor:
-        """hidden [1, T, H], float32 on the CPU, of the tokens from `position` on -> the same, behind all layers."""
+    def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:
+        """hidden [B, T, H], float32 on the CPU, of the tokens from `position` on -> the same, behind all layers, of
+        the tokens that are wanted. `position` may lie before the end of what was sent, when the session rewinds."""
 
     def close(self) -> None: ...
 
 
 class RemoteChain(Protocol):
-    def open(self, max_tokens: int) -> RemoteSession: ...
+    def open(self, max_tokens: int, rows: int, rewinds: bool) -> RemoteSession: ...
+
+    def close(self) -> None:
+        """Leaves the swarm. Nothing is opened afterwards."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What the CausalLM was called with: mask [B, seen + T], positions [B, T], of how many last tokens the logits are
+    wanted (0: of all)."""
+
+    mask: Tensor | None
+    positions: Tensor | None
+    wanted: int
+
+
+_NOT_CALLED = _Call(None, None, 0)
+_call: ContextVar[_Call] = ContextVar("the forward that runs in this thread", default=_NOT_CALLED)
 
 
 def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Reads only the tensors that belong to no layer. One row at a time, without padding; threads may share it.
+    """Reads only the tensors that belong to no layer. Threads may share it.
 
     `generate()` opens a session and closes it; to go on where it ended, pass it `past_key_values=RemoteCache(chain, n)`
     and close that. Raises InvalidInput when weights are missing, and when models of this family cannot be split.
@@ -57,16 +79,10 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
         setattr(family.owners(model, stack)[-1], stack.rsplit(".", 1)[-1], nn.ModuleList(layers))
 
     model = family.load_parts(
-        kind,
-        checkpoint.config,
-        checkpoint.path,
-        dtype,
-        "cpu",
-        cut,
-        wanted=lambda name: family.layer_of(name, checkpoint.stack) is None,
-        tied=True,
+        kind, checkpoint.config, checkpoint.path, dtype, "cpu", cut, wanted=checkpoint.in_head, tied=True
     )
     model.register_forward_pre_hook(_prepare, with_kwargs=True)
+    model.register_forward_hook(_forget, always_call=True)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
     _try_out(model, layers[0], checkpoint)
@@ -74,29 +90,70 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
 
 
 class RemoteCache(CountingCache):
-    """The session that a sequence of forwards belongs to; opened by the first, closed by `close` or with the object."""
+    """The session that a sequence of forwards belongs to; opened by the first, closed by `close` or with the object.
 
-    def __init__(self, chain: RemoteChain, max_tokens: int) -> None:
+    rewinds: whether tokens may be taken back with `crop`, as assisted generation does.
+    """
+
+    def __init__(self, chain: RemoteChain, max_tokens: int, rewinds: bool = False) -> None:
         super().__init__()
         self._chain = chain
         self._max_tokens = max_tokens
+        self._rewinds = rewinds
+        self._order: Tensor | None = None
         self._session: RemoteSession | None = None
         self._closer: weakref.finalize[[], Any] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[1, T, H], the tokens after those seen -> [1, T, H]."""
+        """[B, T, H], the tokens after those seen -> [B, T, H]; zeros for those that the CausalLM makes no logits of."""
+        call = _call.get()
         if self._session is None:
-            self._session = self._chain.open(self._max_tokens)
+            self._session = self._chain.open(self._max_tokens, hidden.shape[0], self._rewinds)
             self._closer = weakref.finalize(self, self._session.close)
             self._closer.atexit = False
-        output = self._session.forward(hidden, self.seen)
-        self.seen += hidden.shape[1]
+        tokens = hidden.shape[1]
+        wanted = call.wanted if 0 < call.wanted < tokens else None
+        note = Note(
+            _mask_of(call, tokens), _positions_of(call, self.seen, hidden.shape[0], tokens), self._order, wanted
+        )
+        output = self._session.forward(hidden, self.seen, note)
+        self._order = None
+        self.seen += tokens
+        if wanted is not None and output.shape[1] == wanted:
+            output = functional.pad(output, (0, 0, tokens - wanted, 0))
         return output
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        order = beam_idx.cpu() if self._order is None else self._order[beam_idx.cpu()]
+        self._order = None if torch.equal(order, torch.arange(len(order))) else order
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen -= abs(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        if self._session is not None and not self._rewinds:
+            raise UsageError("This session cannot take tokens back.", "Make its RemoteCache with rewinds=True.")
+        self._rewinds = True
 
     def close(self) -> None:
         """Ends the session; closing twice is closing once."""
         if self._closer is not None:
             self._closer()
+
+
+def _mask_of(call: _Call, tokens: int) -> Tensor | None:
+    """[B, T] of this step's tokens, or None when nothing was ever masked."""
+    if call.mask is None or bool(call.mask.all()):
+        return None
+    return call.mask[:, call.mask.shape[1] - tokens :].bool().cpu()
+
+
+def _positions_of(call: _Call, seen: int, rows: int, tokens: int) -> Tensor | None:
+    if call.positions is None:
+        return None
+    positions = call.positions.cpu()
+    plain = bool((positions == torch.arange(seen, seen + tokens)).all())
+    return None if plain else positions.expand(rows, tokens)
 
 
 class RemoteLayers(nn.Module):
@@ -123,19 +180,19 @@ class RemoteLayers(nn.Module):
         hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if self._on_trial:
             return family.layer_output(hidden, self.arity)
-        if hidden.shape[0] != 1:
-            raise UsageError("The swarm generates one sequence at a time.", "Send each prompt alone, without beams.")
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if isinstance(cache, RemoteCache):
-            output = self._call(cache, hidden)
+            output = self._forward(cache, hidden)
         elif cache is None:
             with closing(RemoteCache(self._chain, hidden.shape[1])) as own:
-                output = self._call(own, hidden)
+                output = self._forward(own, hidden)
         else:
             raise UsageError(f"A {type(cache).__name__} cannot hold what other machines have.", "Pass a RemoteCache.")
         return family.layer_output(output, self.arity)
 
-    def _call(self, cache: RemoteCache, hidden: Tensor) -> Tensor:
+    def _forward(self, cache: RemoteCache, hidden: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise UsageError("No gradients come back from the swarm's layers.", "Call the model in torch.no_grad().")
         output = cache.forward(hidden.to("cpu", torch.float32))
         if output.shape != hidden.shape or not bool(torch.isfinite(output).all()):
             raise PeerFailed("The layers' answer is not finite, or not of the shape that was asked for.")
@@ -143,9 +200,21 @@ class RemoteLayers(nn.Module):
 
 
 class _OverChain:
-    """What is added to a family's CausalLM: its generate() keeps its cache in the swarm."""
+    """What is added to a family's CausalLM: its generate() keeps its cache in the swarm, and a `with` statement ends
+    with leaving it."""
 
     chain: RemoteChain
+
+    def close(self) -> None:
+        self.chain.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         made: list[RemoteCache] = []
@@ -175,12 +244,17 @@ def _prepare(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the CausalLM's forward. Without a cache that was passed there is none: nobody would close its session."""
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not bool(mask.all()):
-        raise UsageError("The swarm takes no padded sequences.", "Send each prompt by itself.")
+    mask, wanted = kwargs.get("attention_mask"), kwargs.get("logits_to_keep", 0)
+    if mask is not None and mask.ndim != 2:
+        raise UsageError("The swarm takes masks of rows and tokens only.", "Pass an attention_mask [B, T].")
     if kwargs.get(family.cache_argument(model.forward)) is None:
         kwargs = {**kwargs, "use_cache": False}
+    _call.set(_Call(mask, kwargs.get("position_ids"), wanted if isinstance(wanted, int) else 0))
     return args, kwargs
+
+
+def _forget(model: PreTrainedModel, args: Any, output: Any) -> None:
+    _call.set(_NOT_CALLED)
 
 
 def _try_out(model: PreTrainedModel, layers: RemoteLayers, checkpoint: Checkpoint) -> None:

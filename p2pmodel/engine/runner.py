@@ -1,5 +1,6 @@
 """The computation behind a chain of streams: sessions with their caches, and steps from bytes to bytes."""
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -11,11 +12,17 @@ from torch import Tensor
 from p2pmodel.domain.errors import Busy, NotFound, P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import ModelId
 from p2pmodel.domain.ports import Buffer
-from p2pmodel.domain.swarm import SessionRequest, Span
+from p2pmodel.domain.swarm import PREFIX_BLOCK, SessionRequest, Span
+from p2pmodel.engine import batching, family
+from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.cache import StageCache
+from p2pmodel.engine.prefixes import PrefixStore, Trail
 from p2pmodel.engine.stage import Stage
-from p2pmodel.engine.versions import State, VersionTable
+from p2pmodel.engine.steps import Note
+from p2pmodel.engine.versions import State, VersionTable, stack_states
 from p2pmodel.tensors.codecs import Codec, get_codec
+
+log = logging.getLogger(__name__)
 
 MEASURED_PROMPT = 16
 MEASURED_STEPS = 12
@@ -23,13 +30,34 @@ MEASURED_STEPS = 12
 
 @dataclass(eq=False, slots=True)
 class StageSession:
-    """The handle of one session. A step that fails leaves its cache between two tokens: the session is broken then."""
+    """The handle of one session. trail: None where nothing can be found again; mask [B, seen] bool: which tokens may be
+    attended to, None for all of them. A step that fails leaves its cache between two tokens: the session is broken
+    then."""
 
     span: Span
+    rows: int
     codec: Codec
     state: State
     cache: StageCache
+    trail: Trail | None = None
+    mask: Tensor | None = None
+    begun: bool = False
     broken: bool = False
+
+    @property
+    def room(self) -> int:
+        """Positions that its cache may take."""
+        return self.rows * self.cache.max_tokens
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """A step that fits its session: hidden [B, T, H]."""
+
+    session: StageSession
+    hidden: Tensor
+    note: Note
+    body: Buffer
 
 
 class Runner:
@@ -43,11 +71,19 @@ class Runner:
         self._max_cached_tokens = max_cached_tokens
         self._cached_tokens = 0
         self._lock = threading.Lock()
+        self._shares_forwards = batching.fits(stage)
+        self._prefixes = PrefixStore()
 
     @property
     def cached_tokens(self) -> int:
         """Positions that open sessions have been promised."""
         return self._cached_tokens
+
+    @property
+    def retained_tokens(self) -> int:
+        """Of ended sessions, which give way to new ones."""
+        with self._lock:
+            return self._prefixes.retained_tokens
 
     def open(self, request: SessionRequest) -> StageSession:
         """Raises NotFound (model, span, version), InvalidInput (codec), Rejected("context"), Busy when it is full."""
@@ -63,21 +99,41 @@ class Runner:
                 f"{stage.checkpoint.context}.",
             )
         state, codec = self._versions.get(request.version), get_codec(request.codec)
+        cache = stage.new_cache(request.span, request.max_tokens, request.rewinds)
+        session = StageSession(request.span, request.rows, codec, state, cache)
         with self._lock:
-            if self._cached_tokens + request.max_tokens > self._max_cached_tokens:
+            if self._cached_tokens + session.room > self._max_cached_tokens:
                 raise Busy("This stage has no room for another session.", "Try another peer, or ask for fewer tokens.")
-            self._cached_tokens += request.max_tokens
-        return StageSession(request.span, codec, state, stage.new_cache(request.span, request.max_tokens))
+            self._cached_tokens += session.room
+            if request.rows == 1 and cache.keeps_all:
+                scope = (request.version, request.span, request.codec)
+                keys = request.prefix[: request.max_tokens // PREFIX_BLOCK]
+                session.trail = self._prefixes.begin(scope, codec.size(1, stage.width), cache, keys)
+            self._prefixes.shrink(self._max_cached_tokens - self._cached_tokens)
+        return session
+
+    def known(self, handle: StageSession) -> tuple[bytes, ...]:
+        """See `StageRunner`."""
+        trail = handle.trail
+        return tuple(trail.outgoing.keys[: trail.found]) if trail else ()
 
     def step(self, batch: Sequence[tuple[StageSession, int, bytes, Buffer]]) -> list[Buffer | Exception]:
-        """See `StageRunner`. The meta of a step has to be empty."""
+        """See `StageRunner`. The meta of a step is that of a `Note`. Single tokens of sessions that run the same span
+        share a forward; everything else has one of its own."""
         # The mode belongs to the thread, and the thread to whoever calls.
         with torch.inference_mode():
-            return [self._one(*item) for item in batch]
+            works = [self._prepared(*item) for item in batch]
+            done: dict[int, Buffer | Exception] = {}
+            for group in self._groups([work for work in works if isinstance(work, Work)]):
+                done.update(zip(map(id, group), self._run(group), strict=True))
+            return [done[id(work)] if isinstance(work, Work) else work for work in works]
 
     def close(self, handle: StageSession) -> None:
         with self._lock:
-            self._cached_tokens -= handle.cache.max_tokens
+            self._cached_tokens -= handle.room
+            if handle.trail:
+                self._prefixes.end(handle.trail, keep=not handle.broken)
+                self._prefixes.shrink(self._max_cached_tokens - self._cached_tokens)
 
     def measure(self) -> float:
         """Seconds that one layer takes for one token: the median of a few decode steps on a cache of their own."""
@@ -94,29 +150,136 @@ class Runner:
                 seconds.append(time.perf_counter() - begin)
         return sorted(seconds)[len(seconds) // 2] / len(stage.span)
 
-    def _one(self, session: StageSession, position: int, meta: bytes, body: Buffer) -> Buffer | Exception:
+    def _groups(self, works: Sequence[Work]) -> list[list[Work]]:
+        """Those that share a forward, together."""
+        groups: list[list[Work]] = []
+        by_span: dict[Span, list[Work]] = {}
+        for work in works:
+            if not (self._shares_forwards and _is_next_token(work)):
+                groups.append([work])
+            elif work.session.span in by_span:
+                by_span[work.session.span].append(work)
+            else:
+                groups.append(by_span.setdefault(work.session.span, [work]))
+        return groups
+
+    def _run(self, works: list[Work]) -> Sequence[Buffer | Exception]:
+        """The outputs, or the forward's error for every one of `works`, whose sessions are broken then."""
+        for work in works:
+            work.session.broken = True
         try:
-            hidden = self._read(session, position, meta, body)
-            session.broken = True
-            output = self._stage.forward(hidden, session.cache, session.span, vectors=session.state)
-            session.broken = False
-            return session.codec.encode(output)
+            outputs = self._shared(works) if len(works) > 1 else [self._single(works[0])]
+        except P2PModelError as error:
+            return [error] * len(works)
+        except family.FAMILY_ERRORS as error:
+            log.exception("layers %s could not be computed", works[0].session.span)
+            reason = f"A stage could not compute layers {works[0].session.span}: {family.first_line(error)}."
+            return [PeerFailed(reason)] * len(works)
+        for work, output in zip(works, outputs, strict=True):
+            work.session.broken = False
+            self._remember(work, output)
+        return outputs
+
+    def _remember(self, work: Work, output: Buffer) -> None:
+        trail = work.session.trail
+        if trail is None:
+            return
+        is_last = work.session.span.end == self._stage.checkpoint.layers
+        with self._lock:
+            self._prefixes.add(trail, work.body, None if is_last else output)
+
+    def _single(self, work: Work) -> Buffer:
+        session, note, cache = work.session, work.note, work.session.cache
+        if note.order is not None:
+            cache.reorder(note.order)
+            session.mask = None if session.mask is None else session.mask[note.order]
+        if note.mask is not None or session.mask is not None:
+            session.mask = torch.cat(
+                [
+                    torch.ones(session.rows, cache.seen, dtype=torch.bool) if session.mask is None else session.mask,
+                    torch.ones(work.hidden.shape[:2], dtype=torch.bool) if note.mask is None else note.mask,
+                ],
+                dim=1,
+            )
+        # As the client called it: recurrent families are told of padding once, the others at every step.
+        mask = None if note.mask is None or session.mask is None else session.mask.long()
+        output = self._stage.forward(
+            work.hidden, cache, session.span, position_ids=note.positions, attention_mask=mask, vectors=session.state
+        )
+        return self._encoded(work, output)
+
+    def _shared(self, works: Sequence[Work]) -> list[Buffer]:
+        sessions = [work.session for work in works]
+        rows = [session.rows for session in sessions]
+        batch = SessionsCache(
+            [session.cache for session in sessions], rows, self._stage.base.config._attn_implementation
+        )
+        vectors = stack_states([session.state for session in sessions], rows)
+        hidden = torch.cat([work.hidden for work in works])
+        output = self._stage.forward_sessions(hidden, batch, sessions[0].span, vectors=vectors)
+        return [self._encoded(work, part) for work, part in zip(works, torch.split(output, rows), strict=True)]
+
+    def _encoded(self, work: Work, output: Tensor) -> Buffer:
+        """The last stage sends no more than the client needs."""
+        session, wanted = work.session, work.note.wanted
+        if wanted is not None and session.span.end == self._stage.checkpoint.layers:
+            if not wanted:
+                return b""
+            output = output[:, -wanted:]
+        return session.codec.encode(output.reshape(1, -1, output.shape[-1]))
+
+    def _prepared(self, session: StageSession, position: int, meta: bytes, body: Buffer) -> Work | Exception:
+        """Of a step that fits its session. Rejected("frame" | "finite" | …) of one that does not."""
+        try:
+            hidden = self._read(session, position, body)
+            note = Note.decode(meta, session.rows, hidden.shape[1])
+            if session.trail and (note.mask is not None or note.positions is not None):
+                self._forget(session)
+            self._go_to(session, position)
         except P2PModelError as error:
             return error
-        except RuntimeError as error:  # of torch: memory, devices
-            return PeerFailed(f"A stage could not compute layers {session.span}: {error}.")
+        return Work(session, hidden, note, body)
 
-    def _read(self, session: StageSession, position: int, meta: bytes, body: Buffer) -> Tensor:
-        """[1, T, H] of a step that fits its session. Raises Rejected("frame" | "finite")."""
+    def _read(self, session: StageSession, position: int, body: Buffer) -> Tensor:
+        """[B, T, H] of the body."""
         width, size = self._stage.width, memoryview(body).nbytes
-        tokens = size // session.codec.size(1, width)
-        if meta or session.broken or not tokens or session.codec.size(tokens, width) != size:
+        count = size // session.codec.size(1, width)
+        tokens, rest = divmod(count, session.rows)
+        if session.broken or not tokens or rest or session.codec.size(count, width) != size:
             raise Rejected("frame", f"A step of {size} bytes holds no hidden states of width {width}, or is too late.")
-        if position != session.cache.seen:
-            raise Rejected("frame", f"A step is at position {position}, but its session at {session.cache.seen}.")
         if position + tokens > session.cache.max_tokens:
             raise Rejected("frame", f"A step goes beyond the {session.cache.max_tokens} tokens of its session.")
-        hidden = session.codec.decode(body, tokens, width)
-        if not bool(torch.isfinite(hidden).all()):
+        hidden = session.codec.decode(body, count, width)
+        if not bool(hidden.sum(dtype=torch.float32).isfinite()):  # one pass: infinities and NaNs stay in a sum
             raise Rejected("finite", "The hidden states of a step are not finite.")
-        return hidden
+        return hidden.view(session.rows, tokens, width)
+
+    def _go_to(self, session: StageSession, position: int) -> None:
+        cache = session.cache
+        if session.trail and position < cache.seen:
+            with self._lock:  # a session that opens may be reading what is about to be overwritten
+                self._prefixes.cut(session.trail, position)
+        try:
+            if not session.begun and position < cache.seen:
+                cache.start_at(position)
+            elif cache.rewinds:
+                cache.rewind(position)
+            elif position != cache.seen:
+                raise ValueError(f"a step is at position {position}, but its session at {cache.seen}")
+        except ValueError as error:
+            raise Rejected("frame", f"This step cannot be taken: {error}.") from None
+        session.begun = True
+        session.mask = None if session.mask is None else session.mask[:, :position]
+
+    def _forget(self, session: StageSession) -> None:
+        """What depends on a mask is not what its bytes say."""
+        assert session.trail is not None
+        with self._lock:
+            self._prefixes.end(session.trail, keep=False)
+        session.trail = None
+
+
+def _is_next_token(work: Work) -> bool:
+    note, session = work.note, work.session
+    plain = note.mask is None and note.positions is None and note.order is None and session.mask is None
+    return plain and work.hidden.shape[1] == 1 and session.cache.seen > 0

@@ -5,8 +5,11 @@ norms. Its forward prepares masks, rotary embeddings and windows, and runs throu
 is put in before the first layer of the span, and an exception ends the forward behind the last one.
 """
 
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,38 +19,50 @@ from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.swarm import Span
-from p2pmodel.engine import family
+from p2pmodel.engine import family, quantisation
+from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.checkpoint import Checkpoint
+from p2pmodel.engine.trial import try_out
 from p2pmodel.tensors.ia3 import Applier
 
 PAGE_BYTES = 4096
-TRIAL_TOKENS = 2
 
 
 def load_stage(
-    checkpoint: Checkpoint, span: Span, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    span: Span,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    scheme: str = "",
 ) -> "Stage":
-    """Reads the tensors of `span` and no others, and runs a few tokens. Raises InvalidInput when the checkpoint lacks
-    the span or some of its weights, and when models of its family cannot be split."""
+    """Reads the tensors of `span` and no others, and runs a few tokens. scheme: how weights are stored in less than
+    `dtype`, one of `quantisation.SCHEMES`, or empty. Raises InvalidInput when the checkpoint lacks the span or some of
+    its weights, and when models of its family cannot be split."""
     if span.end > checkpoint.layers:
         raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
+    checkpoint.provide(checkpoint.weight_files(span))
     scratch = family.Scratch()
 
     def cut(base: PreTrainedModel) -> None:
         scratch.width = _embeddings_width(base)
         _hollow(base, checkpoint.stack, span, scratch)
 
-    def wanted(name: str) -> bool:
-        layer = family.layer_of(name, checkpoint.stack)
-        return layer is not None and layer in span
-
     base = family.load_parts(
-        checkpoint.base_class(), checkpoint.config, checkpoint.path, dtype, device, cut, wanted, tied=False
+        checkpoint.base_class(),
+        checkpoint.config,
+        checkpoint.path,
+        dtype,
+        "cpu" if scheme else device,
+        cut,
+        wanted=lambda name: checkpoint.in_span(name, span),
+        tied=False,
     )
+    if scheme:
+        base = quantisation.quantise(base, checkpoint.stack, scheme, str(device))
     stage = Stage(base, checkpoint, span, dtype, scratch)
     _touch(base)
-    _try_out(stage)
+    try_out(stage)
     return stage
 
 
@@ -63,8 +78,9 @@ class Stage:
         self.dtype = dtype
         self.device = base.device
         self.width = checkpoint.hidden_size
-        self._scratch = scratch
+        self.scratch = scratch
         self._cache_name = family.cache_argument(base.forward)
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._siblings = family.owners(base, checkpoint.stack)[-1]._modules
         self._leaf = checkpoint.stack.rsplit(".", 1)[-1]
         self._layers = list(base.get_submodule(checkpoint.stack).children())
@@ -80,9 +96,15 @@ class Stage:
     def weight_bytes(self) -> int:
         return sum(t.numel() * t.itemsize for t in (*self.base.parameters(), *self.base.buffers()))
 
-    def new_cache(self, span: Span, max_tokens: int) -> StageCache:
-        """For a session that runs `span`, at most what is hosted. Memory is taken as tokens come."""
-        return StageCache(self.checkpoint.config, span, max_tokens)
+    def new_cache(self, span: Span, max_tokens: int, rewinds: bool = False) -> StageCache:
+        """For a session that runs `span`, at most what is hosted. Memory is taken as tokens come.
+
+        Raises InvalidInput when the session `rewinds`, and the family keeps states that can't be put back.
+        """
+        try:
+            return StageCache(self.checkpoint.config, span, max_tokens, rewinds)
+        except NotImplementedError as error:
+            raise InvalidInput(f"A session of this model can't go back: {error}.") from None
 
     def prepare_slots(self, names: frozenset[str]) -> None:
         """From now on, forwards apply vectors of these names. Names of places that are not here are passed over."""
@@ -109,37 +131,76 @@ class Stage:
         attention_mask [B, seen + T], for padded rows; vectors: slot state, [D] or by row [B, D], of slots that
         `prepare_slots` was told. Raises InvalidInput for a span that is not hosted.
         """
+        arguments = {}
+        if self._takes_positions:
+            # Some families count from 0 in every forward when they are not told, whatever is cached.
+            if position_ids is None:
+                seen = 0 if cache is None else cache.seen
+                position_ids = torch.arange(seen, seen + hidden.shape[1]).unsqueeze(0)
+            arguments["position_ids"] = position_ids.to(self.device)
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask.to(self.device)
         with self._lock:
-            if span != self._selected:
-                self._select(span)
-            scratch = self._scratch
-            self._hidden = hidden = hidden.to(self.device, self.dtype)
-            # Never the hidden state itself: some families change their embeddings in place.
-            scratch.value = hidden.new_zeros(hidden.shape[0], hidden.shape[1], scratch.width)
-            arguments: dict[str, Any] = {
-                "inputs_embeds": scratch.value,
-                "use_cache": cache is not None,
-                self._cache_name: cache,
-            }
-            if position_ids is not None:
-                arguments["position_ids"] = position_ids
-            if attention_mask is not None:
-                arguments["attention_mask"] = attention_mask
-            hosted = self._siblings[self._leaf]
-            self._siblings[self._leaf] = self._view
-            try:
-                with self._applier.use(vectors):
-                    self.base(**arguments)
-            except _Left as left:
-                output = left.hidden
-            else:
-                raise RuntimeError(f"{type(self.base).__name__} did not run its layers")
-            finally:
-                self._siblings[self._leaf] = hosted
-                self._hidden = scratch.value = None
+            output = self._run(hidden, cache, span, vectors, arguments)
         if cache is not None:
             cache.seen += hidden.shape[1]
         return output
+
+    def forward_sessions(
+        self, hidden: Tensor, batch: SessionsCache, span: Span, *, vectors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """One token of each row of several sessions, [B, 1, H] -> [B, 1, H]; see `batching.fits`."""
+        arguments = {"position_ids": batch.positions().to(self.device)} if self._takes_positions else {}
+        with self._lock, batch.attending(self.base.config):
+            output = self._run(hidden, batch, span, vectors, arguments)
+        batch.finish()
+        return output
+
+    def _run(
+        self,
+        hidden: Tensor,
+        cache: StageCache | SessionsCache | None,
+        span: Span,
+        vectors: Mapping[str, Tensor] | None,
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        if span != self._selected:
+            self._select(span)
+        scratch = self.scratch
+        self._hidden = hidden = hidden.to(self.device, self.dtype)
+        # Never the hidden state itself: some families change their embeddings in place.
+        scratch.value = hidden.new_full((hidden.shape[0], hidden.shape[1], scratch.width), scratch.filling)
+        hosted = self._siblings[self._leaf]
+        self._siblings[self._leaf] = self._view
+        try:
+            with self._applier.use(vectors):
+                self.base(
+                    inputs_embeds=scratch.value, use_cache=cache is not None, **{self._cache_name: cache}, **arguments
+                )
+        except _Left as left:
+            return left.hidden
+        finally:
+            self._siblings[self._leaf] = hosted
+            self._hidden = scratch.value = None
+        raise RuntimeError(f"{type(self.base).__name__} did not run its layers")
+
+    def watch(self, hidden: Tensor) -> list[int]:
+        """The layers that a forward calls, in order, when it is let run to its end: a part of it may fail behind the
+        hosted span, where there is nothing but stand-ins."""
+        calls: list[int] = []
+        with self._lock, torch.inference_mode():
+            self._select(self.span)
+            self._edges[1].remove()
+            for index in range(self.span.start, self.span.end):
+                note = partial(_note, calls, index)
+                self._edges.append(self._layers[index].register_forward_pre_hook(note))
+            self.scratch.calls = calls
+            try:
+                with suppress(*family.FAMILY_ERRORS):  # the last of them: that nothing left the loop
+                    self._run(hidden, None, self.span, None, {})
+            finally:
+                self.scratch.calls = self._selected = None
+        return calls
 
     def _select(self, span: Span) -> None:
         if not self.span.covers(span):
@@ -153,9 +214,7 @@ class Stage:
         ]
         self._view = _View(
             [
-                layer
-                if index in span or index not in self.span
-                else family.StandIn(self._scratch, layer, is_layer=True)
+                layer if index in span or index not in self.span else family.StandIn(self.scratch, layer, index)
                 for index, layer in enumerate(self._layers)
             ]
         )
@@ -178,6 +237,10 @@ class _Left(BaseException):
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> None:
     raise _Left(output[0] if isinstance(output, tuple | list) else output)
+
+
+def _note(calls: list[int], index: int, layer: nn.Module, args: Any) -> None:
+    calls.append(index)
 
 
 class _View(nn.Module):
@@ -204,7 +267,7 @@ def _hollow(base: nn.Module, stack: str, span: Span, scratch: family.Scratch) ->
     assert isinstance(layers, nn.ModuleList)
     for index, layer in enumerate(layers):
         if index not in span:
-            layers[index] = family.StandIn(scratch, layer, is_layer=True)
+            layers[index] = family.StandIn(scratch, layer, index)
     chain = family.owners(base, stack)
     for owner in chain:
         for name, child in list(owner.named_children()):
@@ -222,23 +285,3 @@ def _touch(base: nn.Module) -> None:
     """Weights are mapped from their files: brings every page in, so that no session waits for the disk."""
     for tensor in base.parameters():
         tensor.detach().reshape(-1)[:: max(1, PAGE_BYTES // tensor.itemsize)].sum()
-
-
-def _try_out(stage: Stage) -> None:
-    """Finds the form in which the family's loop takes a layer's output, for the stand-ins to give it."""
-    hidden = torch.zeros(1, TRIAL_TOKENS, stage.width, dtype=stage.dtype, device=stage.device)
-    problem: Exception | None = None
-    for arity in family.ARITIES:
-        stage._scratch.arity = arity
-        try:
-            with torch.inference_mode():
-                cache = stage.new_cache(stage.span, 2 * TRIAL_TOKENS)
-                outputs = [stage.forward(hidden, cache, stage.span) for _ in range(2)]
-        except family.FAMILY_ERRORS as error:
-            problem = problem or error
-            continue
-        if all(output.shape == hidden.shape for output in outputs):
-            return
-        problem = problem or ValueError(f"its layers make {tuple(outputs[0].shape)} of {tuple(hidden.shape)}")
-    detail = family.first_line(problem) if problem else ""
-    raise InvalidInput(f"Models of type {stage.checkpoint.architecture} cannot be split into stages: {detail}.")

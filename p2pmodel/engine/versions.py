@@ -1,9 +1,10 @@
 """The versions that a stage serves: the slot tensors of each, kept beside each other. A session keeps its own."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, Rejected
@@ -64,6 +65,19 @@ class VersionTable:
         if not bool(tensor.isfinite().all()):
             raise Rejected("finite", f"Slot {name[:128]!r} is not finite.")
         return tensor.detach().to(self._stage.device, copy=True)
+
+
+def stack_states(states: Sequence[State], rows: Sequence[int]) -> State:
+    """One state for a batch: the vectors [D] where all are the same, else by row [B, D], with ones where a state has
+    no vector. rows: how many rows of the batch each state is for."""
+    if all(state is states[0] for state in states):
+        return states[0]
+    stacked = {}
+    for name in {name for state in states for name in state}:
+        some = next(state[name] for state in states if name in state)
+        vectors = [state.get(name, torch.ones_like(some)) for state in states]
+        stacked[name] = torch.stack(vectors).repeat_interleave(torch.tensor(rows, device=some.device), dim=0)
+    return stacked
 
 
 def slot_layer(name: str, stack: str) -> int | None:

@@ -1,7 +1,7 @@
 """safetensors files of a Hugging Face folder: which there are, and single tensors without reading the rest."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 << 20
 
 
-def weight_files(path: Path) -> tuple[str, ...]:
-    """Names of the files that hold the weights, with the index when there is one; not all of them need to be here.
+def weight_files(path: Path, elsewhere: Collection[str] = ()) -> tuple[str, ...]:
+    """Names of the files that hold the weights, with the index when there is one, which has to be here; those that it
+    names need not. elsewhere: names of files that are known to belong to the folder, though they are not here.
 
     Raises InvalidInput when there are none, or only pickled ones.
     """
-    if (path / SINGLE).is_file():
+    if (path / SINGLE).is_file() or SINGLE in elsewhere:
         return (SINGLE,)
     if (path / INDEX).is_file():
         return (INDEX, *sorted(set(_weight_map(path).values())))
@@ -31,16 +32,24 @@ def weight_files(path: Path) -> tuple[str, ...]:
     raise InvalidInput(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")
 
 
+def files_with(path: Path, wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    """Names of the files that hold the tensors whose names are `wanted`, whether they are here or not. Raises
+    InvalidInput for an index that is none."""
+    if not (path / INDEX).is_file() or (path / SINGLE).is_file():
+        return (SINGLE,)
+    return tuple(sorted({file for name, file in _weight_map(path).items() if wanted(name)}))
+
+
 def select(path: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
     """The tensors whose names are `wanted`, as lazy slices of memory-mapped files; files without any are not opened.
 
     Raises InvalidInput when a file is missing or malformed.
     """
-    if (path / SINGLE).is_file():
-        return _slices(path / SINGLE, wanted)
     slices: dict[str, Any] = {}
-    for file in sorted({file for name, file in _weight_map(path).items() if wanted(name)}):
-        slices.update(_slices(path / file, wanted))
+    for name in files_with(path, wanted):
+        if not (path / name).is_file():
+            raise InvalidInput(f"{path} lacks {name}, which holds weights that are needed here.")
+        slices.update(_slices(path / name, wanted))
     return slices
 
 

@@ -11,6 +11,7 @@ from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence
 from p2pmodel.node.community import Community
 from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.neighbours import Neighbours
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.signing import Key
@@ -36,6 +37,7 @@ class Attendance:
     ) -> None:
         self._key, self._host, self._lineage, self._directory = key, host, lineage, directory
         self._community, self._hosting, self._roles = community, hosting, tuple(roles)
+        self._neighbours = Neighbours(host)
         self.leases: list[Lease] = []
 
     async def run(self) -> None:
@@ -43,18 +45,27 @@ class Attendance:
         while True:
             try:
                 await self.renew()
-                self.leases = await self._directory.leases()
+                await self.read()
+                if self._hosting:
+                    await self._neighbours.measure(self._hosting.span, self.leases, self._community.presences)
             except P2PModelError as error:
                 log.warning("%s", error)
             await asyncio.sleep(RENEW_SECONDS)
 
+    async def read(self) -> list[Lease]:
+        """All that are valid now. Raises Unreachable."""
+        self.leases = await self._directory.leases()
+        return self.leases
+
     async def renew(self) -> None:
         await self._directory.publish_presence(self._key.sign("presence", self._presence()))
         if self._hosting:
-            await self._directory.publish_lease(self._key.sign("lease", self._hosting.lease(self._host.peer)))
+            lease = self._hosting.lease(self._host.peer, delays=self._neighbours.delays)
+            await self._directory.publish_lease(self._key.sign("lease", lease))
 
     async def leave(self) -> None:
         """Withdraws the lease, so that nobody routes here any more."""
+        await self._neighbours.close()
         if self._hosting:
             try:
                 await self._directory.publish_lease(

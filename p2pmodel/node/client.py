@@ -17,18 +17,20 @@ import torch
 import uvloop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from p2pmodel.domain.errors import InvalidInput, PeerFailed
-from p2pmodel.domain.ids import Digest, PeerId, VersionId
-from p2pmodel.domain.swarm import Presence, Route
-from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
+from p2pmodel import starter
+from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed
+from p2pmodel.domain.ids import Digest, VersionId
+from p2pmodel.domain.swarm import Route
+from p2pmodel.engine.cache import attends_only
+from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole
 from p2pmodel.engine.head import load_head
-from p2pmodel.logic.routing import find_route
-from p2pmodel.node.bases import find_base
+from p2pmodel.node.bases import Part, find_base, open_base
 from p2pmodel.node.contacts import contacts, remember_contacts
 from p2pmodel.node.discovery import bootstrap_peers, swarm_lineage
 from p2pmodel.node.exchange import Exchange
 from p2pmodel.node.inference import RoutedChain, RoutedSession
 from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.router import Router
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.chain_client import ChainClient
 from p2pmodel.swarm.directory import Directory
@@ -43,17 +45,21 @@ REFRESH_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy."""
+    """temperature 0 is greedy; draft: the folder of a small model that guesses ahead, or `auto` for that of the starter
+    model, so that several tokens are had in one round trip. The answer is the same (speculative decoding, Leviathan et
+    al., 2023)."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    draft: str | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """bytes_sent and bytes_received are the client's own activations, beside what stages sent each other."""
+    """bytes_sent and bytes_received are the client's own activations, beside what stages sent each other;
+    reused_tokens: of the prompt, which the stages had computed for an earlier session."""
 
     text: str
     tokens: int
@@ -65,6 +71,7 @@ class Answer:
     failovers: int
     bytes_sent: int
     bytes_received: int
+    reused_tokens: int
     seconds: float
 
 
@@ -77,6 +84,7 @@ class SwarmClient:
         self._thread.start()
         self._host: PeerHost | None = None
         self._chain: ChainClient | None = None
+        self._router: Router | None = None
         try:
             self._host = self._await(PeerHost.start(None, bootstrap=peers, client_only=True))
             known = bootstrap_peers(peers)
@@ -84,10 +92,13 @@ class SwarmClient:
             self._directory = Directory(self._host, self.lineage.model)
             self._chain = ChainClient(self._host)
             self._chain.start()
-            self.checkpoint: Checkpoint = read_checkpoint(find_base(home, self.lineage, base))
+            self._router = Router(self._host, self._directory, self._chain, self.lineage.manifest.layers)
+            folder_of_base = find_base(home, self.lineage, base, part=Part.HEAD)
+            self.checkpoint: Checkpoint = open_base(self.lineage, folder_of_base)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.checkpoint.path)
             self._model: PreTrainedModel | None = None
             self._routed: RoutedChain | None = None
+            self._drafts: dict[str, PreTrainedModel] = {}
             self._known = known
             self.refresh()
             remember_contacts(home, peers)
@@ -147,8 +158,7 @@ class SwarmClient:
                 "Shorten it.",
             )
         new_tokens = min(room, sampling.max_new_tokens)
-        chain = RoutedChain(self._chain_client, self.find_route(wanted), self.lineage.model, wanted, get_codec(codec))
-        self._routed = chain
+        chain = self._routed = self.chain(wanted, codec)
         if self._model is None:
             self._model = load_head(self.checkpoint, self)
         began = time.monotonic()
@@ -164,11 +174,13 @@ class SwarmClient:
             max_new_tokens=new_tokens,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             streamer=_Pieces(self.tokenizer, show),
+            assistant_model=self._draft(sampling.draft) if sampling.draft else None,
             **options,
         )
         session = chain.last
         assert session is not None
-        sent, received = session.bytes
+        assert session.route is not None
+        sent, received = session.traffic
         session.close()
         answer = out[0, ids.shape[1] :]
         return Answer(
@@ -182,8 +194,50 @@ class SwarmClient:
             route_text=" → ".join(f"{h.span} at {h.peer[-8:]}" for h in session.route.hops),
             bytes_sent=sent,
             bytes_received=received,
+            reused_tokens=session.reused_tokens,
             seconds=time.monotonic() - began,
         )
+
+    def chain(self, version: VersionId, codec: str) -> RoutedChain:
+        """What the layers of a model at `version` are replaced by. Raises InvalidInput for an unknown codec."""
+        router = self._router
+        assert router is not None
+        return RoutedChain(
+            self._chain_client,
+            lambda banned: self._await(router.find(version, banned)),
+            router.suspect,
+            self.lineage.model,
+            version,
+            get_codec(codec),
+            chunked=attends_only(self.checkpoint.config),
+        )
+
+    def _draft(self, named: str) -> PreTrainedModel:
+        """A causal LM of the same tokens that runs here, ahead of the swarm. Raises InvalidInput when it is not."""
+        if named in self._drafts:
+            return self._drafts[named]
+        if not attends_only(self.checkpoint.config):
+            raise InvalidInput(
+                f"Layers of type {self.checkpoint.architecture} cannot take back what a draft got wrong.",
+                "Leave --draft out.",
+            )
+        folder = Path(named)
+        if named == "auto":
+            if self.checkpoint.path != starter.MODEL:
+                raise InvalidInput(
+                    f"No draft of {self.lineage.manifest.name} is known.",
+                    "Name the folder of a small model with the same tokenizer: --draft DIR",
+                )
+            folder = starter.DRAFT
+        draft = load_whole(folder)
+        ours, theirs = self.checkpoint.config.get_text_config().vocab_size, draft.config.vocab_size
+        if ours != theirs:
+            raise InvalidInput(
+                f"The draft in {folder} has {theirs} tokens, and {self.lineage.manifest.name} has {ours}.",
+                "A draft needs the same tokenizer as the model.",
+            )
+        self._drafts[named] = draft
+        return draft
 
     @property
     def route(self) -> Route | None:
@@ -191,35 +245,17 @@ class SwarmClient:
         session = self._routed.last if self._routed else None
         return session.route if session else None
 
-    def open(self, max_tokens: int) -> RoutedSession:
+    def open(self, max_tokens: int, rows: int, rewinds: bool) -> RoutedSession:
         """Implements `engine.head.RemoteChain`: a session at the version of the generation under way."""
         assert self._routed is not None
-        return self._routed.open(max_tokens)
-
-    def find_route(self, version: VersionId) -> Callable[[frozenset[PeerId]], Route]:
-        """Looks the leases up anew at every call, and connects to the hops."""
-
-        async def find(banned: frozenset[PeerId]) -> Route:
-            leases, presences = await asyncio.gather(self._directory.leases(), self._directory.presences())
-            by_peer: dict[PeerId, Presence] = {p.peer: p for p in presences}
-            gone: set[PeerId] = set()
-            while True:
-                route = find_route(leases, self.checkpoint.layers, version, banned=banned | gone)
-                for hop in route.hops:
-                    try:
-                        await self._started.connect(
-                            hop.peer, by_peer[hop.peer].addresses if hop.peer in by_peer else ()
-                        )
-                    except PeerFailed as error:
-                        log.info("%s", error)
-                        gone.add(hop.peer)
-                        break
-                else:
-                    return route
-
-        return lambda banned: self._await(find(banned))
+        return self._routed.open(max_tokens, rows, rewinds)
 
     def close(self) -> None:
+        """Closing twice is closing once."""
+        if self._loop.is_closed():
+            return
+        if self._router is not None:
+            self._await(self._router.close())
         if self._chain is not None:
             self._chain.stop()
         if self._host is not None:
@@ -229,6 +265,9 @@ class SwarmClient:
         self._loop.close()
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise NotRunning("This client has left the swarm.", "Make another one.")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     @property

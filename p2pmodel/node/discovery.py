@@ -8,7 +8,7 @@ from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotFound, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId, short
 from p2pmodel.domain.swarm import LineageOffer
-from p2pmodel.node import bases
+from p2pmodel.node import bases, hub
 from p2pmodel.node.lineage import Lineage, find_lineage, known_lineages
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
@@ -24,7 +24,7 @@ def bootstrap_peers(addresses: Sequence[str]) -> tuple[PeerId, ...]:
     return tuple(PeerId(address.rsplit("/p2p/", 1)[-1]) for address in addresses)
 
 
-def local_lineage(home: Home, text: str | None) -> Lineage:
+def local_lineage(home: Home, text: str | None, say: bases.Say = lambda _: None) -> Lineage:
     """Of a name, an id, a checkpoint's folder or a hub id, without asking anybody; None is the starter model.
 
     A folder that no known lineage is based on begins one, with this home's key as its maintainer, and the starter's
@@ -34,11 +34,24 @@ def local_lineage(home: Home, text: str | None) -> Lineage:
         return _lineage_of_folder(home, starter.MODEL, starter.NAME, starter.LICENCE)
     if Path(text).is_dir():
         folder = Path(text)
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.resolve().name)[:64]
-        return _lineage_of_folder(home, folder, name, "")
-    if text.count("/") == 1:
-        return local_lineage(home, str(bases.download(text)))
+        return _lineage_of_folder(home, folder, _name_of(folder.resolve().name), "")
+    if hub.Source.parse(text):
+        return _lineage_of_hub(home, text, say)
     return find_lineage(home, text)
+
+
+def _lineage_of_hub(home: Home, text: str, say: bases.Say) -> Lineage:
+    found = bases.found_on_hub(text, known_lineages(home), say)
+    if isinstance(found, Lineage):
+        return found
+    from p2pmodel.node import founding  # loads transformers, which most commands can do without
+
+    name = _name_of(found.source.repository.split("/")[1])
+    return founding.found_from_hub(home, found, founding.Founding(name, (home.key.peer,), 1, starter.EXAM))
+
+
+def _name_of(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)[:64]
 
 
 def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lineage:
@@ -72,12 +85,16 @@ async def _choose(
 ) -> Lineage:
     folder = starter.MODEL if text is None else Path(text)
     by_files = folder.is_dir()
+    source = None if by_files or text is None else hub.Source.parse(text)
+    by_name = not by_files and source is None and text is not None
     found = []
     for model, (offer, holders) in sorted(offers.items()):
-        if not by_files and text is not None and offer.name != text and not (len(text) >= 4 and model.startswith(text)):
+        if by_name and offer.name != text and not (text and len(text) >= 4 and model.startswith(text)):
             continue
         lineage = await _with_manifest(home, host, offer, holders)
-        if not by_files or bases.is_base_of(folder, lineage.manifest):
+        if by_files and not bases.is_base_of(folder, lineage.manifest):
+            continue
+        if source is None or bases.has_source(lineage, source):
             found.append(lineage)
     if len(found) == 1:
         return found[0]

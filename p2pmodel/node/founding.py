@@ -1,5 +1,6 @@
 """How a lineage begins: a Manifest made from a checkpoint, signed by its creator."""
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,11 @@ from transformers import AutoModel
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import PeerId
-from p2pmodel.domain.model import Limits, Manifest, MergeSpec, Schedule
+from p2pmodel.domain.model import Limits, Manifest, MergeSpec, ModelFile, Schedule
 from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
 from p2pmodel.engine.exams import Suite
-from p2pmodel.node.bases import file_digests, remember_base
+from p2pmodel.node.bases import file_digests, outline, remember_base
+from p2pmodel.node.hub import Listing
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.kinds import get_kind
@@ -37,9 +39,11 @@ class Founding:
     limits: Limits = field(default_factory=Limits)
 
 
-def found(home: Home, folder: Path, founding: Founding) -> Lineage:
-    """Makes, signs and stores the Manifest and the exam. Raises InvalidInput with the field that is wrong."""
-    checkpoint = read_checkpoint(folder)
+def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, ...] = ()) -> Lineage:
+    """Makes, signs and stores the Manifest and the exam. files: those of the checkpoint, when not all of them are in
+    the folder, and a hub says what they are. Raises InvalidInput with the field that is wrong."""
+    checkpoint = read_checkpoint(folder, [file.name for file in files])
+    files = files or file_digests(folder, checkpoint.files)
     suite = Suite.load(founding.exam)
     get_strategy(founding.strategy)
     try:
@@ -48,7 +52,7 @@ def found(home: Home, folder: Path, founding: Founding) -> Lineage:
             created=int(time.time()),
             architecture=checkpoint.architecture,
             layers=checkpoint.layers,
-            files=file_digests(folder, checkpoint.files),
+            files=files,
             source=founding.source,
             licence=founding.licence,
             kinds=(DEFAULT_KIND,),
@@ -63,8 +67,16 @@ def found(home: Home, folder: Path, founding: Founding) -> Lineage:
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     lineage = Lineage.create(home, home.key.sign("manifest", manifest))
-    remember_base(home, lineage, folder)
+    # What was hashed a moment ago.
+    remember_base(home, lineage, folder, [file.name for file in files if (folder / file.name).is_file()])
     return lineage
+
+
+def found_from_hub(home: Home, listing: Listing, founding: Founding) -> Lineage:
+    """Of a checkpoint on a hub, at the commit that it is at now; its weights stay there until somebody needs them.
+    Raises NotFound, Unreachable, InvalidInput."""
+    folder, files = outline(listing)
+    return found(home, folder, dataclasses.replace(founding, source=str(listing.source)), files)
 
 
 def _skeleton(checkpoint: Checkpoint) -> torch.nn.Module:

@@ -7,110 +7,214 @@ the fault, because prefill and decoding of one stage give the same states.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from p2pmodel.domain.errors import PeerFailed, Unreachable
+from p2pmodel.domain.errors import Busy, PeerFailed, Unreachable
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId
-from p2pmodel.domain.swarm import Route
+from p2pmodel.domain.swarm import MAX_PREFIX_BLOCKS, PREFIX_BLOCK, Route
+from p2pmodel.engine.prefixes import prefix_keys
+from p2pmodel.engine.steps import Note
+from p2pmodel.node.history import History
 from p2pmodel.swarm.chain_client import ChainClient, ChainSession
 from p2pmodel.tensors.codecs import Codec
+from p2pmodel.wire.frames import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
 FindRoute = Callable[[frozenset[PeerId]], Route]
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 14.0
 """How long a session under way waits for layers that nobody serves any more."""
+QUEUE_SECONDS = 30.0
+"""How long a new session waits for a peer that has room for it."""
+CHUNK_TOKENS = 256
+"""Of a prefill: while one stage computes a chunk, the stage before computes the next."""
+CHUNKS_UNDER_WAY = 4
+"""Sent before the first answer is waited for; it bounds what waits at each stage."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a session is asked for: see `SessionRequest`."""
+
+    max_tokens: int
+    rows: int
+    rewinds: bool
+    prefix: tuple[bytes, ...]
 
 
 class RoutedChain:
     """Opens sessions for `engine.head`. `find` blocks, gives the best route without the banned peers, connected to its
-    hops, and raises Unreachable."""
+    hops, and raises Unreachable; `suspect` is told who failed. chunked: whether the family can take a prefill in
+    parts."""
 
-    def __init__(self, chain: ChainClient, find: FindRoute, model: ModelId, version: VersionId, codec: Codec) -> None:
-        self._chain, self._find, self._model, self._version, self._codec = chain, find, model, version, codec
+    def __init__(
+        self,
+        chain: ChainClient,
+        find: FindRoute,
+        suspect: Callable[[PeerId], None],
+        model: ModelId,
+        version: VersionId,
+        codec: Codec,
+        *,
+        chunked: bool,
+    ) -> None:
+        self._chain, self._find, self.suspect, self._model, self._version = chain, find, suspect, model, version
+        self.codec, self.chunked = codec, chunked
         self.last: RoutedSession | None = None
 
-    def open(self, max_tokens: int) -> "RoutedSession":
-        self.last = RoutedSession(self, max_tokens)
+    def open(self, max_tokens: int, rows: int, rewinds: bool) -> "RoutedSession":
+        self.last = RoutedSession(self, Wish(max_tokens, rows, rewinds, ()))
         return self.last
 
-    def connect(self, banned: set[PeerId], max_tokens: int, patience: float) -> ChainSession:
+    def connect(self, wish: "Wish", banned: set[PeerId], patience: float) -> ChainSession:
         """A session on the best route; peers that refuse are banned on the way.
 
-        patience: seconds to wait for layers that nobody serves. Raises Unreachable, naming them.
+        patience: seconds to wait for layers that nobody serves. Peers that have no room are waited for longer. Raises
+        Unreachable naming the layers, Busy.
         """
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
         tried: set[PeerId] = set(banned)
+        full: Busy | None = None
         while True:
+            waited = time.monotonic() - began
             try:
                 route = self._find(frozenset(tried))
-                return self._chain.open(route, self._model, self._version, self._codec.name, max_tokens)
+                return self._chain.open(
+                    route,
+                    self._model,
+                    self._version,
+                    self.codec.name,
+                    wish.max_tokens,
+                    rows=wish.rows,
+                    rewinds=wish.rewinds,
+                    prefix=wish.prefix,
+                )
             except PeerFailed as error:
                 log.warning("%s", error)
+                if isinstance(error.__cause__, Busy):
+                    full = error.__cause__
+                elif error.peer:
+                    self.suspect(PeerId(error.peer))
                 if error.peer:
                     tried.add(PeerId(error.peer))
-                if time.monotonic() > deadline and not error.peer:
+                elif waited > patience:
                     raise
             except Unreachable:
-                if time.monotonic() > deadline:
+                if full is not None and waited > QUEUE_SECONDS:
+                    raise full from None
+                if full is None and waited > patience:
                     raise
                 tried = set(banned)  # a peer that was merely busy may do now
                 time.sleep(0.5)
 
-    @property
-    def codec(self) -> Codec:
-        return self._codec
-
 
 class RoutedSession:
-    """One generation. Implements `engine.head.RemoteSession`."""
+    """One generation. Implements `engine.head.RemoteSession`. It is opened by its first step, whose beginning the
+    stages may know from an earlier session. route: the latest one, None before the first step."""
 
-    def __init__(self, chain: RoutedChain, max_tokens: int) -> None:
-        self._chain, self._max_tokens = chain, max_tokens
+    def __init__(self, chain: RoutedChain, wish: Wish) -> None:
+        self._chain, self._wish = chain, wish
         self._banned: set[PeerId] = set()
-        self._sent: list[Tensor] = []
-        self._session = chain.connect(self._banned, max_tokens, 0.0)
+        self._history = History()
+        self._session: ChainSession | None = None
         self._earlier_bytes = (0, 0)
+        self.route: Route | None = None
         self.failovers = 0
+        self.reused_tokens = 0
 
     @property
-    def route(self) -> Route:
-        return self._session.route
-
-    @property
-    def bytes(self) -> tuple[int, int]:
+    def traffic(self) -> tuple[int, int]:
         """Sent and received, over all routes of the session."""
-        return self._earlier_bytes[0] + self._session.bytes_sent, self._earlier_bytes[1] + self._session.bytes_received
+        sent, received = self._earlier_bytes
+        if self._session is None:
+            return sent, received
+        return sent + self._session.bytes_sent, received + self._session.bytes_received
 
-    def forward(self, hidden: Tensor, position: int) -> Tensor:
-        """[1, T, H] in, the last layer's output [1, T, H] out, both float32 on the CPU."""
-        self._sent.append(hidden)
+    def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:
+        """[B, T, H] in, the last layer's output out, of the tokens that are wanted, both float32 on the CPU."""
+        self._history.add(hidden, position, note)
         try:
-            return self._step(hidden, position)
+            if self._session is None:
+                return self._begin(hidden, note, 0.0)
+            return self._step(hidden, position, note)
         except PeerFailed as error:
-            return self._recover(error, hidden.shape[1])
-
-    def _step(self, hidden: Tensor, position: int) -> Tensor:
-        tokens, width = hidden.shape[1], hidden.shape[2]
-        _, body = self._session.step(self._chain.codec.encode(hidden), position, tokens)
-        return self._chain.codec.decode(body, tokens, width)
-
-    def _recover(self, error: PeerFailed, tokens: int) -> Tensor:
-        history = torch.cat(self._sent, dim=1)
-        while True:
-            log.warning("%s Another route is being found.", error.message)
-            self.failovers += 1
-            self._banned |= {PeerId(error.peer)} if error.peer else {hop.peer for hop in self.route.hops}
-            self.close()
-            self._earlier_bytes = self.bytes
-            self._session = self._chain.connect(self._banned, self._max_tokens, PATIENCE_SECONDS)
-            try:
-                return self._step(history, 0)[:, -tokens:]
-            except PeerFailed as again:
-                error = again
+            return self._recover(error, hidden.shape[1] if note.wanted is None else note.wanted)
 
     def close(self) -> None:
-        self._session.close()
+        if self._session is not None:
+            self._session.close()
+
+    def _begin(self, hidden: Tensor, note: Note, patience: float) -> Tensor:
+        """The session's first step on a route: all tokens so far."""
+        wish = replace(self._wish, prefix=self._prefix(hidden, note))
+        self._session = self._chain.connect(wish, self._banned, patience)
+        self.route, known = self._session.route, self._session.known_tokens
+        self.reused_tokens += known
+        return self._step(hidden[:, known:], known, note.part(known, hidden.shape[1], hidden.shape[1]))
+
+    def _prefix(self, hidden: Tensor, note: Note) -> tuple[bytes, ...]:
+        """Keys of the blocks that nobody wants the output of."""
+        if note.mask is not None or note.positions is not None or note.wanted is None or hidden.shape[0] > 1:
+            return ()
+        blocks = min(MAX_PREFIX_BLOCKS, (hidden.shape[1] - max(1, note.wanted)) // PREFIX_BLOCK)
+        if not blocks or not self._chain.chunked:
+            return ()
+        codec = self._chain.codec
+        body = codec.encode(hidden[:, : blocks * PREFIX_BLOCK])
+        return prefix_keys(body, codec.size(1, hidden.shape[2]))
+
+    def _step(self, hidden: Tensor, position: int, note: Note) -> Tensor:
+        """A prefill goes in chunks that follow each other through the stages."""
+        assert self._session is not None
+        tokens = hidden.shape[1]
+        length = self._chunk_length(hidden.shape[2]) if self._chain.chunked else tokens
+        chunks = [(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+        outputs: list[Tensor] = []
+        under_way: deque[int] = deque()
+        for start, end in chunks:
+            part = hidden[:, start:end]
+            body = self._chain.codec.encode(part.reshape(1, -1, part.shape[-1]))
+            self._session.send(body, position + start, end - start, note.part(start, end, tokens).encode())
+            under_way.append(end - start)
+            if len(under_way) == CHUNKS_UNDER_WAY:
+                outputs.append(self._receive(under_way.popleft(), hidden))
+        outputs.extend(self._receive(count, hidden) for count in under_way)
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+    def _receive(self, tokens: int, like: Tensor) -> Tensor:
+        rows, _, width = like.shape
+        assert self._session is not None
+        codec = self._chain.codec
+        _, body = self._session.receive()
+        count, size = memoryview(body).nbytes // codec.size(1, width), memoryview(body).nbytes
+        if count % rows or count > rows * tokens or codec.size(count, width) != size:
+            raise PeerFailed("The layers' answer is not of the size asked for.", self._session.route.hops[-1].peer)
+        if not count:
+            return like.new_empty(rows, 0, width)
+        return codec.decode(body, count, width).float().view(rows, -1, width)
+
+    def _chunk_length(self, width: int) -> int:
+        fits = MAX_BODY_BYTES // (2 * self._chain.codec.size(1, width))
+        return max(1, min(CHUNK_TOKENS, fits // self._wish.rows))
+
+    def _recover(self, error: PeerFailed, wanted: int) -> Tensor:
+        while True:
+            log.warning("%s Another route is being found.", error.message)
+            if error.peer:
+                self._chain.suspect(PeerId(error.peer))
+            if self._session is not None:
+                self.failovers += 1
+                self._banned |= {PeerId(error.peer)} if error.peer else {hop.peer for hop in self._session.route.hops}
+                self.close()
+                self._earlier_bytes = self.traffic
+                self._session = None
+            try:
+                hidden, note = self._history.replay(wanted)
+                return self._begin(hidden, note, PATIENCE_SECONDS)
+            except PeerFailed as again:
+                error = again

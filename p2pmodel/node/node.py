@@ -16,7 +16,7 @@ from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.domain.swarm import Span
 from p2pmodel.logic.placement import choose_span
 from p2pmodel.node.attendance import Attendance
-from p2pmodel.node.bases import find_base
+from p2pmodel.node.bases import Part, find_base, open_base
 from p2pmodel.node.community import Community
 from p2pmodel.node.contacts import remember_contacts
 from p2pmodel.node.device import Device, choose_device
@@ -24,7 +24,7 @@ from p2pmodel.node.discovery import bootstrap_peers, local_lineage, swarm_lineag
 from p2pmodel.node.gauges import Gauges
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.service import Service
-from p2pmodel.node.threads import use_threads
+from p2pmodel.node.threads import in_daemon, use_threads
 from p2pmodel.node.traffic import Traffic
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobServer
@@ -36,6 +36,7 @@ from p2pmodel.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from p2pmodel.node.hosting import Hosting
     from p2pmodel.node.maintaining import Maintainer
+    from p2pmodel.node.moving import Mover
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class NodeOptions:
     capacity: int | None = None
     base: Path | None = None
     gpu: int | None = None
+    dtype: str | None = None
+    cache_memory: int | None = None
     host: str = "127.0.0.1"
     port: int = 0
     metrics_port: int | None = None
@@ -61,7 +64,7 @@ class NodeOptions:
 async def run(options: NodeOptions, say: Callable[[str], None]) -> None:
     """Runs a node until SIGINT or SIGTERM; `say` is told what a person wants to know. Raises P2PModelError."""
     began = time.monotonic()
-    device = choose_device(options.gpu)
+    device = choose_device(options.gpu, options.dtype, options.cache_memory)
     use_threads(options.threads)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -94,10 +97,13 @@ class Node:
     attendance: Attendance
     gauges: Gauges
     host: PeerHost
+    mover: "Mover | None"
     serving: str
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
+            if self.mover:
+                tasks.create_task(self.mover.run())
             tasks.create_task(self.community.run())
             tasks.create_task(self.attendance.run())
             tasks.create_task(self._measure())
@@ -126,7 +132,7 @@ async def _start(
         server = metrics.serve(options.metrics_port)
         stack.callback(server.stop)
         say(f"metrics at http://127.0.0.1:{server.port}/metrics")
-    local = None if options.peers else local_lineage(home, options.model)
+    local = None if options.peers else await in_daemon(local_lineage, home, options.model, say)
     host = await PeerHost.start(
         home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers
     )
@@ -154,7 +160,7 @@ async def _start(
         await service.start()
         stack.push_async_callback(service.stop)
     await community.start(contacts)
-    base = _base(home, lineage, options, say)
+    base = await in_daemon(_base, home, lineage, options, say)
     maintainer = await _maintainer(lineage, base, home, community, metrics) if base and options.maintain else None
     if maintainer:
         stack.callback(maintainer.stop)
@@ -190,14 +196,15 @@ async def _start(
         say(f"to join this swarm: p2pmodel join --peers {address}")
     remember_contacts(home, host.addresses)
     gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
-    return Node(community, attendance, gauges, host, _serving(lineage, hosting, options))
+    mover = _mover(options, lineage, host, attendance, hosting, say) if hosting else None
+    return Node(community, attendance, gauges, host, mover, _serving(lineage, hosting, options))
 
 
 def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str], None]) -> Path | None:
     """The folder of the base checkpoint, when what the node does needs it."""
     if options.layers == "none" and not options.maintain:
         return None
-    return find_base(home, lineage, options.base, say)
+    return find_base(home, lineage, options.base, say, Part.WHOLE if options.maintain else Part.OUTLINE)
 
 
 async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Community, metrics: Metrics) -> "Maintainer":
@@ -222,11 +229,12 @@ async def _hosting(
     base: Path,
     say: Callable[[str], None],
 ) -> "Hosting":
-    from p2pmodel.engine.checkpoint import read_checkpoint
     from p2pmodel.node.hosting import Hosting
 
     span = await _span(options, lineage.manifest.layers, directory, host, say)
-    return await Hosting.start(host, lineage, read_checkpoint(base), span, device)
+    checkpoint = await asyncio.to_thread(open_base, lineage, base, say)
+    await in_daemon(checkpoint.provide, checkpoint.weight_files(span))
+    return await Hosting.start(host, lineage, checkpoint, span, device)
 
 
 async def _span(
@@ -240,11 +248,31 @@ async def _span(
         say(f"layers {options.layers} of {layers}, as asked")
         return options.layers
     leases = [lease for lease in await directory.leases() if lease.peer != host.peer]
-    # A node that begins a swarm alone holds the whole model, so that there is something to join.
-    capacity = options.capacity or (max(1, layers // 2) if options.peers else layers)
-    span, reason = choose_span(leases, layers, capacity, salt=host.peer)
+    span, reason = choose_span(leases, layers, _capacity(options, layers), salt=host.peer)
     say(f"layers {span} of {layers}: {reason}")
     return span
+
+
+def _capacity(options: NodeOptions, layers: int) -> int:
+    """A node that begins a swarm alone holds the whole model, so that there is something to join."""
+    return options.capacity or (max(1, layers // 2) if options.peers else layers)
+
+
+def _mover(
+    options: NodeOptions,
+    lineage: Lineage,
+    host: PeerHost,
+    attendance: Attendance,
+    hosting: "Hosting",
+    say: Callable[[str], None],
+) -> "Mover | None":
+    """None for a node whose layers were asked for: they stay."""
+    from p2pmodel.node.moving import Mover  # loads torch, as hosting does
+
+    if isinstance(options.layers, Span):
+        return None
+    layers = lineage.manifest.layers
+    return Mover(host.peer, attendance, hosting, layers, _capacity(options, layers), say)
 
 
 def _roles(options: NodeOptions, hosting: "Hosting | None") -> tuple[str, ...]:

@@ -64,6 +64,7 @@ class Service:
         )
         if self._hosting:
             model.hosted.CopyFrom(pb.Span(start=self._hosting.span.start, end=self._hosting.span.end))
+            model.sessions, model.cached_tokens = self._hosting.stats.sessions, self._hosting.cached_tokens
         return pb.StatusReply(
             peer=self._host.peer,
             addresses=self._host.addresses,

@@ -113,19 +113,20 @@ class Admission:
         try:
             with self._runner_lock:
                 handle = self._runner.open(opening.request)
+                known = self._runner.known(handle)
         except BaseException:
             self._seats.release()
             raise
         try:
-            after_peer, after = self._onward(opening)
+            after_peer, after = self._onward(opening, known)
         except BaseException:
             self._outcomes.abandoned(handle)
             raise
         before.setblocking(False)
         self._outcomes.admitted(Admitted(opening, handle, before, peer, after, after_peer))
 
-    def _onward(self, opening: Opening) -> tuple[PeerId, socket.socket]:
-        peer, protocol, told = opening.onward()
+    def _onward(self, opening: Opening, known: tuple[bytes, ...]) -> tuple[PeerId, socket.socket]:
+        peer, protocol, told = opening.onward(known)
         after = open_stream(self._host, peer, protocol, DIAL_SECONDS)
         try:
             after.settimeout(HANDSHAKE_SECONDS)

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 from p2pmodel.domain.errors import NotRunning, P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId
-from p2pmodel.domain.swarm import Route, SessionRequest
+from p2pmodel.domain.swarm import PREFIX_BLOCK, Route, SessionRequest
 from p2pmodel.swarm.chain_session import GRACE_SECONDS
 from p2pmodel.swarm.chain_session import ChainSession as ChainSession
 from p2pmodel.swarm.framing import receive_frame
 from p2pmodel.swarm.opening import CHAIN, SINK, Failure, Opening, lost
 from p2pmodel.swarm.ping import probe, probe_all
 from p2pmodel.swarm.streams import Host, Listener, open_stream
+from p2pmodel.swarm.watch import PROBE_SECONDS, SILENCE_SECONDS, Watch
 from p2pmodel.wire.frames import Kind
 
 SINK_SECONDS = 2.0
-PROBE_SECONDS = 1.5
+DIAL_SECONDS = 3.0
+"""For a stream to the first stage, which the caller has connected to already."""
 MAX_OPEN_SHARE = 0.75
 """Of the time to open a session, what may pass before pings look for the peer that is stuck."""
 
@@ -35,6 +37,7 @@ class _Awaited:
     last: PeerId
     bell: socket.socket
     sink: socket.socket | None = None
+    known: tuple[bytes, ...] = ()
 
 
 class ChainClient:
@@ -63,19 +66,32 @@ class ChainClient:
             session.close()
 
     def open(
-        self, route: Route, model: ModelId, version: VersionId, codec: str, max_tokens: int, timeout: float = 15.0
+        self,
+        route: Route,
+        model: ModelId,
+        version: VersionId,
+        codec: str,
+        max_tokens: int,
+        timeout: float = 15.0,
+        *,
+        rows: int = 1,
+        rewinds: bool = False,
+        prefix: tuple[bytes, ...] = (),
     ) -> ChainSession:
         """Returns when every stage of the route has opened the session; blocks, so not for the event loop's thread.
 
-        Raises within `timeout` seconds: PeerFailed, with the peer to blame as best known and a stage's own error as its
-        cause; the error that a stage named, where the request was at fault; ValueError when the arguments are no valid
-        request; Unreachable when this node's own daemon is gone; Busy when the process is out of descriptors.
+        Raises within `timeout` seconds, and within 4 where a peer of the route answers no pings: PeerFailed, with the
+        peer to blame as best known and a stage's own error as its cause; the error that a stage named, where the
+        request was at fault; ValueError when the arguments are no valid request; Unreachable when this node's own
+        daemon is gone; Busy when the process is out of descriptors.
         """
         if self._listener is None:
             raise NotRunning("The chain client is not started.")
         began = time.monotonic()
         first, rest = route.hops[0], route.hops[1:]
-        request = SessionRequest(secrets.token_hex(16), model, version, codec, first.span, max_tokens)
+        request = SessionRequest(
+            secrets.token_hex(16), model, version, codec, first.span, max_tokens, rows, rewinds, prefix
+        )
         opening = Opening(request, rest, PeerId(self._host.peer))
         bell, ringer = socket.socketpair()
         awaited = _Awaited(route.hops[-1].peer, ringer)
@@ -83,9 +99,9 @@ class ChainClient:
             self._awaited[request.session] = awaited
         out: socket.socket | None = None
         try:
-            out = open_stream(self._host, first.peer, CHAIN, timeout * MAX_OPEN_SHARE)
+            out = open_stream(self._host, first.peer, CHAIN, min(DIAL_SECONDS, timeout * MAX_OPEN_SHARE))
             self._send_opening(out, first.peer, opening, timeout)
-            sink = self._await(awaited, bell, out, route, began, timeout)
+            sink = self._await(awaited, bell, out, route, request.session, began, timeout)
         except BaseException:
             with self._lock:
                 self._awaited.pop(request.session, None)
@@ -96,7 +112,15 @@ class ChainClient:
         finally:
             bell.close()
             ringer.close()
-        session = ChainSession(route, out, sink, lambda waited: self._diagnose(route, waited, PROBE_SECONDS))
+        session = ChainSession(
+            request.session,
+            route,
+            out,
+            sink,
+            lambda sent: Watch(self._host, route, request.session, sent),
+            lambda waited: self._diagnose(route, waited, PROBE_SECONDS),
+        )
+        session.known_tokens = min(len(awaited.known), len(prefix)) * PREFIX_BLOCK
         self._sessions.add(session)
         return session
 
@@ -115,20 +139,38 @@ class ChainClient:
             raise lost(peer) from None
 
     def _await(
-        self, awaited: _Awaited, bell: socket.socket, out: socket.socket, route: Route, began: float, timeout: float
+        self,
+        awaited: _Awaited,
+        bell: socket.socket,
+        out: socket.socket,
+        route: Route,
+        session: str,
+        began: float,
+        timeout: float,
     ) -> socket.socket:
         """The sink's stream, or the error that comes back on `out` instead."""
         patience, deadline = began + timeout * MAX_OPEN_SHARE, began + timeout
         poll = select.poll()
         poll.register(bell, select.POLLIN)
         poll.register(out, select.POLLIN)
-        while (left := patience - time.monotonic()) > 0:
-            happened = dict(poll.poll(left * 1000))
-            if bell.fileno() in happened:
-                assert awaited.sink is not None
-                return awaited.sink
-            if out.fileno() in happened:
-                raise self._refusal(out, route)
+        watch: Watch | None = None
+        wake = min(patience, began + SILENCE_SECONDS)
+        try:
+            while (now := time.monotonic()) < patience:
+                if watch is None and now >= wake:
+                    watch, wake = Watch(self._host, route, session, None), patience
+                    poll.register(watch.bell, select.POLLIN)
+                happened = dict(poll.poll((wake - now) * 1000))
+                if bell.fileno() in happened:
+                    assert awaited.sink is not None
+                    return awaited.sink
+                if out.fileno() in happened:
+                    raise self._refusal(out, route)
+                if watch is not None and watch.error is not None:
+                    raise watch.error
+        finally:
+            if watch is not None:
+                watch.close()
         raise self._diagnose(route, patience - began, max(GRACE_SECONDS, deadline - time.monotonic()))
 
     def _refusal(self, out: socket.socket, route: Route) -> P2PModelError:
@@ -171,16 +213,16 @@ class ChainClient:
     def _match(self, stream: socket.socket, peer: PeerId) -> None:
         try:
             frame = receive_frame(stream, SINK_SECONDS)
-            session = Opening.read(frame.kind, frame.meta).request.session
+            request = Opening.read(frame.kind, frame.meta).request
         except (OSError, EOFError, Rejected) as error:
             log.info("peer %s opened a stream with nonsense: %r", peer, error)
             stream.close()
             return
         with self._lock:
-            awaited = self._awaited.get(session)
+            awaited = self._awaited.get(request.session)
             if awaited is not None and awaited.last == peer:
-                del self._awaited[session]
-                awaited.sink = stream
+                del self._awaited[request.session]
+                awaited.sink, awaited.known = stream, request.prefix
                 awaited.bell.send(b"\0")
                 return
         stream.close()

@@ -22,11 +22,12 @@ from typing import Any
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import Buffer, StageRunner
+from p2pmodel.logic.gathering import Gathering
 from p2pmodel.swarm.admission import Admission, Admitted, Outcomes
 from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, Outbox
 from p2pmodel.swarm.lingering import Lingering
 from p2pmodel.swarm.opening import Failure, lost
-from p2pmodel.swarm.ping import PingResponder
+from p2pmodel.swarm.ping import PingResponder, State
 from p2pmodel.swarm.stage_session import ChainStats as ChainStats
 from p2pmodel.swarm.stage_session import Counts, StageSession
 from p2pmodel.swarm.streams import Host
@@ -35,6 +36,8 @@ from p2pmodel.wire.frames import Kind
 
 OUTBOX_BYTES = 8 << 20
 """A session whose next hop is this far behind is not read any further."""
+SHORT_TOKENS = 16
+"""Of a step that is no prompt: a token, or those that a draft has guessed."""
 SWEEP_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
@@ -65,9 +68,11 @@ class ChainServer:
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._sessions: set[StageSession] = set()
+        self._by_name: dict[str, tuple[StageSession, ...]] = {}
         self._ready: dict[StageSession, None] = {}
         self._lingering = Lingering(self._selector, self._scratch)
         self._counts = Counts()
+        self._gathering = Gathering()
         self._step_began: float | None = None
         self._leaving = False
         self._next_sweep = 0.0
@@ -101,9 +106,11 @@ class ChainServer:
     def stats(self) -> ChainStats:
         return ChainStats(sessions=len(self._sessions), **vars(self._counts))
 
-    def _state(self) -> tuple[float, int]:
-        began = self._step_began
-        return (0.0 if began is None else time.monotonic() - began), len(self._sessions)
+    def _state(self, name: str) -> State:
+        """For the ping thread, which may find things a moment old."""
+        began, now = self._step_began, time.monotonic()
+        progress = tuple(session.progress(now) for session in self._by_name.get(name, ()))
+        return State(0.0 if began is None else now - began, len(self._sessions), progress)
 
     def _call(self, what: Callable[[], None]) -> None:
         """Has the compute thread do it."""
@@ -126,13 +133,14 @@ class ChainServer:
 
     def _turn(self) -> None:
         idle = None if not (self._sessions or self._lingering) else SWEEP_SECONDS
-        for key, events in self._selector.select(0 if self._ready else idle):
+        patience = self._gathering.patience(time.monotonic()) if self._ready else None
+        for key, events in self._selector.select(idle if patience is None else patience):
             key.data(events)
         now = time.monotonic()
         if now >= self._next_sweep:  # after what came in during the last step, before the next one
             self._next_sweep = now + SWEEP_SECONDS
             self._sweep(now)
-        if self._ready:
+        if patience == 0:
             self._compute()
 
     def _run_calls(self, _events: int) -> None:
@@ -145,6 +153,8 @@ class ChainServer:
         self._selector.register(session.before, selectors.EVENT_READ, partial(self._from_before, session))
         self._selector.register(session.after, selectors.EVENT_READ, partial(self._from_after, session))
         self._sessions.add(session)
+        same = (*self._by_name.get(session.name, ()), session)  # a peer can be several hops of a route
+        self._by_name[session.name] = tuple(sorted(same, key=lambda one: one.start))
         self._counts.opened += 1
 
     def _from_before(self, session: StageSession, _events: int) -> None:
@@ -164,6 +174,8 @@ class ChainServer:
         self._counts.bytes_in += session.incoming.received - received
         session.active = time.monotonic()
         if arrived:
+            self._gathering.arrived(session, session.active)
+            session.taken += len(arrived)
             session.frames.extend(arrived)
             self._ready[session] = None
 
@@ -188,12 +200,17 @@ class ChainServer:
             self._end(session, PeerFailed("It sent a malformed frame.", session.after_peer))
 
     def _compute(self) -> None:
-        batch: list[tuple[Any, int, bytes, Buffer]] = []
-        owners: list[tuple[StageSession, Frame]] = []
+        """Everything short that is ready as one batch, and one prompt, so that answers under way are not kept waiting
+        by those that begin."""
+        batch: list[tuple[StageSession, Frame]] = []
+        prompt: tuple[StageSession, Frame] | None = None
         for session in list(self._ready):
+            if session.frames[0].tokens > SHORT_TOKENS and prompt is not None:
+                continue
+            del self._ready[session]
             frame = session.frames.popleft()
-            if not session.frames:
-                del self._ready[session]
+            if session.frames:
+                self._ready[session] = None  # behind the others
             if frame.kind is Kind.CLOSE:
                 self._end(session, None, source=session.before)
             elif frame.kind is Kind.ERROR:
@@ -202,17 +219,30 @@ class ChainServer:
                 self._end(session, self._malformed(session))
             elif not 1 <= frame.tokens <= session.max_tokens - frame.position:
                 self._end(session, Rejected("frame", f"The session has room for {session.max_tokens} tokens."))
+            elif frame.tokens > SHORT_TOKENS:
+                prompt = session, frame
             else:
-                batch.append((session.handle, frame.position, frame.meta, frame.body))
-                owners.append((session, frame))
-        if not batch:
-            return
-        for (session, frame), output in zip(owners, self._step(batch), strict=True):
+                batch.append((session, frame))
+        if batch:
+            self._answer(batch)
+        if prompt:
+            self._answer([prompt])
+
+    def _answer(self, batch: Sequence[tuple[StageSession, Frame]]) -> None:
+        began = time.monotonic()
+        outputs = self._step([(session.handle, frame.position, frame.meta, frame.body) for session, frame in batch])
+        now = time.monotonic()
+        if all(frame.tokens == 1 for _, frame in batch):
+            self._gathering.computed(now - began)
+        for (session, frame), output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
                 self._end(session, self._explain(output))
                 continue
             self._counts.frames += 1
             self._counts.tokens += frame.tokens
+            session.given += 1
+            if not session.frames:
+                self._gathering.answered(session, now)
             try:
                 session.outbox.put_data(output, frame.position, frame.tokens, frame.meta)
             except (Rejected, TypeError) as error:
@@ -285,7 +315,9 @@ class ChainServer:
         if not session.open:
             return
         session.open = False
+        self._gathering.ended(session)
         self._sessions.discard(session)
+        self._forget_name(session)
         self._ready.pop(session, None)
         failure = Failure.of(why, self._peer) if isinstance(why, P2PModelError) else why
         last = frames.pack(Kind.CLOSE) if failure is None else failure.frame()
@@ -304,6 +336,13 @@ class ChainServer:
             else:
                 self._lingering.add(stream, outbox, quiet=quiet)
         self._release(session.handle)
+
+    def _forget_name(self, session: StageSession) -> None:
+        others = tuple(other for other in self._by_name[session.name] if other is not session)
+        if others:
+            self._by_name[session.name] = others
+        else:
+            del self._by_name[session.name]
 
     def _end_all(self, why: P2PModelError) -> None:
         for session in list(self._sessions):

@@ -1,7 +1,7 @@
 """The client's end of a chain: what it sends goes to the first stage, what the last one computed comes back on a sink.
 
 Both sockets are watched at all times, since either may bring the news of a failure. Who is to blame is taken from an
-ERROR frame where one arrives, from the order of events where not, and by pings when nothing happens at all.
+ERROR frame where one arrives, from the order of events where not, and by pings when nothing happens for a second.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
@@ -18,6 +18,7 @@ from p2pmodel.domain.ports import Buffer
 from p2pmodel.domain.swarm import Route
 from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
 from p2pmodel.swarm.opening import Failure, lost
+from p2pmodel.swarm.watch import SILENCE_SECONDS, Watch
 from p2pmodel.wire import frames
 from p2pmodel.wire.frames import Kind
 
@@ -32,12 +33,20 @@ class ChainSession:
     """One thread at a time steps, sends and receives; `close` may come from any. After an error it is closed."""
 
     def __init__(
-        self, route: Route, out: socket.socket, sink: socket.socket, diagnose: Callable[[float], PeerFailed]
+        self,
+        name: str,
+        route: Route,
+        out: socket.socket,
+        sink: socket.socket,
+        watch: Callable[[Callable[[], int]], Watch],
+        diagnose: Callable[[float], PeerFailed],
     ) -> None:
-        """`diagnose` finds out by pings who is to blame for a silence of so many seconds. The sockets are the session's
-        own from now on."""
-        self.route = route
-        self._out, self._sink, self._diagnose = out, sink, diagnose
+        """`watch` begins to ping, given what tells how many frames were sent; `diagnose` finds out who is to blame for
+        a wait of so many seconds that has come to its end. The sockets are the session's own from now on."""
+        self.name, self.route = name, route
+        self.known_tokens = 0
+        """At its beginning, which all stages have from an earlier session: the first step comes after them."""
+        self._out, self._sink, self._start_watch, self._diagnose = out, sink, watch, diagnose
         for stream in (out, sink):
             stream.setblocking(False)
         self._poll = select.poll()
@@ -52,6 +61,9 @@ class ChainSession:
         self._asked: deque[tuple[int, int]] = deque()
         self._inbox: deque[Frame] = deque()
         self._using = threading.Lock()
+        self._sent = 0
+        self._silent_since = 0.0
+        self._watch: Watch | None = None
         self._suspect: tuple[float, PeerId] | None = None
         self._error: P2PModelError | None = None
         self._watched = set(self._sides)
@@ -71,7 +83,9 @@ class ChainSession:
         """Sends one frame and waits for its answer: (meta, body), the body writable and the caller's own.
 
         Raises PeerFailed, with the peer to blame as best known (empty where all of them answer pings), or the error
-        that a stage named, where the request was at fault. `timeout` in seconds, plus at most two to find who is stuck.
+        that a stage named, where the request was at fault; Unreachable when this node's own daemon is gone. A peer that
+        stands still, or has lost the step, is noticed within seconds; `timeout`, in seconds, plus at most two to find
+        who is stuck, is for those that compute.
         """
         began = time.monotonic()
         self.send(body, position, tokens, meta, timeout)
@@ -84,22 +98,23 @@ class ChainSession:
             self._check()
             self._outbox.put_data(body, position, tokens, meta)
             self._asked.append((position, tokens))
+            self._sent += 1
             self._outbox.flush(self._out)
             if self._outbox.size:
                 self._poll.modify(self._out, select.POLLIN | select.POLLOUT)
-                deadline = time.monotonic() + timeout
-                while self._outbox.size:
-                    self._wait(deadline, timeout)
+                with self._waiting(timeout) as deadline:
+                    while self._outbox.size:
+                        self._wait(deadline, timeout)
                 self._poll.modify(self._out, select.POLLIN)
 
     def receive(self, timeout: float = 30.0) -> tuple[bytes, Buffer]:
         """The next answer, in the order of the frames sent. Raises as `step` does."""
         with self._using:
-            deadline = time.monotonic() + timeout
             if not self._inbox:
                 self._check()
-            while not self._inbox:
-                self._wait(deadline, timeout)
+                with self._waiting(timeout) as deadline:
+                    while not self._inbox:
+                        self._wait(deadline, timeout)
             frame = self._inbox.popleft()
             return frame.meta, frame.body
 
@@ -132,6 +147,21 @@ class ChainSession:
         if self._error is not None:
             raise self._error
 
+    @contextlib.contextmanager
+    def _waiting(self, timeout: float) -> Iterator[float]:
+        """Until when; with nobody pinging any more afterwards."""
+        self._silent_since = time.monotonic()
+        try:
+            yield self._silent_since + timeout
+        finally:
+            if self._watch is not None:
+                self._end_watch(self._watch)
+
+    def _end_watch(self, watch: Watch) -> None:
+        self._watch = None
+        self._poll.unregister(watch.bell)
+        watch.close()
+
     def _wait(self, deadline: float, timeout: float) -> None:
         """Lets something happen on the sockets. Raises when the session has failed, or the deadline has passed."""
         if self._closing:
@@ -141,16 +171,31 @@ class ChainSession:
             if not self._watched or time.monotonic() >= lost_at + GRACE_SECONDS:
                 raise self._fail(lost(peer))
             deadline = min(deadline, lost_at + GRACE_SECONDS)
-        elif time.monotonic() >= deadline:
+        elif (now := time.monotonic()) >= deadline:
             raise self._fail(self._diagnose(timeout))
+        elif self._watch is None:
+            if now >= self._silent_since + SILENCE_SECONDS:
+                self._watch = self._start_watch(lambda: self._sent)
+                self._poll.register(self._watch.bell, select.POLLIN)
+            else:
+                deadline = min(deadline, self._silent_since + SILENCE_SECONDS)
         self._poll_once(deadline)
 
     def _poll_once(self, deadline: float) -> None:
+        came = False
         for descriptor, events in self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            if events & select.POLLOUT:
-                self._outbox.flush(self._out)
-            if events & _CAME:
-                self._read(descriptor)
+            if descriptor in self._sides:
+                if events & select.POLLOUT:
+                    self._outbox.flush(self._out)
+                if events & _CAME:
+                    came = True
+                    self._read(descriptor)
+        if self._watch is not None:
+            if came:
+                self._end_watch(self._watch)
+                self._silent_since = time.monotonic()
+            elif self._watch.error is not None:
+                raise self._fail(self._watch.error)
 
     def _read(self, descriptor: int) -> None:
         stream, reader, neighbour = self._sides[descriptor]

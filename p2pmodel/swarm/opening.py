@@ -42,12 +42,14 @@ class Opening:
             check_peer(hop.peer, "hop")
         check_peer(self.client, "client")
 
-    def onward(self) -> tuple[PeerId, str, "Opening"]:
-        """The next peer, the protocol it is called by, and what it is told."""
+    def onward(self, known: tuple[bytes, ...]) -> tuple[PeerId, str, "Opening"]:
+        """The next peer, the protocol it is called by, and what it is told. known: see `StageRunner.known`; what the
+        client is told in the end is what all stages know."""
         if not self.hops:
-            return self.client, SINK, self
+            return self.client, SINK, replace(self, request=replace(self.request, prefix=known))
         following = self.hops[0]
-        return following.peer, CHAIN, Opening(replace(self.request, span=following.span), self.hops[1:], self.client)
+        request = replace(self.request, span=following.span, prefix=known)
+        return following.peer, CHAIN, Opening(request, self.hops[1:], self.client)
 
     def frame(self) -> bytes:
         return frames.pack(Kind.OPEN, canonical.encode(self))

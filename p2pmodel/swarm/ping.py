@@ -1,6 +1,7 @@
 """Is a peer there, how far is it, and does its compute thread still turn? Answered by a thread that does nothing else.
 
-A PONG's position is how long the running step has taken so far, in milliseconds; its tokens the number of sessions.
+A PING's meta may name a session. A PONG's position is how long the running step has taken so far, in milliseconds; its
+tokens the number of sessions; its meta what has become of the session that was named.
 """
 
 import logging
@@ -14,33 +15,52 @@ from dataclasses import dataclass
 
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
+from p2pmodel.logic.vigil import Progress
 from p2pmodel.swarm.framing import SCRATCH_BYTES, FrameReader, receive_frame
 from p2pmodel.swarm.opening import lost
 from p2pmodel.swarm.streams import Host, Listener, open_stream
-from p2pmodel.wire import frames
+from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
 
 PING = "p2pmodel/ping/1"
 MAX_PINGERS = 64
+MAX_PROBES = 64
+"""At once: with fewer than a route has hops, silent ones would delay the others."""
 STREAM_SECONDS = 30.0
+MAX_NAME_BYTES = 64
+MAX_BUSY_MILLISECONDS = (1 << 32) - 1
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pong:
-    """seconds: round trip; busy_seconds: age of the step that runs now, 0 if none does; sessions: open at the peer."""
+class State:
+    """busy_seconds: age of the step that runs now, 0 if none does; sessions: open at the peer; progress: of the session
+    that was asked about, once for each of its hops that this peer is, in order."""
 
-    seconds: float
     busy_seconds: float
     sessions: int
+    progress: tuple[Progress, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pong(State):
+    """seconds: round trip."""
+
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """The meta of a PONG."""
+
+    progress: tuple[Progress, ...]
 
 
 class PingResponder:
-    """`state` gives (age of the running step in seconds, open sessions); it is called for every ping, so it must not
-    wait for anything."""
+    """`state` is asked about a session, or none (""), at every ping, so it must not wait for anything."""
 
-    def __init__(self, host: Host, state: Callable[[], tuple[float, int]]) -> None:
+    def __init__(self, host: Host, state: Callable[[str], State]) -> None:
         self._host, self._state = host, state
         self._listener: Listener | None = None
         self._selector = selectors.DefaultSelector()
@@ -100,10 +120,12 @@ class PingResponder:
         reader, _ = self._streams[stream]
         try:
             for frame in reader.read(stream, self._scratch):
-                if frame.kind is not Kind.PING:
+                if frame.kind is not Kind.PING or len(frame.meta) > MAX_NAME_BYTES:
                     raise Rejected("frame", "Only pings are answered here.")
-                busy, sessions = self._state()
-                stream.send(frames.pack(Kind.PONG, position=int(busy * 1000), tokens=sessions))
+                state = self._state(frame.meta.decode("ascii", "replace"))
+                meta = canonical.encode(Whereabouts(state.progress)) if state.progress else b""
+                busy = min(int(state.busy_seconds * 1000), MAX_BUSY_MILLISECONDS)
+                stream.send(frames.pack(Kind.PONG, meta, position=busy, tokens=state.sessions))
         except (OSError, EOFError, Rejected):
             self._drop(stream)
 
@@ -113,8 +135,8 @@ class PingResponder:
         stream.close()
 
 
-def probe(host: Host, peer: PeerId, timeout: float = 2.0) -> Pong:
-    """Two pings on a stream of their own; the first one also pays for the stream's handshake, so the faster one counts.
+def probe(host: Host, peer: PeerId, timeout: float = 2.0, session: str = "", pings: int = 2) -> Pong:
+    """Pings on a stream of their own; the first one also pays for the stream's handshake, so the fastest one counts.
 
     Raises PeerFailed when no answer comes within `timeout`, Unreachable when this node's daemon is gone.
     """
@@ -122,30 +144,35 @@ def probe(host: Host, peer: PeerId, timeout: float = 2.0) -> Pong:
     seconds = float("inf")
     with open_stream(host, peer, PING, timeout) as stream:
         try:
-            for _ in range(2):
+            for _ in range(pings):
                 began = time.monotonic()
-                stream.sendall(frames.pack(Kind.PING))
+                stream.sendall(frames.pack(Kind.PING, session.encode()))
                 pong = receive_frame(stream, deadline - began)
                 seconds = min(seconds, time.monotonic() - began)
+            if pong.kind is not Kind.PONG:
+                raise Rejected("frame", "A ping is answered by a pong.")
+            progress = canonical.decode(pong.meta, Whereabouts, frames.MAX_META_BYTES).progress if pong.meta else ()
         except TimeoutError:
             raise PeerFailed(f"Peer …{peer[-8:]} did not answer a ping within {timeout:g} s.", peer) from None
-        except (OSError, EOFError, Rejected):
+        except (OSError, EOFError):
             raise lost(peer) from None
-    if pong.kind is not Kind.PONG:
-        raise PeerFailed(f"Peer …{peer[-8:]} answered a ping with something else.", peer)
-    return Pong(seconds, pong.position / 1000, pong.tokens)
+        except Rejected:
+            raise PeerFailed(f"Peer …{peer[-8:]} answered a ping with something else.", peer) from None
+    return Pong(pong.position / 1000, pong.tokens, progress, seconds)
 
 
-def probe_all(host: Host, peers: Iterable[PeerId], timeout: float) -> dict[PeerId, Pong | None]:
+def probe_all(
+    host: Host, peers: Iterable[PeerId], timeout: float, session: str = "", pings: int = 2
+) -> dict[PeerId, Pong | None]:
     """All at the same time; None for a peer that does not answer."""
 
     def one(peer: PeerId) -> Pong | None:
         try:
-            return probe(host, peer, timeout)
+            return probe(host, peer, timeout, session, pings)
         except (P2PModelError, OSError) as error:
             log.debug("no pong from %s: %s", peer, error)
             return None
 
     unique = list(dict.fromkeys(peers))
-    with ThreadPoolExecutor(min(len(unique), 16), "probe") as pool:
+    with ThreadPoolExecutor(min(len(unique), MAX_PROBES), "probe") as pool:
         return dict(zip(unique, pool.map(one, unique), strict=True))

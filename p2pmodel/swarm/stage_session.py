@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
+from p2pmodel.logic.vigil import Progress
 from p2pmodel.swarm.admission import Admitted
 from p2pmodel.swarm.framing import Frame, FrameReader, Outbox
 
@@ -34,11 +35,13 @@ class Counts:
 class StageSession:
     """An open session on one stage: its two streams, and what is between them. The compute thread's alone.
 
-    reading, writing: what the selector watches; frames: arrived, not computed yet; active: when bytes last moved.
+    reading, writing: what the selector watches; frames: arrived, not computed yet; taken, given: DATA frames that came
+    and that were answered; active: when bytes last moved.
     """
 
     def __init__(self, admitted: Admitted, now: float) -> None:
         self.handle = admitted.handle
+        self.name, self.start = admitted.opening.request.session, admitted.opening.request.span.start
         self.client, self.max_tokens = admitted.opening.client, admitted.opening.request.max_tokens
         self.before, self.before_peer = admitted.before, admitted.before_peer
         self.after, self.after_peer = admitted.after, admitted.after_peer
@@ -46,4 +49,8 @@ class StageSession:
         self.frames: deque[Frame] = deque()
         self.reading = self.open = True
         self.writing = False
+        self.taken = self.given = 0
         self.active = now
+
+    def progress(self, now: float) -> Progress:
+        return Progress(self.taken, self.given, max(0.0, now - self.active))

@@ -66,6 +66,15 @@ def open_stream(host: Host, peer: PeerId, protocol: str, timeout: float = 10.0) 
     return stream
 
 
+def check_daemon(host: Host, timeout: float = CONTROL_SECONDS) -> None:
+    """Raises Unreachable when this node's own daemon does not answer in time."""
+    try:
+        connection, _ = _ask(host, p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY), timeout)
+    except TimeoutError:
+        raise Unreachable("This node's own P2P daemon does not answer.", "Restart the node.") from None
+    connection.close()
+
+
 class Listener:
     """Takes the incoming streams of one protocol. The socket lies in a folder of this user's alone, since whoever
     can connect to it can claim to be any peer."""

@@ -4,6 +4,7 @@ Dataclasses are maps with sorted keys, tuples arrays, integers in their shortest
 the schema (types, then the noun's own `__post_init__`) and that the bytes are the canonical ones.
 """
 
+import dataclasses
 import hashlib
 from typing import Any, TypeVar
 
@@ -30,9 +31,22 @@ def decode(raw: bytes | bytearray | memoryview, kind: type[T], limit: int) -> T:
         value = msgspec.msgpack.decode(raw, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise Rejected("schema", f"These bytes are no valid {kind.__name__}: {error}.") from None
+    _spell_out(value)
     if encode(value) != bytes(raw):
         raise Rejected("canonical", f"The {kind.__name__} is not encoded canonically.")
     return value
+
+
+def _spell_out(value: Any) -> None:
+    """msgspec leaves a field that was not sent to its class, and would not send it either: two spellings of a noun."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            member = getattr(value, field.name)
+            object.__setattr__(value, field.name, member)
+            _spell_out(member)
+    elif isinstance(value, tuple | list):
+        for member in value:
+            _spell_out(member)
 
 
 def digest(raw: bytes | bytearray | memoryview) -> Digest:

@@ -66,6 +66,9 @@ class Empty:
     def open(self, request: SessionRequest) -> None:
         return None
 
+    def known(self, handle: Any) -> tuple[bytes, ...]:
+        return ()
+
     def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         return [body for _, _, _, body in batch]
 

@@ -21,6 +21,7 @@ from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.head import RemoteCache, load_head
 from p2pmodel.engine.runner import Runner, StageSession
 from p2pmodel.engine.stage import Stage, load_stage
+from p2pmodel.engine.steps import Note
 from p2pmodel.engine.versions import VersionTable, slot_layer
 from p2pmodel.tensors import ia3
 from p2pmodel.tensors.codecs import get_codec
@@ -130,29 +131,34 @@ class LocalChain:
     codec: str = "fp32"
     open_sessions: list["LocalSession"] = field(default_factory=list)
 
-    def open(self, max_tokens: int) -> "LocalSession":
+    def open(self, max_tokens: int, rows: int = 1, rewinds: bool = False) -> "LocalSession":
         handles = [
-            runner.open(request(span, max_tokens, self.version, self.codec))
+            runner.open(request(span, max_tokens, self.version, self.codec, rows=rows, rewinds=rewinds))
             for runner, span in zip(self.runners, self.spans, strict=True)
         ]
-        session = LocalSession(self, handles)
+        session = LocalSession(self, handles, rows)
         self.open_sessions.append(session)
         return session
+
+    def close(self) -> None:
+        assert not self.open_sessions
 
 
 @dataclass
 class LocalSession:
     chain: LocalChain
     handles: list[StageSession]
+    rows: int
 
-    def forward(self, hidden: Tensor, position: int) -> Tensor:
-        codec = get_codec(self.chain.codec)
-        body: Any = codec.encode(hidden)
+    def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:
+        codec, width = get_codec(self.chain.codec), hidden.shape[-1]
+        body: Any = codec.encode(hidden.reshape(1, -1, width))
         for runner, handle in zip(self.chain.runners, self.handles, strict=True):
-            (body,) = runner.step([(handle, position, b"", body)])
+            (body,) = runner.step([(handle, position, note.encode(), body)])
             if isinstance(body, Exception):
                 raise body
-        return codec.decode(body, hidden.shape[1], hidden.shape[2]).float()
+        count = memoryview(body).nbytes // codec.size(1, width)
+        return codec.decode(body, count, width).float().view(self.rows, -1, width)
 
     def close(self) -> None:
         self.chain.open_sessions.remove(self)
@@ -161,9 +167,16 @@ class LocalSession:
 
 
 def request(
-    span: Span, max_tokens: int = 32, version: Digest = BASE, codec: str = "fp32", model: Digest = MODEL
+    span: Span,
+    max_tokens: int = 32,
+    version: Digest = BASE,
+    codec: str = "fp32",
+    model: Digest = MODEL,
+    *,
+    rows: int = 1,
+    rewinds: bool = False,
 ) -> SessionRequest:
-    return SessionRequest("0" * 32, model, version, codec, span, max_tokens)
+    return SessionRequest("0" * 32, model, version, codec, span, max_tokens, rows, rewinds)
 
 
 def runner_of(stage: Stage, state: dict[str, Tensor] | None = None, room: int = 256) -> Runner:
@@ -326,10 +339,10 @@ def test_a_cache_that_is_forgotten_closes_its_session(llama: Path) -> None:
 def test_what_the_swarm_cannot_do_is_refused_before_it_is_wrong(llama: Path) -> None:
     checkpoint = read_checkpoint(llama)
     head = load_head(checkpoint, chain_of(checkpoint, 1))
-    with pytest.raises(UsageError, match="one sequence"):
-        head.generate(torch.cat([prompt(), prompt()]), max_new_tokens=2)
-    with pytest.raises(UsageError, match="padded"):
-        head(input_ids=prompt(3), attention_mask=torch.tensor([[0, 1, 1]]))
+    with pytest.raises(UsageError, match="masks of rows"):
+        head(input_ids=prompt(3), attention_mask=torch.ones(1, 1, 3, 3))
+    with pytest.raises(UsageError, match="gradients"):
+        head(inputs_embeds=torch.zeros(1, 3, WIDTH, requires_grad=True))
     with pytest.raises(UsageError, match="DynamicCache"):
         head(input_ids=prompt(3), past_key_values=DynamicCache(), use_cache=True)
 
@@ -339,10 +352,10 @@ def test_an_answer_that_is_none_is_the_peers_failure(llama: Path) -> None:
         def __init__(self, answer: Tensor) -> None:
             self.answer = answer
 
-        def open(self, max_tokens: int) -> "Wrong":
+        def open(self, max_tokens: int, rows: int, rewinds: bool) -> "Wrong":
             return self
 
-        def forward(self, hidden: Tensor, position: int) -> Tensor:
+        def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:
             return self.answer
 
         def close(self) -> None:

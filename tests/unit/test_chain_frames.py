@@ -97,11 +97,11 @@ def test_an_outbox_never_blocks_and_forgets_what_nobody_takes() -> None:
 def test_an_opening_goes_from_hop_to_hop_to_the_client() -> None:
     read = Opening.read(Kind.OPEN, canonical.encode(OPENING))
     assert read == OPENING
-    peer, protocol, second = read.onward()
+    peer, protocol, second = read.onward((b"a", b"b"))
     assert (peer, protocol, second.request.span) == (B, CHAIN, Span(4, 6))
-    peer, protocol, third = second.onward()
+    peer, protocol, third = second.onward((b"c",))
     assert (peer, protocol, third.hops) == (C, CHAIN, ())
-    peer, protocol, last = third.onward()
+    peer, protocol, last = third.onward(())
     assert (peer, protocol, last.request.session) == (CLIENT, SINK, REQUEST.session)
     with pytest.raises(Rejected):
         Opening.read(Kind.DATA, canonical.encode(OPENING))

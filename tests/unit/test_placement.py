@@ -1,5 +1,7 @@
 """Placement: holes first, then the weakest layers; and whoever stands well stays."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,8 +9,8 @@ from hypothesis import strategies as st
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import Lease, Span
-from p2pmodel.logic.placement import better_span, choose_span
-from p2pmodel.logic.routing import coverage, uncovered
+from p2pmodel.logic.placement import Supply, best_span, choose_span
+from p2pmodel.logic.routing import coverage
 from p2pmodel.wire import canonical
 
 MODEL = canonical.digest(b"model")
@@ -95,39 +97,26 @@ def test_no_room_is_said() -> None:
         choose_span([], 6, 0)
 
 
-def test_a_peer_moves_to_a_hole_unless_it_leaves_one() -> None:
-    own = lease(0, Span(0, 3))
-    assert better_span([own, lease(1, Span(0, 3))], 6, own, 3) == (Span(3, 6), "layers 3:6 are served by nobody")
-    assert better_span([own], 6, own, 3) is None
-    assert better_span([own, lease(1, Span(3, 6))], 6, own, 3) is None
-
-
-def test_a_peer_moves_only_when_it_is_worth_it() -> None:
-    own = lease(0, Span(0, 3))
-    crowded = [own, *[lease(i, Span(0, 3)) for i in range(1, 5)]]
-    moved = better_span([*crowded, lease(9, Span(3, 6))], 6, own, 3)
-    assert moved is not None
-    assert moved[0] == Span(3, 6)
-    even = [own, lease(1, Span(0, 3)), lease(2, Span(3, 6), seconds=0.0102), lease(3, Span(3, 6), seconds=0.0102)]
-    assert better_span(even, 6, own, 3) is None
-
-
-@given(st.integers(3, 20), st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=2, max_size=10))
-def test_moving_one_by_one_comes_to_rest_and_opens_no_hole(layers: int, joiners: list[tuple[int, int]]) -> None:
-    leases = [
-        lease(i, Span(0, min(capacity, layers)), seconds=0.01 * slow) for i, (capacity, slow) in enumerate(joiners)
+@given(st.lists(st.integers(0, 3).map(float), min_size=1, max_size=12), st.integers(1, 12), st.integers(1, 3))
+def test_the_best_span_is_that_with_the_greatest_sorted_rates(rates: list[float], capacity: int, gain: int) -> None:
+    size = min(capacity, len(rates))
+    starts = range(len(rates) - size + 1)
+    quality = [
+        sorted(rate + gain if start <= layer < start + size else rate for layer, rate in enumerate(rates))
+        for start in starts
     ]
-    holes = sum(map(len, uncovered(leases, layers)))
-    for _ in range(20):
-        moves = 0
-        for at, own in enumerate(leases):
-            moved = better_span(leases, layers, own, min(joiners[at][0], layers))
-            if moved is not None:
-                moves += 1
-                leases[at] = lease(at, moved[0], own.layer_seconds)
-                left = sum(map(len, uncovered(leases, layers)))
-                assert left <= holes
-                holes = left
-        if not moves:
-            return
-    raise AssertionError("peers are still on the move")
+    assert best_span(rates, size, float(gain), starts, "").start == quality.index(max(quality))
+
+
+def test_a_peer_that_moves_counts_where_it_goes() -> None:
+    moving = replace(lease(0, Span(0, 3)), moving=Span(3, 6))
+    supply = Supply([moving, lease(1, Span(0, 2))], 6)
+    assert supply.peers == [1, 1, 0, 1, 1, 1]
+    assert supply.holes == (Span(2, 3),)
+    assert supply.without(peer(0)).holes == (Span(2, 6),)
+    assert choose_span([moving], 6, 3)[0] == Span(0, 3)
+
+
+def test_spare_peers_are_those_that_could_go() -> None:
+    assert Supply([lease(0, Span(0, 6)), lease(1, Span(0, 3)), lease(2, Span(1, 3))], 6).spare == 2
+    assert Supply([lease(0, Span(0, 6)), replace(lease(1, Span(0, 3)), moving=Span(3, 6))], 6).spare == 0

@@ -1,6 +1,7 @@
 """Routes: the fastest of all that exist, in whatever order the leases come, and a clear word when there is none."""
 
 import random
+import time
 from collections.abc import Iterator
 from itertools import product
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from p2pmodel.domain.errors import Unreachable
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import Hop, Lease, Route, Span
-from p2pmodel.logic.routing import coverage, expected_seconds, find_route, uncovered
+from p2pmodel.logic.routing import coverage, expected_seconds, find_route
 from p2pmodel.wire import canonical
 
 MODEL = canonical.digest(b"model")
@@ -29,8 +30,10 @@ def lease(
     queue: int = 0,
     version: VersionId = V1,
     leaving: bool = False,
+    delays: dict[int, float] | None = None,
 ) -> Lease:
-    return Lease(PEERS[peer], MODEL, Span(start, end), "float32", (version,), seconds, queue, leaving, 0.0)
+    near = tuple(sorted((PEERS[other], delay) for other, delay in (delays or {}).items()))
+    return Lease(PEERS[peer], MODEL, Span(start, end), "float32", (version,), seconds, queue, leaving, 0.0, near)
 
 
 def hops(*steps: tuple[int, int, int]) -> Route:
@@ -38,13 +41,15 @@ def hops(*steps: tuple[int, int, int]) -> Route:
 
 
 spans = st.tuples(st.integers(0, LAYERS - 1), st.integers(1, LAYERS)).map(lambda ab: (ab[0], max(ab[0] + 1, ab[1])))
+near = st.dictionaries(st.integers(0, 3), st.integers(0, 6).map(float), max_size=3)
 swarms = st.lists(
-    st.tuples(st.integers(0, 3), spans, st.integers(1, 8), st.integers(0, 2)).map(
-        lambda t: lease(t[0], *t[1], seconds=float(t[2]), queue=t[3])
+    st.tuples(st.integers(0, 3), spans, st.integers(1, 8), st.integers(0, 2), near).map(
+        lambda t: lease(t[0], *t[1], seconds=float(t[2]), queue=t[3], delays=t[4])
     ),
     max_size=6,
 )
-links = st.fixed_dictionaries({peer: st.integers(0, 6).map(float) for peer in PEERS})
+links = st.dictionaries(st.sampled_from(PEERS), st.integers(0, 6).map(float))
+DEFAULT = 3.0
 
 
 def every_route(leases: list[Lease]) -> Iterator[Route]:
@@ -58,7 +63,24 @@ def returns(route: Route) -> bool:
     return len({hop.peer for hop in route.hops}) < len(route.hops)
 
 
-@settings(max_examples=300)
+def price_of(route: Route, leases: list[Lease], delays: dict[PeerId, float]) -> float:
+    """The same as `expected_seconds`, from the definition."""
+
+    def link(one: PeerId, other: PeerId) -> float:
+        measured = [
+            s for x in leases for to, s in x.delays if (x.peer, to) in ((one, other), (other, one)) and one != other
+        ]
+        return max(measured, default=DEFAULT)
+
+    peers = [hop.peer for hop in route.hops]
+    total = delays.get(peers[0], DEFAULT) + sum(map(link, peers, peers[1:])) + delays.get(peers[-1], DEFAULT)
+    for hop in route.hops:
+        for layer in range(hop.span.start, hop.span.end):
+            total += min(x.layer_seconds * (1 + x.queue) for x in leases if x.peer == hop.peer and layer in x.span)
+    return total
+
+
+@settings(max_examples=400)
 @given(swarms, links, st.randoms())
 def test_the_route_is_the_fastest_of_all(
     leases: list[Lease], delays: dict[PeerId, float], chance: random.Random
@@ -67,19 +89,44 @@ def test_the_route_is_the_fastest_of_all(
     straight = [route for route in everything if not returns(route)] or everything
     if not everything:
         with pytest.raises(Unreachable):
-            find_route(leases, LAYERS, V1, delays=delays)
+            find_route(leases, LAYERS, V1, delays=delays, default_delay=DEFAULT)
         return
-    found = find_route(leases, LAYERS, V1, delays=delays)
-    price = {route: (expected_seconds(route, leases, V1, delays=delays), len(route.hops)) for route in straight}
+    found = find_route(leases, LAYERS, V1, delays=delays, default_delay=DEFAULT)
+    price = {route: (price_of(route, leases, delays), len(route.hops)) for route in straight}
     assert found in straight
     assert price[found] == min(price.values())
-    assert find_route(chance.sample(leases, len(leases)), LAYERS, V1, delays=delays) == found
+    assert expected_seconds(found, leases, V1, delays=delays, default_delay=DEFAULT) == price[found][0]
+    mixed = chance.sample(leases, len(leases))
+    assert find_route(mixed, LAYERS, V1, delays=delays, default_delay=DEFAULT) == found
+
+
+def test_a_token_pays_for_every_link_on_its_way() -> None:
+    leases = [lease(0, 0, 2, 1.0, delays={1: 0.25}), lease(1, 2, 5, 2.0, queue=1)]
+    route = find_route(leases, LAYERS, V1, delays={PEERS[0]: 0.5, PEERS[1]: 0.125})
+    assert route == hops((0, 0, 2), (1, 2, 5))
+    assert expected_seconds(route, leases, V1, delays={PEERS[0]: 0.5, PEERS[1]: 0.125}) == (
+        0.5 + 2 * 1.0 + 0.25 + 3 * 2.0 * 2 + 0.125
+    )
+    assert expected_seconds(route, leases, V1, default_delay=1.0) == 1.0 + 2 * 1.0 + 0.25 + 3 * 2.0 * 2 + 1.0
+
+
+def test_a_hop_is_chosen_for_its_distance_to_the_one_before() -> None:
+    leases = [lease(0, 0, 3, delays={1: 0.04, 2: 0.01}), lease(1, 3, 5), lease(2, 3, 5)]
+    assert find_route(leases, LAYERS, V1) == hops((0, 0, 3), (2, 3, 5))
+    assert find_route(leases, LAYERS, V1, delays={PEERS[2]: 0.5}) == hops((0, 0, 3), (1, 3, 5))
+
+
+def test_no_peer_is_near_by_its_own_word_alone() -> None:
+    leases = [lease(0, 0, 3, delays={1: 0.2, 2: 0.1}), lease(1, 3, 5, delays={0: 0.0}), lease(2, 3, 5)]
+    assert find_route(leases, LAYERS, V1, default_delay=1.0) == hops((0, 0, 3), (2, 3, 5))
 
 
 def test_a_fast_peer_takes_the_layers_that_it_has_from_a_slow_one() -> None:
     leases = [lease(0, 0, 5, 1.0), lease(1, 3, 5, 0.1)]
     assert find_route(leases, LAYERS, V1) == hops((0, 0, 3), (1, 3, 5))
     assert find_route(leases, LAYERS, V1, delays={PEERS[1]: 5.0}) == hops((0, 0, 5))
+    apart = [lease(0, 0, 5, 1.0, delays={1: 5.0}), lease(1, 3, 5, 0.1)]
+    assert find_route(apart, LAYERS, V1) == hops((0, 0, 5))
     assert find_route([leases[0], lease(1, 3, 5, 0.1, queue=20)], LAYERS, V1) == hops((0, 0, 5))
 
 
@@ -115,8 +162,6 @@ def test_coverage_counts_peers() -> None:
     leases = [lease(0, 0, 2), lease(0, 1, 3), lease(1, 1, 2), lease(2, 4, 5, version=V2), lease(3, 3, 4, leaving=True)]
     assert coverage(leases, LAYERS, V1) == (1, 2, 1, 0, 0)
     assert coverage(leases, LAYERS) == (1, 2, 1, 0, 1)
-    assert uncovered(leases, LAYERS, V1) == (Span(3, 5),)
-    assert uncovered([], LAYERS) == (Span(0, 5),)
 
 
 def test_a_route_has_no_price_once_its_lease_is_gone() -> None:
@@ -125,16 +170,38 @@ def test_a_route_has_no_price_once_its_lease_is_gone() -> None:
         expected_seconds(route, [lease(1, 0, 5)], V1)
 
 
+def name(number: int) -> PeerId:
+    return PeerId("12D3KooW" + f"{number:044d}".translate(str.maketrans("0123456789", "ABCDEFGHJK")))
+
+
 def test_a_large_swarm_is_routed_without_trouble() -> None:
     chance = random.Random(1)
+    starts = {name(number): chance.randrange(73) for number in range(500)}
+    following = {
+        peer: [other for other in starts if starts[other] <= starts[peer] + 8 < starts[other] + 8] for peer in starts
+    }
+    leases = []
+    for peer, start in starts.items():
+        near = sorted(chance.sample(following[peer], min(16, len(following[peer]))))
+        delays = tuple((other, chance.uniform(0.001, 0.1)) for other in near)
+        seconds = chance.uniform(0.001, 0.02)
+        leases.append(Lease(peer, MODEL, Span(start, start + 8), "float32", (V1,), seconds, 0, False, 0.0, delays))
+    began = time.process_time()
+    route = find_route(leases, 80, V1)
+    took = time.process_time() - began
+    assert route.hops[-1].span.end == 80
+    assert not returns(route)
+    assert took < 1.0
+
+
+def test_a_large_swarm_in_which_returns_pay_is_routed_without_trouble() -> None:
+    chance = random.Random(2)
     leases = []
     for number in range(300):
         start = chance.randrange(120)
-        peer = PeerId("12D3KooW" + f"{number:044d}".translate(str.maketrans("0123456789", "ABCDEFGHJK")))
-        leases.append(
-            Lease(peer, MODEL, Span(start, start + 8), "float32", (V1,), chance.uniform(0.001, 0.1), 0, False, 0.0)
-        )
-    leases += [lease(0, 0, 60, 1.0), lease(1, 60, 128, 1.0)]
-    route = find_route(leases, 128, V1)
+        seconds = chance.uniform(0.001, 0.1)
+        leases.append(Lease(name(number), MODEL, Span(start, start + 8), "float32", (V1,), seconds, 0, False, 0.0))
+    leases += [lease(0, 0, 60, 0.02), lease(1, 60, 128, 0.02)]
+    route = find_route(leases, 128, V1, default_delay=0.001)
     assert route.hops[-1].span.end == 128
     assert not returns(route)

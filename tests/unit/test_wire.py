@@ -123,5 +123,13 @@ def test_a_frame_too_large_is_refused_by_its_header() -> None:
         frames.parse(frames.HEADER.pack(frames.Kind.DATA, 0, 0, frames.MAX_BODY_BYTES + 1, 0, 1))
 
 
+def test_a_default_that_was_left_out_is_a_second_spelling() -> None:
+    spelt = canonical.encode(MergeSpec("fisher@1"))
+    assert canonical.decode(spelt, MergeSpec, 1000) == MergeSpec("fisher@1")
+    with pytest.raises(Rejected) as refused:
+        canonical.decode(canonical.encode({"strategy": "fisher@1"}), MergeSpec, 1000)
+    assert refused.value.reason == "canonical"
+
+
 def canonical_map(noun: object) -> dict[str, object]:
     return {f.name: getattr(noun, f.name) for f in dataclasses.fields(noun)}  # type: ignore[arg-type]

@@ -179,11 +179,16 @@ class ModelStatus(_message.Message):
     PRESENCES_FIELD_NUMBER: _builtins.int
     COVERAGE_FIELD_NUMBER: _builtins.int
     MAINTAINS_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     layers: _builtins.int
     maintains: _builtins.bool
     """Whether this node acts as one of the model's maintainers."""
+    sessions: _builtins.int
+    """Sessions that are open on this node now, and how many positions of KV cache they have been promised together."""
+    cached_tokens: _builtins.int
     @_builtins.property
     def head(self) -> Global___VersionRef: ...
     @_builtins.property
@@ -215,10 +220,12 @@ class ModelStatus(_message.Message):
         presences: _abc.Iterable[Global___PresenceStatus] | None = ...,
         coverage: _abc.Iterable[_builtins.int] | None = ...,
         maintains: _builtins.bool = ...,
+        sessions: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "hosted", b"hosted", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "head", b"head", "hosted", b"hosted", "id", b"id", "layers", b"layers", "leases", b"leases", "maintains", b"maintains", "name", b"name", "presences", b"presences", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "coverage", b"coverage", "head", b"head", "hosted", b"hosted", "id", b"id", "layers", b"layers", "leases", b"leases", "maintains", b"maintains", "name", b"name", "presences", b"presences", "round", b"round", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

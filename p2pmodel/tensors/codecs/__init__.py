@@ -13,18 +13,23 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ports import Buffer
+from p2pmodel.tensors.codecs.hadamard import HadamardCodec
+from p2pmodel.tensors.codecs.int8 import Int8Codec
+from p2pmodel.tensors.codecs.plain import PlainCodec
+
+__all__ = ["CODECS", "DEFAULT_CODEC", "ENTRY_POINTS", "Codec", "PlainCodec", "get_codec"]
 
 ENTRY_POINTS = "p2pmodel.codecs"
 
 
 class Codec(Protocol):
-    """Shapes: T tokens of width H."""
+    """Shapes: T tokens of width H. A token's bytes depend on that token alone."""
 
     @property
     def name(self) -> str: ...
 
     def size(self, tokens: int, width: int) -> int:
-        """Bytes that `encode` makes of [1, tokens, width]."""
+        """Bytes that `encode` makes of [1, tokens, width]: tokens times those of one."""
 
     def encode(self, hidden: Tensor) -> Buffer:
         """The bytes of `hidden` [1, T, H], of any floating dtype, on any device; a view of it where that can be."""
@@ -33,40 +38,18 @@ class Codec(Protocol):
         """[1, tokens, width] on the CPU; a view of `body` where that can be. Expects `size(tokens, width)` bytes."""
 
 
-class PlainCodec:
-    """The numbers as they are, in one floating dtype."""
-
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self.name = name
-        self.dtype = dtype
-        self._largest = torch.finfo(dtype).max
-
-    def size(self, tokens: int, width: int) -> int:
-        return tokens * width * self.dtype.itemsize
-
-    def encode(self, hidden: Tensor) -> Buffer:
-        hidden = hidden.detach()
-        if torch.finfo(hidden.dtype).max > self._largest:
-            # An activation beyond the range saturates: as infinity it would end the session.
-            hidden = hidden.clamp(-self._largest, self._largest)
-        plain = hidden.to("cpu", self.dtype).contiguous()
-        return plain.view(-1).view(torch.uint8).numpy().data
-
-    def decode(self, body: Buffer, tokens: int, width: int) -> Tensor:
-        view = memoryview(body)
-        # torch has no tensors that cannot be written to
-        writable = bytearray(view) if view.readonly else view
-        return torch.frombuffer(writable, dtype=self.dtype).view(1, tokens, width)
-
-
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         PlainCodec("fp32", torch.float32),
         PlainCodec("bf16", torch.bfloat16),
         PlainCodec("fp16", torch.float16),
+        Int8Codec(),
+        HadamardCodec(),
     )
 }
+DEFAULT_CODEC: str = Int8Codec.name
+"""The smallest that costs no quality: scripts/bench/activation_codecs.py."""
 
 
 def get_codec(name: str) -> Codec:
