@@ -24,11 +24,13 @@ class Gathering:
         """The session has its output; its next step will follow."""
         self._away[session] = now
 
-    def arrived(self, session: Hashable, now: float) -> None:
+    def arrived(self, session: Hashable, earliest: float, latest: float) -> None:
+        """Its next step came between the two: nobody looks while a step is computed."""
         since = self._away.pop(session, None)
         if since is not None:
-            gap = self._gaps.get(session, now - since)
-            self._gaps[session] = gap + WEIGHT * (now - since - gap)
+            low, high = max(0.0, earliest - since), latest - since
+            gap = self._gaps.get(session, low)
+            self._gaps[session] = gap + WEIGHT * (min(max(gap, low), high) - gap)
 
     def ended(self, session: Hashable) -> None:
         self._away.pop(session, None)

@@ -73,6 +73,7 @@ class ChainServer:
         self._lingering = Lingering(self._selector, self._scratch)
         self._counts = Counts()
         self._gathering = Gathering()
+        self._patience = self._blind_since = 0.0
         self._step_began: float | None = None
         self._leaving = False
         self._next_sweep = 0.0
@@ -133,15 +134,17 @@ class ChainServer:
 
     def _turn(self) -> None:
         idle = None if not (self._sessions or self._lingering) else SWEEP_SECONDS
-        patience = self._gathering.patience(time.monotonic()) if self._ready else None
-        for key, events in self._selector.select(idle if patience is None else patience):
+        for key, events in self._selector.select(self._patience if self._ready else idle):
             key.data(events)
+        self._blind_since = 0.0
         now = time.monotonic()
         if now >= self._next_sweep:  # after what came in during the last step, before the next one
             self._next_sweep = now + SWEEP_SECONDS
             self._sweep(now)
-        if patience == 0:
-            self._compute()
+        if self._ready:
+            self._patience = self._gathering.patience(now)
+            if not self._patience:
+                self._compute()
 
     def _run_calls(self, _events: int) -> None:
         self._wake.recv(4096)
@@ -174,7 +177,7 @@ class ChainServer:
         self._counts.bytes_in += session.incoming.received - received
         session.active = time.monotonic()
         if arrived:
-            self._gathering.arrived(session, session.active)
+            self._gathering.arrived(session, self._blind_since or session.active, session.active)
             session.taken += len(arrived)
             session.frames.extend(arrived)
             self._ready[session] = None
@@ -202,6 +205,7 @@ class ChainServer:
     def _compute(self) -> None:
         """Everything short that is ready as one batch, and one prompt, so that answers under way are not kept waiting
         by those that begin."""
+        self._blind_since = time.monotonic()
         batch: list[tuple[StageSession, Frame]] = []
         prompt: tuple[StageSession, Frame] | None = None
         for session in list(self._ready):

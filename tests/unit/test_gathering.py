@@ -11,26 +11,31 @@ STEP = 0.020
 def play(gaps: list[float], starts: list[float], seconds: float = 4.0) -> list[int]:
     """A stage whose steps take STEP each, with sessions that come back `gaps` after they are answered. The sizes of the
     batches that it computed."""
-    gathering, now, batches = Gathering(), 0.0, []
+    gathering, now, batches, looked = Gathering(), 0.0, [], 0.0
     due = dict(enumerate(starts))
+    seen: set[int] = set()
     while now < seconds:
         ready = [session for session, at in due.items() if at <= now]
         if not ready:
             now = min(due.values())
             continue
         for session in ready:
-            gathering.arrived(session, due[session])
+            if session not in seen:
+                gathering.arrived(session, looked if due[session] < now else now, now)
+        seen.update(ready)
         patience = gathering.patience(now)
         later = [at for at in due.values() if now < at <= now + patience]
         if patience:
             now = min(later) if later else now + patience
             continue
+        looked = now
         now += STEP
         gathering.computed(STEP)
         batches.append(len(ready))
         for session in ready:
             gathering.answered(session, now)
             due[session] = now + gaps[session]
+            seen.discard(session)
     return batches
 
 
@@ -65,7 +70,7 @@ def test_a_session_that_is_gone_is_waited_for_once() -> None:
     for session in ("stays", "goes"):
         for n in range(3):
             gathering.answered(session, n * 0.1)
-            gathering.arrived(session, n * 0.1 + 0.001)
+            gathering.arrived(session, n * 0.1 + 0.001, n * 0.1 + 0.001)
     gathering.answered("goes", 1.0)
     assert gathering.patience(1.0) > 0
     assert gathering.patience(1.0 + SHARE * STEP) == 0
