@@ -200,17 +200,27 @@ def _real_parts(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet_loading(path: Path) -> Iterator[None]:
     """No progress bars, no reports; errors of the files and of what does not fit them become InvalidInput."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with errors_only():
+            yield
     except (OSError, SafetensorError, *FAMILY_ERRORS) as error:
         raise InvalidInput(f"The weights in {path} cannot be loaded: {first_line(error)}.") from error
     finally:
-        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """transformers keeps its advice to itself: it is for those who call it, not for those who see our output."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def demand_complete(report: Mapping[str, Any], path: Path) -> None:

@@ -23,6 +23,7 @@ from p2pmodel.domain.ids import Digest, VersionId
 from p2pmodel.domain.swarm import Route
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole
+from p2pmodel.engine.family import errors_only
 from p2pmodel.engine.head import load_head
 from p2pmodel.node.bases import Part, find_base, open_base
 from p2pmodel.node.contacts import contacts, remember_contacts
@@ -168,15 +169,16 @@ class SwarmClient:
             if sampling.temperature == 0
             else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         )
-        out = self._model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            streamer=_Pieces(self.tokenizer, show),
-            assistant_model=self._draft(sampling.draft) if sampling.draft else None,
-            **options,
-        )
+        with errors_only():
+            out = self._model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                streamer=_Pieces(self.tokenizer, show),
+                assistant_model=self._draft(sampling.draft) if sampling.draft else None,
+                **options,
+            )
         session = chain.last
         assert session is not None
         assert session.route is not None
