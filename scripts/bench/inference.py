@@ -41,7 +41,7 @@ from p2pmodel.node.inference import RoutedChain
 
 SESSIONS = (1, 2, 8)
 PROMPT_TOKENS = 8
-CODECS = ("fp32", "fp16", "int8")
+CODECS = ("fp32", "fp16", "int8", "h4")
 WAN_STAGES = 3
 WAN_DELAY, WAN_RATE = 0.05, 20e6
 WAN_PROMPT = "def read_lines(path):\n    "
