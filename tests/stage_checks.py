@@ -3,7 +3,7 @@
 The chain runs in this process, stage after stage; every check raises AssertionError where a bit differs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine import family
 from p2pmodel.engine.checkpoint import Checkpoint
-from p2pmodel.engine.head import RemoteCache
+from p2pmodel.engine.head import NO_VECTORS, RemoteCache, RemoteTape
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
 from tests.families import VOCABULARY
@@ -32,11 +32,16 @@ class StageChain:
     stages: Sequence[Stage]
     open_sessions: list["StageChainSession"] = field(default_factory=list)
 
-    def open(self, max_tokens: int, rows: int, rewinds: bool) -> "StageChainSession":
+    def open(
+        self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> "StageChainSession":
         caches = [stage.new_cache(stage.span, max_tokens, rewinds) for stage in self.stages]
         session = StageChainSession(self, caches)
         self.open_sessions.append(session)
         return session
+
+    def tape(self) -> RemoteTape:
+        raise AssertionError("nothing is trained here")
 
     def close(self) -> None:
         assert not self.open_sessions

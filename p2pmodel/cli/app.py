@@ -7,7 +7,19 @@ import sys
 import typer
 
 from p2pmodel import __version__
-from p2pmodel.cli import inspecting, joining, modelling, patching, prompting, quickstart
+from p2pmodel.cli import (
+    inspecting,
+    joining,
+    merging,
+    modelling,
+    patching,
+    prompting,
+    quickstart,
+    serving,
+    testing,
+    training,
+    versioning,
+)
 from p2pmodel.cli.options import Home
 from p2pmodel.domain.errors import NotFound, P2PModelError
 
@@ -27,12 +39,23 @@ app.command(rich_help_panel=START)(quickstart.quickstart)
 app.command(rich_help_panel=START)(inspecting.doctor)
 app.command(rich_help_panel=USE)(joining.join)
 app.command(rich_help_panel=USE)(prompting.infer)
-app.command(rich_help_panel=IMPROVE)(patching.train)
+app.command(rich_help_panel=USE)(serving.serve)
+app.command(rich_help_panel=IMPROVE)(training.train)
 app.add_typer(patching.app, name="patch", rich_help_panel=IMPROVE)
+app.command(rich_help_panel=IMPROVE)(merging.merge)
 app.add_typer(modelling.app, name="model", rich_help_panel=IMPROVE)
 app.command("eval", rich_help_panel=IMPROVE)(prompting.evaluate)
+app.command("test", rich_help_panel=IMPROVE)(testing.examine)
+app.add_typer(testing.exam, name="exam", rich_help_panel=IMPROVE)
+app.command(rich_help_panel=IMPROVE)(versioning.rollback)
 app.command(rich_help_panel=LOOK)(inspecting.status)
 app.command(rich_help_panel=LOOK)(inspecting.log)
+app.command(rich_help_panel=LOOK)(versioning.show)
+app.command(rich_help_panel=LOOK)(versioning.diff)
+app.command(rich_help_panel=LOOK)(versioning.checkout)
+app.command(rich_help_panel=LOOK)(versioning.deps)
+app.command(rich_help_panel=LOOK)(versioning.tag)
+app.add_typer(versioning.app, name="version", rich_help_panel=LOOK)
 app.add_typer(inspecting.identity, name="id", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(inspecting.fsck)
 

@@ -1,10 +1,19 @@
 """`p2pmodel status`, `log`, `doctor`, `id` and `fsck`."""
 
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from p2pmodel.cli import options
-from p2pmodel.cli.output import emit, plain, size, table
-from p2pmodel.domain.ids import short
+from p2pmodel.cli.output import emit, plain, printable, size
+from p2pmodel.cli.versioning import score_table
+from p2pmodel.domain.errors import UsageError
+from p2pmodel.domain.ids import PatchId, short
+from p2pmodel.domain.version import BASE_NUMBER
+
+if TYPE_CHECKING:
+    from p2pmodel.domain.version import Version
+    from p2pmodel.node.lineage import Lineage
 
 identity = typer.Typer(no_args_is_help=True, help="This home's key.")
 
@@ -19,8 +28,18 @@ def show_identity(home: options.Home = None, json: options.Json = False) -> None
     emit({"peer": peer, "key": str(folder.key_path)}, f"{peer}\nkey file: {folder.key_path}", json)
 
 
-def status(home: options.Home = None, json: options.Json = False) -> None:
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Stay, and show it as it changes; Ctrl-C ends this.")] = False,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
     """Who serves which layers at which version, the round, and the head: as the node on this home sees it."""
+    if watch:
+        if json:
+            raise UsageError("--watch and --json exclude each other.", "Ask for --json again and again.")
+        from p2pmodel.cli import watching
+
+        return watching.watch(home)
     from p2pmodel.control.client import ControlClient
     from p2pmodel.node.reporting import status_data, status_text
     from p2pmodel.store.home import Home
@@ -30,52 +49,26 @@ def status(home: options.Home = None, json: options.Json = False) -> None:
     emit(status_data(reply), status_text(reply), json)
 
 
-def log(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
+def log(
+    graph: Annotated[bool, typer.Option("--graph", help="Draw the history, with the patches of each version.")] = False,
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
     """The versions of a model, the newest first: their patches, verdicts and exam losses."""
     from p2pmodel.node.discovery import local_lineage
     from p2pmodel.store.home import Home
 
     lineage = local_lineage(Home.open(home), model)
-    blocks = []
-    for version in reversed(lineage.versions):
-        c = version.candidate
-        accepting = [v for v in version.verdicts if v.accept]
-        lines = [
-            f"{c.number}  {short(version.id)}  round {c.round}, {len(c.patches)} patches "
-            f"by {c.merge.strategy}, α {c.alpha:g}, "
-            f"accepted by {len(accepting)} of {len(lineage.manifest.maintainers)} maintainers"
-        ]
-        lines += [
-            f"  merged    {short(p)}  {lineage.patches[p].contributor if p in lineage.patches else 'not here'}"
-            for p in c.patches
-        ]
-        lines += [f"  left out  {short(x.patch)}  {x.reason}" for x in c.left_out]
-        if accepting:
-            rows = [
-                [
-                    s.domain,
-                    f"{s.base:.4f}",
-                    f"{s.parent:.4f}",
-                    f"{s.candidate:.4f}",
-                    f"{s.candidate / s.parent - 1:+.2%}",
-                    f"{s.mean:.4f}",
-                ]
-                for s in accepting[0].scores
-            ]
-            body = table("", ["exam, nats per byte", "base", "parent", str(c.number), "change", "plain mean"], rows)
-            lines += ["  " + line for line in body.splitlines()]
-        blocks.append("\n".join(lines))
-    blocks.append(
-        f"{lineage.number(lineage.model)}  {short(lineage.model)}  the base: {lineage.manifest.name}, "
-        f"{lineage.manifest.architecture}"
-    )
     data = {
         "model": lineage.model,
         "name": lineage.manifest.name,
+        "tags": lineage.tags,
         "versions": [
             {
                 "number": str(v.candidate.number),
                 "id": v.id,
+                "parent": v.candidate.parent,
                 "round": v.candidate.round,
                 "alpha": v.candidate.alpha,
                 "patches": plain(v.candidate.patches),
@@ -85,7 +78,67 @@ def log(model: options.Model = None, home: options.Home = None, json: options.Js
             for v in lineage.versions
         ],
     }
-    emit(data, "\n\n".join(blocks), json)
+    emit(data, _graph(lineage) if graph else _list(lineage), json)
+
+
+def _graph(lineage: "Lineage") -> str:
+    from p2pmodel.cli.graph import Commit, draw
+
+    chain = {lineage.model, *(version.id for version in lineage.versions)}
+    base = Commit(
+        lineage.model, None, f"{_title(lineage, lineage.model, str(BASE_NUMBER))}  the base: {lineage.manifest.name}"
+    )
+    commits = [base]
+    for version in lineage.history():
+        c = version.candidate
+        lost = "" if version.id in chain else "  not in the chain: another version was adopted on the same parent"
+        commits.append(
+            Commit(
+                version.id,
+                c.parent,
+                f"{_title(lineage, version.id, str(c.number))}  {_made(lineage, version)}{lost}",
+                [f"{short(p)}  {_contributor(lineage, p)}" for p in c.patches],
+                [f"{short(x.patch)}  left out: {printable(x.reason)}" for x in c.left_out],
+            )
+        )
+    return draw(commits)
+
+
+def _list(lineage: "Lineage") -> str:
+    blocks = []
+    for version in reversed(lineage.versions):
+        c = version.candidate
+        lines = [f"{_title(lineage, version.id, str(c.number))}  {_made(lineage, version)}"]
+        lines += [f"  merged    {short(p)}  {_contributor(lineage, p)}" for p in c.patches]
+        lines += [f"  left out  {short(x.patch)}  {printable(x.reason)}" for x in c.left_out]
+        examined = next((v.scores for v in version.verdicts if v.scores), ())
+        if examined:
+            lines += ["  " + line for line in score_table(examined, str(c.number)).splitlines()]
+        blocks.append("\n".join(lines))
+    base = _title(lineage, lineage.model, str(BASE_NUMBER))
+    blocks.append(f"{base}  the base: {lineage.manifest.name}, {lineage.manifest.architecture}")
+    return "\n\n".join(blocks)
+
+
+def _title(lineage: "Lineage", version: str, number: str) -> str:
+    names = ["head"] if version == lineage.head else []
+    names += [f"tag {name}" for name, target in lineage.tags.items() if target == version]
+    return f"{number}  {short(version)}" + (f"  ({', '.join(names)})" if names else "")
+
+
+def _made(lineage: "Lineage", version: "Version") -> str:
+    c = version.candidate
+    what = f"{len(c.patches)} patches by {c.merge.strategy}, α {c.alpha:g}"
+    if c.restores:
+        what = f"restores {lineage.number(lineage.restored_by(c))}"
+    return (
+        f"round {c.round}, {what}, "
+        f"accepted by {len(version.verdicts)} of {len(lineage.manifest.maintainers)} maintainers"
+    )
+
+
+def _contributor(lineage: "Lineage", patch: PatchId) -> str:
+    return lineage.patches[patch].contributor if patch in lineage.patches else "not here"
 
 
 def doctor(home: options.Home = None, json: options.Json = False) -> None:

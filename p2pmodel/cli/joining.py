@@ -46,9 +46,13 @@ def join(
             "--port", help="TCP port for peers (gossip takes the next one); 0 takes free ones.", min=0, max=65534
         ),
     ] = 0,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option("--metrics-port", help="Serve Prometheus metrics on 127.0.0.1 at this port.", min=0, max=65535),
+    http: Annotated[
+        str | None,
+        typer.Option(
+            "--http",
+            metavar="[HOST:]PORT",
+            help="Serve the status page and Prometheus metrics, on 127.0.0.1 by default.",
+        ),
     ] = None,
     maintain: Annotated[
         bool, typer.Option("--maintain", help="Take part in rounds as a maintainer: needs the whole checkpoint.")
@@ -80,7 +84,7 @@ def join(
                 cache_memory=cached,
                 host=host,
                 port=port,
-                metrics_port=metrics_port,
+                http=None if http is None else options.parse_address(http),
                 maintain=maintain,
                 threads=threads,
             ),

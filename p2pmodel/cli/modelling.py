@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.merging import parse_strategy
 from p2pmodel.cli.output import emit, size, table
 from p2pmodel.domain.ids import PeerId, short
 
@@ -39,7 +40,20 @@ def create(
     open_seconds: Annotated[
         float, typer.Option("--open-seconds", help="Or after this time, with one patch at least.")
     ] = 3600.0,
-    strategy: Annotated[str, typer.Option("--strategy", help="How patches are merged.")] = "fisher@1",
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            help="Kind of patches that it takes: ia3, fish, lora or dense; may be repeated.",
+            show_default="ia3",
+        ),
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy", metavar="NAME[:KEY=VALUE,…]", help="How patches are merged; such as fisher or ties."
+        ),
+    ] = "fisher",
     tolerance: Annotated[
         float,
         typer.Option("--tolerance", help="How much worse a version may be on any domain of the exam (0.005 is 0.5 %)."),
@@ -56,7 +70,7 @@ def create(
     from p2pmodel.node import founding, hub
     from p2pmodel.store.home import Home
 
-    folder = Home.open(home)
+    folder, merge = Home.open(home), parse_strategy(strategy)
     local = starter.MODEL if checkpoint == starter.NAME and not Path(checkpoint).is_dir() else Path(checkpoint)
     source = None if local.is_dir() else hub.Source.parse(checkpoint)
     if source is None and not local.is_dir():
@@ -67,8 +81,18 @@ def create(
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     maintainers = tuple(PeerId(m) for m in maintainer or [folder.key.peer])
+    kinds = tuple(k if "@" in k else f"{k}@1" for k in kind or ["ia3"])
     decided = founding.Founding(
-        name, maintainers, threshold, exam or starter.EXAM, "", licence, strategy, schedule, limits
+        name,
+        maintainers,
+        threshold,
+        exam or starter.EXAM,
+        licence=licence,
+        strategy=merge.strategy,
+        schedule=schedule,
+        limits=limits,
+        kinds=kinds,
+        merge_parameters=merge.parameters,
     )
     lineage = (
         founding.found_from_hub(folder, hub.list_files(source), decided)

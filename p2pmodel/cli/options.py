@@ -38,6 +38,15 @@ Peers = Annotated[
 Version = Annotated[str, typer.Option("--version", help="Number (1.0.2), id, `base` or `head`.")]
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of `9100`, `0.0.0.0:9100` or `[::]:9100`; the host is 127.0.0.1 where none is named. Raises
+    UsageError."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{text[:64]!r} is no address to listen on.", "Write it as 9100, or 0.0.0.0:9100.")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
 def parse_size(text: str) -> int:
     """Bytes of `2GiB`, `500MB` or a plain number. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?", text.strip().replace("K", "k"))

@@ -41,6 +41,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def printable(text: str) -> str:
+    """What somebody else wrote, without what would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def size(count: float) -> str:
     """Bytes as people read them: 1.5 MB."""
     for unit in ("B", "kB", "MB"):

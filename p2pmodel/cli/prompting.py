@@ -22,6 +22,14 @@ def infer(
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     version: options.Version = "head",
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            "--patch",
+            help="Answer with a patch that nobody has merged: its file, or the id of a known one. It travels with this "
+            "answer's session alone.",
+        ),
+    ] = None,
     codec: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +51,8 @@ def infer(
     json: options.Json = False,
 ) -> None:
     """Continue a text with the swarm's model; the answer is streamed as it is made."""
+    if patch is not None and version != "head":
+        raise UsageError("--patch and --version exclude each other.", "A patch names its own parent version.")
     from p2pmodel.node.client import Sampling, SwarmClient
     from p2pmodel.tensors.codecs import DEFAULT_CODEC
 
@@ -58,9 +68,10 @@ def infer(
         pieces.clear()
 
     with SwarmClient.connect(home, tuple(peers or ()), model, base) as client:
-        answer = client.generate(text, sampling, version, codec or DEFAULT_CODEC, show)
+        answer = client.generate(text, sampling, version, codec or DEFAULT_CODEC, show, patch)
     summary = (
-        f"{answer.tokens} tokens of {answer.model} {answer.number} in {answer.seconds:.1f} s "
+        f"{answer.tokens} tokens of {answer.model} {answer.number if patch is None else f'with {patch}'} "
+        f"in {answer.seconds:.1f} s "
         f"({answer.tokens / answer.seconds:.1f} a second), through {answer.route_text}"
         + (f", {answer.failovers} failovers" if answer.failovers else "")
     )

@@ -81,3 +81,9 @@ class PeerFailed(P2PModelError):
     def __init__(self, message: str, peer: str = "", hint: str = "") -> None:
         super().__init__(message, hint)
         self.peer = peer
+
+
+class Regressed(P2PModelError):
+    """A suite found a patch or a version worse than its parent, beyond what it tolerates."""
+
+    exit_code = 11

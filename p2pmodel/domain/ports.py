@@ -10,8 +10,8 @@ Buffer = bytes | bytearray | memoryview
 
 
 class StageRunner(Protocol):
-    """The computation behind a chain of streams. `step` and `close` are called from one thread, the compute thread;
-    `open` from the thread that admits sessions. A session's handle is the runner's own object."""
+    """The computation behind a chain of streams. All but `open` and `known` are called from one thread, the compute
+    thread; `open` from the thread that admits sessions. A session's handle is the runner's own object."""
 
     def open(self, request: SessionRequest) -> Any:
         """Raises P2PModelError when the span, version, codec or room for max_tokens cannot be had."""
@@ -24,6 +24,13 @@ class StageRunner(Protocol):
     def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         """Each item is (handle, position of the first token, meta, encoded hidden states); at most one item a session.
         Returns the encoded outputs in the same order; an exception in an item's place ends that session alone."""
+
+    def load(self, handle: Any, body: Buffer) -> None:
+        """`body` is a blob of slot tensors, the session's own from here on. Raises P2PModelError."""
+
+    def backward(self, handle: Any, position: int, body: Buffer) -> Buffer:
+        """The gradients of the micro-batch at `position`, from those of its output, for the hop before. Raises
+        P2PModelError."""
 
     def close(self, handle: Any) -> None:
         """Frees the session's cache. Called exactly once for every opened session."""

@@ -131,8 +131,9 @@ class SessionRequest:
 
     codec: name of the activation codec; max_tokens: how many positions of each of its rows the stage has to keep room
     for; rewinds: whether a step may go back to where the step before began, as speculative decoding does; prefix: the
-    keys of the first blocks of tokens that it will be sent, for it to recognise (see `engine.prefixes`). A session
-    keeps its version to its end.
+    keys of the first blocks of tokens that it will be sent, for it to recognise (see `engine.prefixes`); training:
+    its steps are micro-batches without a cache, of at most max_tokens tokens a row, whose gradients can be asked for.
+    A session keeps its version to its end.
     """
 
     session: str
@@ -144,6 +145,7 @@ class SessionRequest:
     rows: int = 1
     rewinds: bool = False
     prefix: tuple[bytes, ...] = ()
+    training: bool = False
 
     def __post_init__(self) -> None:
         check_digest(self.model, "session model")
@@ -170,6 +172,21 @@ class StepNote:
     positions: bytes = b""
     order: tuple[int, ...] = ()
     wanted: int | None = None
+
+
+@dataclass(frozen=True)
+class MicrobatchNote:
+    """What a micro-batch of B rows and T tokens says. rows: B; mask, positions: as in StepNote; inputs: whether the
+    client wants the gradient of the hidden states that it sent."""
+
+    rows: int
+    inputs: bool = False
+    mask: bytes = b""
+    positions: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"a micro-batch has 1 to {MAX_ROWS} rows")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class VersionNumber:
 
 
 BASE_NUMBER = VersionNumber(1, 0, 0)
+RESTORE = MergeSpec("restore@1")
+"""Of a candidate that merges nothing, and gives all slots the values of an older version of its chain."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class LeftOut:
 @dataclass(frozen=True)
 class Candidate:
     """A proposed next version. `patches` are sorted by id; `result` is the safetensors blob of all slots after the
-    merge;
-    `alpha` the scale that the proposer found on the exam's tuning split."""
+    merge; `alpha` the scale that the proposer found on the exam's tuning split. `weights`: the maintainers' λ of each
+    patch, empty where all are 1; `control`: the mean of the patches' control variates, where they have any."""
 
     model: ModelId
     round: int
@@ -60,24 +62,49 @@ class Candidate:
     merge: MergeSpec
     alpha: float
     result: BlobRef
+    weights: tuple[float, ...] = ()
+    control: BlobRef | None = None
 
     def __post_init__(self) -> None:
         check_digest(self.model, "candidate model")
         check_digest(self.parent, "candidate parent")
         if self.round < 1:
             raise ValueError("rounds count from 1")
-        if not self.patches or list(self.patches) != sorted(set(self.patches)):
+        if self.restores and (self.patches or self.left_out):
+            raise ValueError("a candidate that restores a version settles no patches")
+        if (not self.restores and not self.patches) or list(self.patches) != sorted(set(self.patches)):
             raise ValueError("a candidate's patches have to be unique and sorted, at least one")
         for patch in self.patches:
             check_digest(patch, "candidate patch")
         if not isfinite(self.alpha):
             raise ValueError("alpha has to be finite")
+        if self.restores and self.control is not None:
+            raise ValueError("a candidate that restores a version has no control variate")
+        if self.weights:
+            if len(self.weights) != len(self.patches) or set(self.weights) == {1.0}:
+                raise ValueError("a candidate's weights are one for each patch, and left out where all are 1")
+            if not all(isfinite(w) and w >= 0 for w in self.weights) or not any(self.weights):
+                raise ValueError("a candidate's weights have to be finite, not negative, and not all zero")
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """The result, and the control variate where there is one."""
+        return (self.result,) if self.control is None else (self.result, self.control)
+
+    def weight(self, patch: PatchId) -> float:
+        """λ of one of the patches."""
+        return self.weights[self.patches.index(patch)] if self.weights else 1.0
+
+    @property
+    def restores(self) -> bool:
+        return self.merge == RESTORE
 
 
 @dataclass(frozen=True)
 class DomainScore:
-    """Loss in nats per byte on the deciding split of one domain of the exam: of the base version, of the parent, of the
-    candidate, and of the plain mean of the same patches."""
+    """On the deciding split of one section of the exam: of the base version, of the parent, of the candidate, and of
+    the plain mean of the same patches. Lower is better: a loss in nats per byte for a domain; for every other section,
+    which is named `KIND/NAME`, the share of its cases that fail."""
 
     domain: str
     base: float

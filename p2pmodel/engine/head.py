@@ -4,15 +4,17 @@ Embeddings, final norm and head are here, so `generate()`, sampling, streamers a
 """
 
 import weakref
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import product
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -21,13 +23,18 @@ from p2pmodel.domain.errors import InvalidInput, PeerFailed, UsageError
 from p2pmodel.engine import family
 from p2pmodel.engine.cache import CountingCache
 from p2pmodel.engine.checkpoint import Checkpoint
-from p2pmodel.engine.steps import Note
+from p2pmodel.engine.steps import Microbatch, Note
 
 NO_ATTENTION = "p2pmodel_remote"
 """Not registered anywhere, so the family prepares no masks: what attends is elsewhere."""
 
 TRIAL_SHAPE = (5, 3)
 
+NO_VECTORS: Mapping[str, Tensor] = MappingProxyType({})
+
+_vectors: ContextVar[Mapping[str, Tensor] | None] = ContextVar(
+    "vectors that this thread runs models with", default=None
+)
 _made: ContextVar[list["RemoteCache"]] = ContextVar("caches of the generate() that runs in this thread")
 
 
@@ -39,8 +46,25 @@ class RemoteSession(Protocol):
     def close(self) -> None: ...
 
 
+class RemoteTape(Protocol):
+    """Forwards whose gradients are asked for afterwards. Shapes: B rows, T tokens; float32 on the CPU."""
+
+    def forward(self, hidden: Tensor, microbatch: Microbatch, vectors: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """[B, T, H] -> the same behind all layers, with `vectors` [D] or [B, D] in their slots, and a ticket."""
+
+    def backward(self, ticket: Any, gradient: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """gradient [B, T, H] of the output -> that of the hidden states, None where `inputs` was not asked for, and
+        those of the vectors, each of its shape."""
+
+
 class RemoteChain(Protocol):
-    def open(self, max_tokens: int, rows: int, rewinds: bool) -> RemoteSession: ...
+    def open(
+        self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> RemoteSession:
+        """vectors: [D] of slots in which this session differs from its version."""
+
+    def tape(self) -> RemoteTape:
+        """One for all forwards of this chain, whatever thread they are in."""
 
     def close(self) -> None:
         """Leaves the swarm. Nothing is opened afterwards."""
@@ -61,7 +85,7 @@ _call: ContextVar[_Call] = ContextVar("the forward that runs in this thread", de
 
 
 def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Reads only the tensors that belong to no layer. Threads may share it.
+    """Reads only the tensors that belong to no layer. Threads may share it. Its parameters require no gradients.
 
     `generate()` opens a session and closes it; to go on where it ended, pass it `past_key_values=RemoteCache(chain, n)`
     and close that. Raises InvalidInput when weights are missing, and when models of this family cannot be split.
@@ -81,6 +105,8 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
     model = family.load_parts(
         kind, checkpoint.config, checkpoint.path, dtype, "cpu", cut, wanted=checkpoint.in_head, tied=True
     )
+    model.requires_grad_(False)
+    model.__dict__["remote"] = layers[0]  # once in the list of layers is enough for a module
     model.register_forward_pre_hook(_prepare, with_kwargs=True)
     model.register_forward_hook(_forget, always_call=True)
     if (checkpoint.path / "generation_config.json").is_file():
@@ -92,12 +118,16 @@ def load_head(checkpoint: Checkpoint, chain: RemoteChain, dtype: torch.dtype = t
 class RemoteCache(CountingCache):
     """The session that a sequence of forwards belongs to; opened by the first, closed by `close` or with the object.
 
-    rewinds: whether tokens may be taken back with `crop`, as assisted generation does.
+    rewinds: whether tokens may be taken back with `crop`, as assisted generation does; vectors: of slots, [D], in which
+    the session differs from its version.
     """
 
-    def __init__(self, chain: RemoteChain, max_tokens: int, rewinds: bool = False) -> None:
+    def __init__(
+        self, chain: RemoteChain, max_tokens: int, rewinds: bool = False, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> None:
         super().__init__()
         self._chain = chain
+        self._vectors = vectors
         self._max_tokens = max_tokens
         self._rewinds = rewinds
         self._order: Tensor | None = None
@@ -108,7 +138,7 @@ class RemoteCache(CountingCache):
         """[B, T, H], the tokens after those seen -> [B, T, H]; zeros for those that the CausalLM makes no logits of."""
         call = _call.get()
         if self._session is None:
-            self._session = self._chain.open(self._max_tokens, hidden.shape[0], self._rewinds)
+            self._session = self._chain.open(self._max_tokens, hidden.shape[0], self._rewinds, self._vectors)
             self._closer = weakref.finalize(self, self._session.close)
             self._closer.atexit = False
         tokens = hidden.shape[1]
@@ -163,6 +193,7 @@ class RemoteLayers(nn.Module):
         super().__init__()
         family.copy_plain_attributes(like, self)
         self._chain = chain
+        self.own_vectors: Mapping[str, Tensor] = NO_VECTORS
         self.arity = 0
         self._on_trial = False
 
@@ -181,22 +212,90 @@ class RemoteLayers(nn.Module):
         if self._on_trial:
             return family.layer_output(hidden, self.arity)
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        vectors = self.vectors
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *vectors.values()))
         if isinstance(cache, RemoteCache):
-            output = self._forward(cache, hidden)
-        elif cache is None:
-            with closing(RemoteCache(self._chain, hidden.shape[1])) as own:
-                output = self._forward(own, hidden)
-        else:
+            if differentiable:
+                raise UsageError("No gradients come back through a cache.", "Call the model in torch.no_grad().")
+            output = cache.forward(hidden.to("cpu", torch.float32))
+        elif cache is not None:
             raise UsageError(f"A {type(cache).__name__} cannot hold what other machines have.", "Pass a RemoteCache.")
-        return family.layer_output(output, self.arity)
-
-    def _forward(self, cache: RemoteCache, hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            raise UsageError("No gradients come back from the swarm's layers.", "Call the model in torch.no_grad().")
-        output = cache.forward(hidden.to("cpu", torch.float32))
+        elif differentiable:
+            output = self._through(hidden, vectors)
+        else:
+            with closing(RemoteCache(self._chain, hidden.shape[1], vectors=vectors)) as own:
+                output = own.forward(hidden.to("cpu", torch.float32))
         if output.shape != hidden.shape or not bool(torch.isfinite(output).all()):
             raise PeerFailed("The layers' answer is not finite, or not of the shape that was asked for.")
+        return family.layer_output(output.to(hidden.device, hidden.dtype), self.arity)
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Those of `using_vectors` in this thread, or else the model's own."""
+        used = _vectors.get()
+        return self.own_vectors if used is None else used
+
+    def _through(self, hidden: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        call, (rows, tokens) = _call.get(), hidden.shape[:2]
+        microbatch = Microbatch(
+            rows, _mask_of(call, tokens), _positions_of(call, 0, rows, tokens), inputs=hidden.requires_grad
+        )
+        names = sorted(vectors)
+        output: Tensor = _ThroughChain.apply(  # type: ignore[no-untyped-call]
+            self._chain.tape(), microbatch, names, hidden, *(vectors[name] for name in names)
+        )
+        return output
+
+
+class _ThroughChain(torch.autograd.Function):
+    """Layers that are elsewhere, as one differentiable operation of the hidden states and the vectors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tape: RemoteTape, microbatch: Microbatch, names: list[str], hidden: Tensor, *vectors: Tensor
+    ) -> Tensor:
+        given = {name: vector.detach().to("cpu", torch.float32) for name, vector in zip(names, vectors, strict=True)}
+        output, ctx.ticket = tape.forward(hidden.detach().to("cpu", torch.float32), microbatch, given)
+        ctx.tape, ctx.names = tape, names
+        ctx.like = [(t.device, t.dtype) for t in (hidden, *vectors)]
         return output.to(hidden.device, hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        inputs, by_name = ctx.tape.backward(ctx.ticket, gradient.to("cpu", torch.float32))
+        parts = [inputs, *(by_name[name] for name in ctx.names)]
+        return (
+            None,
+            None,
+            None,
+            *(
+                None if part is None else part.to(device, dtype)
+                for part, (device, dtype) in zip(parts, ctx.like, strict=True)
+            ),
+        )
+
+
+@contextmanager
+def using_vectors(vectors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, and in this thread: models over the swarm compute with `vectors` in their slots instead of what their
+    version, or they themselves, have there. Each is [D], or [B, D] with one for every row of the batch; gradients flow
+    into those that require them."""
+    token = _vectors.set(vectors)
+    try:
+        yield
+    finally:
+        _vectors.reset(token)
+
+
+class RemoteApplier:
+    """A `tensors.ia3.Applies` of models over the swarm, in the thread that uses it."""
+
+    def use(self, state: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        return using_vectors(state or NO_VECTORS)
+
+    def remove(self) -> None:
+        """Nothing has been put on the model."""
 
 
 class _OverChain:
@@ -204,6 +303,12 @@ class _OverChain:
     with leaving it."""
 
     chain: RemoteChain
+    remote: RemoteLayers
+
+    def run_with(self, vectors: Mapping[str, Tensor]) -> None:
+        """From now on, in every thread: `vectors` [D] are what the model has in their slots, instead of its version's.
+        Parameters are trained with any optimiser, after `loss.backward()`."""
+        self.remote.own_vectors = vectors
 
     def close(self) -> None:
         self.chain.close()
@@ -236,7 +341,7 @@ class _OverChain:
     ) -> None:
         name = family.cache_argument(self.forward)  # type: ignore[attr-defined]
         if model_kwargs.get(name) is None and generation_config.use_cache:
-            model_kwargs[name] = RemoteCache(self.chain, max_cache_length)
+            model_kwargs[name] = RemoteCache(self.chain, max_cache_length, vectors=self.remote.vectors)
             _made.get().append(model_kwargs[name])
 
 

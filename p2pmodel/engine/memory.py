@@ -25,10 +25,14 @@ class CacheCost:
     per_token: float
     fixed: float
 
+    @property
+    def typical(self) -> float:
+        """Bytes of one position of a session of usual length."""
+        return self.per_token + self.fixed / TYPICAL_TOKENS
+
     def tokens_in(self, size: int) -> int:
         """How many positions of sessions of usual length fit into `size` bytes; at least one."""
-        each = self.per_token + self.fixed / TYPICAL_TOKENS
-        return max(1, int(size / each)) if each else size
+        return max(1, int(size / self.typical)) if self.typical else size
 
 
 def measure_cache(stage: "Stage") -> CacheCost:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.prefixes import PrefixStore, Trail
 from p2pmodel.engine.stage import Stage
 from p2pmodel.engine.steps import Note
-from p2pmodel.engine.versions import State, VersionTable, stack_states
+from p2pmodel.engine.tuning import TrainingSession, Tuner
+from p2pmodel.engine.vectors import SessionVectors
+from p2pmodel.engine.versions import State, VersionTable, stack_states, weights_key
 from p2pmodel.tensors.codecs import Codec, get_codec
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,8 @@ MEASURED_STEPS = 12
 @dataclass(eq=False, slots=True)
 class StageSession:
     """The handle of one session. trail: None where nothing can be found again; mask [B, seen] bool: which tokens may be
-    attended to, None for all of them. A step that fails leaves its cache between two tokens: the session is broken
-    then."""
+    attended to, None for all of them; weights: those of the same have the same weights. A step that fails leaves its
+    cache between two tokens: the session is broken then."""
 
     span: Span
     rows: int
@@ -43,6 +45,7 @@ class StageSession:
     mask: Tensor | None = None
     begun: bool = False
     broken: bool = False
+    weights: tuple[int, ...] = ()
 
     @property
     def room(self) -> int:
@@ -60,11 +63,22 @@ class Work:
     body: Buffer
 
 
+Handle = StageSession | TrainingSession
+
+
 class Runner:
     """A `StageRunner`. max_cached_tokens: how many positions all open sessions together may ask for, whatever part of
-    the hosted span each of them runs."""
+    the hosted span each of them runs; max_graph_bytes: what sessions that train may keep for their gradients."""
 
-    def __init__(self, stage: Stage, model: ModelId, versions: VersionTable, *, max_cached_tokens: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        model: ModelId,
+        versions: VersionTable,
+        *,
+        max_cached_tokens: int,
+        max_graph_bytes: int = 1 << 30,
+    ) -> None:
         self._stage = stage
         self._model = model
         self._versions = versions
@@ -73,6 +87,8 @@ class Runner:
         self._lock = threading.Lock()
         self._shares_forwards = batching.fits(stage)
         self._prefixes = PrefixStore()
+        self._vectors = SessionVectors(stage)
+        self._tuner = Tuner(stage, self._vectors, max_graph_bytes)
 
     @property
     def cached_tokens(self) -> int:
@@ -80,12 +96,21 @@ class Runner:
         return self._cached_tokens
 
     @property
+    def max_cached_tokens(self) -> int:
+        return self._max_cached_tokens
+
+    @property
     def retained_tokens(self) -> int:
         """Of ended sessions, which give way to new ones."""
         with self._lock:
             return self._prefixes.retained_tokens
 
-    def open(self, request: SessionRequest) -> StageSession:
+    @property
+    def graph_bytes(self) -> int:
+        """Of micro-batches that wait for their gradients."""
+        return self._tuner.held_bytes
+
+    def open(self, request: SessionRequest) -> Handle:
         """Raises NotFound (model, span, version), InvalidInput (codec), Rejected("context"), Busy when it is full."""
         stage = self._stage
         if request.model != self._model:
@@ -99,8 +124,10 @@ class Runner:
                 f"{stage.checkpoint.context}.",
             )
         state, codec = self._versions.get(request.version), get_codec(request.codec)
+        if request.training:
+            return self._tuner.open(request, codec, state)
         cache = stage.new_cache(request.span, request.max_tokens, request.rewinds)
-        session = StageSession(request.span, request.rows, codec, state, cache)
+        session = StageSession(request.span, request.rows, codec, state, cache, weights=weights_key(state))
         with self._lock:
             if self._cached_tokens + session.room > self._max_cached_tokens:
                 raise Busy("This stage has no room for another session.", "Try another peer, or ask for fewer tokens.")
@@ -112,23 +139,57 @@ class Runner:
             self._prefixes.shrink(self._max_cached_tokens - self._cached_tokens)
         return session
 
-    def known(self, handle: StageSession) -> tuple[bytes, ...]:
+    def known(self, handle: Handle) -> tuple[bytes, ...]:
         """See `StageRunner`."""
-        trail = handle.trail
+        trail = None if isinstance(handle, TrainingSession) else handle.trail
         return tuple(trail.outgoing.keys[: trail.found]) if trail else ()
 
-    def step(self, batch: Sequence[tuple[StageSession, int, bytes, Buffer]]) -> list[Buffer | Exception]:
-        """See `StageRunner`. The meta of a step is that of a `Note`. Single tokens of sessions that run the same span
-        share a forward; everything else has one of its own."""
+    def step(self, batch: Sequence[tuple[Handle, int, bytes, Buffer]]) -> list[Buffer | Exception]:
+        """See `StageRunner`. The meta of a step is that of a `Note`, or of a `Microbatch` where the session trains.
+        Single tokens of sessions that run the same span share a forward; everything else has one of its own."""
+        outputs: dict[int, Buffer | Exception] = {}
+        works: dict[int, Work] = {}
+        for index, (handle, position, meta, body) in enumerate(batch):
+            if isinstance(handle, TrainingSession):
+                outputs[index] = self._trained(handle, position, meta, body)
         # The mode belongs to the thread, and the thread to whoever calls.
         with torch.inference_mode():
-            works = [self._prepared(*item) for item in batch]
-            done: dict[int, Buffer | Exception] = {}
-            for group in self._groups([work for work in works if isinstance(work, Work)]):
-                done.update(zip(map(id, group), self._run(group), strict=True))
-            return [done[id(work)] if isinstance(work, Work) else work for work in works]
+            for index, (handle, position, meta, body) in enumerate(batch):
+                if isinstance(handle, StageSession):
+                    work = self._prepared(handle, position, meta, body)
+                    if isinstance(work, Work):
+                        works[index] = work
+                    else:
+                        outputs[index] = work
+            for group in self._groups(works):
+                outputs.update(zip(group, self._run([works[index] for index in group]), strict=True))
+        return [outputs[index] for index in range(len(batch))]
 
-    def close(self, handle: StageSession) -> None:
+    def load(self, handle: Handle, body: Buffer) -> None:
+        """See `StageRunner`. Raises Rejected: a session that does not train takes vectors before its first step."""
+        if isinstance(handle, TrainingSession):
+            self._tuner.load(handle, body)
+            return
+        if handle.begun:
+            raise Rejected("frame", "A session's vectors come before its first step.")
+        own = self._vectors.read(body, handle.span, by_row=False)
+        handle.state = {**handle.state, **own}
+        if handle.trail:
+            self._forget(handle)
+
+    def backward(self, handle: Handle, position: int, body: Buffer) -> Buffer:
+        """See `StageRunner`."""
+        if not isinstance(handle, TrainingSession):
+            raise Rejected("frame", "Only a session that trains gives gradients.")
+        try:
+            return self._tuner.backward(handle, position, body)
+        except family.FAMILY_ERRORS as error:
+            raise self._failed(handle.reel.span, error) from None
+
+    def close(self, handle: Handle) -> None:
+        if isinstance(handle, TrainingSession):
+            self._tuner.close(handle)
+            return
         with self._lock:
             self._cached_tokens -= handle.room
             if handle.trail:
@@ -150,17 +211,18 @@ class Runner:
                 seconds.append(time.perf_counter() - begin)
         return sorted(seconds)[len(seconds) // 2] / len(stage.span)
 
-    def _groups(self, works: Sequence[Work]) -> list[list[Work]]:
-        """Those that share a forward, together."""
-        groups: list[list[Work]] = []
-        by_span: dict[Span, list[Work]] = {}
-        for work in works:
+    def _groups(self, works: Mapping[int, Work]) -> list[list[int]]:
+        """The keys of those that share a forward, together."""
+        groups: list[list[int]] = []
+        alike: dict[tuple[Span, tuple[int, ...]], list[int]] = {}
+        for index, work in works.items():
+            key = work.session.span, work.session.weights
             if not (self._shares_forwards and _is_next_token(work)):
-                groups.append([work])
-            elif work.session.span in by_span:
-                by_span[work.session.span].append(work)
+                groups.append([index])
+            elif key in alike:
+                alike[key].append(index)
             else:
-                groups.append(by_span.setdefault(work.session.span, [work]))
+                groups.append(alike.setdefault(key, [index]))
         return groups
 
     def _run(self, works: list[Work]) -> Sequence[Buffer | Exception]:
@@ -172,13 +234,23 @@ class Runner:
         except P2PModelError as error:
             return [error] * len(works)
         except family.FAMILY_ERRORS as error:
-            log.exception("layers %s could not be computed", works[0].session.span)
-            reason = f"A stage could not compute layers {works[0].session.span}: {family.first_line(error)}."
-            return [PeerFailed(reason)] * len(works)
+            return [self._failed(works[0].session.span, error)] * len(works)
         for work, output in zip(works, outputs, strict=True):
             work.session.broken = False
             self._remember(work, output)
         return outputs
+
+    def _trained(self, session: TrainingSession, number: int, meta: bytes, body: Buffer) -> Buffer | Exception:
+        try:
+            return self._tuner.forward(session, number, meta, body)
+        except P2PModelError as error:
+            return error
+        except family.FAMILY_ERRORS as error:
+            return self._failed(session.reel.span, error)
+
+    def _failed(self, span: Span, error: Exception) -> PeerFailed:
+        log.error("layers %s could not be computed", span, exc_info=error)
+        return PeerFailed(f"A stage could not compute layers {span}: {family.first_line(error)}.")
 
     def _remember(self, work: Work, output: Buffer) -> None:
         trail = work.session.trail

@@ -24,6 +24,7 @@ from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.trial import try_out
+from p2pmodel.tensors import weights
 from p2pmodel.tensors.ia3 import Applier
 
 PAGE_BYTES = 4096
@@ -60,6 +61,7 @@ def load_stage(
     )
     if scheme:
         base = quantisation.quantise(base, checkpoint.stack, scheme, str(device))
+    base.requires_grad_(False)
     stage = Stage(base, checkpoint, span, dtype, scratch)
     _touch(base)
     try_out(stage)
@@ -91,6 +93,7 @@ class Stage:
         self._edges: list[RemovableHandle] = []
         self._applier = Applier(base, ())
         self._slots: frozenset[str] = frozenset()
+        self._places = weights.Places(base, ())
 
     @property
     def weight_bytes(self) -> int:
@@ -115,6 +118,14 @@ class Stage:
             self._slots |= names
             self._applier = Applier(self.base, sorted(self._slots))
 
+    def prepare_weights(self, names: frozenset[str]) -> Mapping[str, Tensor]:
+        """From now on, forwards may be given other weights for slots of these names; returns those that are there, the
+        checkpoint's own. Names of places that are not here are passed over."""
+        with self._lock:
+            self._places.put({})
+            self._places = weights.Places(self.base, sorted(names | self._places.originals.keys()))
+            return {name: weight for name, weight in self._places.originals.items() if name in names}
+
     def forward(
         self,
         hidden: Tensor,
@@ -129,7 +140,8 @@ class Stage:
 
         cache: of the same span; it takes in T tokens. None for a run without state. position_ids [B, T];
         attention_mask [B, seen + T], for padded rows; vectors: slot state, [D] or by row [B, D], of slots that
-        `prepare_slots` was told. Raises InvalidInput for a span that is not hosted.
+        `prepare_slots` was told, and whole weights in place of the checkpoint's, of slots that `prepare_weights` was
+        told. Raises InvalidInput for a span that is not hosted.
         """
         arguments = {}
         if self._takes_positions:
@@ -172,6 +184,7 @@ class Stage:
         scratch.value = hidden.new_full((hidden.shape[0], hidden.shape[1], scratch.width), scratch.filling)
         hosted = self._siblings[self._leaf]
         self._siblings[self._leaf] = self._view
+        self._places.put(vectors or {})
         try:
             with self._applier.use(vectors):
                 self.base(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.domain.swarm import StepNote
+from p2pmodel.domain.swarm import MicrobatchNote, StepNote
 from p2pmodel.wire import canonical
 from p2pmodel.wire.frames import MAX_META_BYTES
 
@@ -28,8 +28,8 @@ class Note:
             return b""
         return canonical.encode(
             StepNote(
-                mask=b"" if self.mask is None else np.packbits(self.mask.numpy()).tobytes(),
-                positions=b"" if self.positions is None else self.positions.numpy().astype("<i4").tobytes(),
+                mask=_packed_mask(self.mask),
+                positions=_packed_positions(self.positions),
                 order=() if self.order is None else tuple(self.order.tolist()),
                 wanted=self.wanted,
             )
@@ -43,18 +43,15 @@ class Note:
         note = canonical.decode(meta, StepNote, MAX_META_BYTES)
         count = rows * tokens
         if (
-            len(note.mask) not in (0, (count + 7) // 8)
-            or len(note.positions) not in (0, 4 * count)
+            not _fits(note, count)
             or len(note.order) not in (0, rows)
             or not all(0 <= row < rows for row in note.order)
             or not (note.wanted is None or 0 <= note.wanted <= tokens)
         ):
             raise Rejected("frame", f"The note of a step does not fit {rows} rows of {tokens} tokens.")
-        bits = np.unpackbits(np.frombuffer(note.mask, np.uint8), count=count) if note.mask else None
-        numbers = np.frombuffer(note.positions, "<i4").astype(np.int64) if note.positions else None
         return cls(
-            mask=None if bits is None else torch.from_numpy(bits.astype(bool)).view(rows, tokens),
-            positions=None if numbers is None else torch.from_numpy(numbers).view(rows, tokens),
+            mask=_unpacked_mask(note.mask, rows, tokens),
+            positions=_unpacked_positions(note.positions, rows, tokens),
             order=torch.tensor(note.order) if note.order else None,
             wanted=note.wanted,
         )
@@ -71,3 +68,58 @@ class Note:
 
 
 NOTHING = Note()
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """Shapes: B rows, T tokens. mask [B, T] bool, positions [B, T] int64, or None; inputs: whether the gradient of what
+    was sent is wanted."""
+
+    rows: int
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    inputs: bool = False
+
+    def encode(self) -> bytes:
+        """The meta of a frame."""
+        return canonical.encode(
+            MicrobatchNote(self.rows, self.inputs, _packed_mask(self.mask), _packed_positions(self.positions))
+        )
+
+    @classmethod
+    def decode(cls, meta: bytes, tokens: int) -> "Microbatch":
+        """tokens: B·T. Raises Rejected("size" | "schema" | "canonical" | "frame")."""
+        note = canonical.decode(meta, MicrobatchNote, MAX_META_BYTES)
+        each, rest = divmod(tokens, note.rows)
+        if rest or not each or not _fits(note, tokens):
+            raise Rejected("frame", f"The note of a micro-batch does not fit its {tokens} tokens.")
+        mask, positions = (
+            _unpacked_mask(note.mask, note.rows, each),
+            _unpacked_positions(note.positions, note.rows, each),
+        )
+        return cls(note.rows, mask, positions, note.inputs)
+
+
+def _fits(note: StepNote | MicrobatchNote, tokens: int) -> bool:
+    return len(note.mask) in (0, (tokens + 7) // 8) and len(note.positions) in (0, 4 * tokens)
+
+
+def _packed_mask(mask: Tensor | None) -> bytes:
+    return b"" if mask is None else np.packbits(mask.numpy()).tobytes()
+
+
+def _unpacked_mask(packed: bytes, rows: int, tokens: int) -> Tensor | None:
+    if not packed:
+        return None
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=rows * tokens)
+    return torch.from_numpy(bits.astype(bool)).view(rows, tokens)
+
+
+def _packed_positions(positions: Tensor | None) -> bytes:
+    return b"" if positions is None else positions.numpy().astype("<i4").tobytes()
+
+
+def _unpacked_positions(packed: bytes, rows: int, tokens: int) -> Tensor | None:
+    if not packed:
+        return None
+    return torch.from_numpy(np.frombuffer(packed, "<i4").astype(np.int64)).view(rows, tokens)

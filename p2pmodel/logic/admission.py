@@ -8,7 +8,7 @@ from collections.abc import Collection
 from math import prod
 
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.domain.ids import ModelId, PeerId, VersionId, short
+from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, short
 from p2pmodel.domain.model import Manifest
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import Candidate, Verdict, VersionNumber
@@ -43,7 +43,7 @@ def check_patch(
             f"{manifest.name} takes no patches of kind {patch.kind[:32]!r}.",
             f"It takes {', '.join(manifest.kinds)}.",
         )
-    size = patch.adapter.size + patch.fisher.size
+    size = sum(ref.size for ref in patch.blobs)
     if size > manifest.limits.max_patch_bytes or not patch.adapter.size:
         raise Rejected(
             "size", f"The patch has {size} bytes; {manifest.name} takes 1 to {manifest.limits.max_patch_bytes}."
@@ -70,9 +70,10 @@ def check_candidate(
     proposer: PeerId,
     parent_number: VersionNumber,
     parent_round: int,
+    restorable: Collection[Digest] = (),
 ) -> None:
-    """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. Raises
-    Rejected."""
+    """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. restorable: the
+    values that one may have which restores an older version. Raises Rejected."""
     if candidate.model != model:
         raise Rejected("model", f"The candidate is for model {short(candidate.model)}, not {short(model)}.")
     if proposer not in manifest.maintainers:
@@ -83,7 +84,10 @@ def check_candidate(
         raise Rejected(
             "number", f"The candidate is numbered {candidate.number}, and has to be {parent_number.next_patch()}."
         )
-    if candidate.merge != manifest.merge:
+    if candidate.restores:
+        if candidate.result.digest not in restorable:
+            raise Rejected("merge", "The candidate restores values that no older version of its chain has.")
+    elif candidate.merge != manifest.merge:
         raise Rejected(
             "merge",
             f"The candidate is merged by {candidate.merge.strategy[:32]!r} or with parameters that "
@@ -93,9 +97,15 @@ def check_candidate(
     settled = [*candidate.patches, *left_out]
     if len(settled) > manifest.schedule.max_patches or len(set(settled)) != len(settled):
         raise Rejected("patches", "The candidate names a patch twice, or more patches than a round may have.")
-    room = sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in manifest.slots) + _OVERHEAD_EACH
-    if not 0 < candidate.result.size <= room:
-        raise Rejected("size", f"The candidate's result has {candidate.result.size} bytes; the slots need {room}.")
+    room = result_limit(manifest)
+    for ref in candidate.blobs:
+        if not 0 < ref.size <= room:
+            raise Rejected("size", f"The candidate's result has {ref.size} bytes; the slots need {room}.")
+
+
+def result_limit(manifest: Manifest) -> int:
+    """The most bytes that the values of all slots may take."""
+    return sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in manifest.slots) + _OVERHEAD_EACH
 
 
 def check_verdict(verdict: Verdict, manifest: Manifest, *, model: ModelId) -> None:

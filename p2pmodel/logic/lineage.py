@@ -69,6 +69,13 @@ def assemble(
     return chains[0]
 
 
+def history(
+    manifest: Manifest, model: ModelId, candidates: Mapping[VersionId, Candidate], verdicts: Iterable[Verdict]
+) -> tuple[Version, ...]:
+    """Every adopted version, those that forks left behind too; parents before children."""
+    return tuple(_adopted(manifest, model, candidates, verdicts).values())
+
+
 def forks(
     manifest: Manifest, model: ModelId, candidates: Mapping[VersionId, Candidate], verdicts: Iterable[Verdict]
 ) -> tuple[tuple[VersionId, ...], ...]:

@@ -19,11 +19,14 @@ LOST_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Progress:
-    """A session on one hop. taken, given: frames in and out; quiet: seconds since any byte of it moved there."""
+    """A session on one hop. taken, given: frames in and out; quiet: seconds since any byte of it moved there;
+    back_taken, back_given: the same of gradients, which come from behind."""
 
     taken: int
     given: int
     quiet: float
+    back_taken: int = 0
+    back_given: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Vigil:
         self._misses = dict.fromkeys(hops, 0)
         self._still_since: float | None = None
 
-    def hear(self, now: float, signs: Mapping[PeerId, Sign | None], sent: int) -> Suspicion | None:
-        """signs: of every hop, None where it did not answer; sent: frames that the session's client has sent so far."""
+    def hear(self, now: float, signs: Mapping[PeerId, Sign | None], sent: int, sent_back: int = 0) -> Suspicion | None:
+        """signs: of every hop, None where it did not answer; sent: frames that the session's client has sent so far;
+        sent_back: gradients, through the last hop."""
         for peer in self._hops:
             if signs[peer] is not None:
                 self._misses[peer] = 0
@@ -68,22 +72,30 @@ class Vigil:
         elif self._still_since is None:
             self._still_since = now
         elif now - self._still_since >= LOST_SECONDS:
-            return self._loser(present, sent)
+            return self._loser(present, sent, sent_back)
         return None
 
-    def _loser(self, signs: Mapping[PeerId, Sign], sent: int) -> Suspicion:
+    def _loser(self, signs: Mapping[PeerId, Sign], sent: int, sent_back: int) -> Suspicion:
         """The first hop at which the frames come to an end; the last one where all came through."""
         seen = dict.fromkeys(self._hops, 0)
+        on_hops: list[tuple[PeerId, Progress]] = []
         for peer in self._hops:
             sessions, number = signs[peer].sessions, seen[peer]
             if number >= len(sessions):
                 return Suspicion(peer, "does not know the session any more")
-            if sessions[number].taken < sent:
-                return Suspicion(peer, "has not received what was sent to it")
-            if sessions[number].given < sessions[number].taken:
-                return Suspicion(peer, "holds a step, and does not compute it")
-            sent, seen[peer] = sessions[number].given, number + 1
-        return Suspicion(self._hops[-1], "has lost its answer on the way")
+            on_hops.append((peer, sessions[number]))
+            seen[peer] = number + 1
+        there = [(peer, at.taken, at.given) for peer, at in on_hops]
+        back = [(peer, at.back_taken, at.back_given) for peer, at in reversed(on_hops)]
+        for hops, count in ((there, sent), (back, sent_back)):
+            for peer, taken, given in hops:
+                if taken < count:
+                    return Suspicion(peer, "has not received what was sent to it")
+                if given < taken:
+                    return Suspicion(peer, "holds a step, and does not compute it")
+                count = given
+        last = self._hops[0] if sent_back else self._hops[-1]
+        return Suspicion(last, "has lost its answer on the way")
 
 
 def _still(sign: Sign) -> bool:

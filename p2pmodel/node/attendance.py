@@ -52,6 +52,10 @@ class Attendance:
                 log.warning("%s", error)
             await asyncio.sleep(RENEW_SECONDS)
 
+    @property
+    def neighbours(self) -> Neighbours:
+        return self._neighbours
+
     async def read(self) -> list[Lease]:
         """All that are valid now. Raises Unreachable."""
         self.leases = await self._directory.leases()

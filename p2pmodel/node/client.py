@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,23 +15,28 @@ from typing import Any, TypeVar
 
 import torch
 import uvloop
+from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed
 from p2pmodel.domain.ids import Digest, VersionId
-from p2pmodel.domain.swarm import Route
+from p2pmodel.domain.swarm import Lease, Presence, Route
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole
-from p2pmodel.engine.family import errors_only
-from p2pmodel.engine.head import load_head
+from p2pmodel.engine.family import errors_only, first_line
+from p2pmodel.engine.head import NO_VECTORS, load_head, using_vectors
 from p2pmodel.node.bases import Part, find_base, open_base
+from p2pmodel.node.connecting import Connector
 from p2pmodel.node.contacts import contacts, remember_contacts
 from p2pmodel.node.discovery import bootstrap_peers, swarm_lineage
 from p2pmodel.node.exchange import Exchange
 from p2pmodel.node.inference import RoutedChain, RoutedSession
 from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.private import private_vectors
 from p2pmodel.node.router import Router
+from p2pmodel.node.tape import RoutedTape
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.chain_client import ChainClient
 from p2pmodel.swarm.directory import Directory
@@ -100,6 +105,7 @@ class SwarmClient:
             self._model: PreTrainedModel | None = None
             self._routed: RoutedChain | None = None
             self._drafts: dict[str, PreTrainedModel] = {}
+            self._encoding = threading.Lock()  # tokenizers refuse two threads at once
             self._known = known
             self.refresh()
             remember_contacts(home, peers)
@@ -126,7 +132,7 @@ class SwarmClient:
 
         async def ask() -> None:
             exchange = Exchange(self._started, self.lineage, _Nobody(), kinds=("candidate", "verdict"))
-            for peer in self._known:
+            for peer in dict.fromkeys((*self._known, *await self._started.peers())):
                 try:
                     await exchange.ask(peer)
                     return await exchange.settle(REFRESH_SECONDS)
@@ -135,30 +141,26 @@ class SwarmClient:
 
         self._await(ask())
 
-    def generate(self, text: str, sampling: Sampling, version: str, codec: str, show: Callable[[str], None]) -> Answer:
-        """Continues the text; `show` is given the answer piece by piece.
+    def generate(
+        self,
+        text: str,
+        sampling: Sampling,
+        version: str,
+        codec: str,
+        show: Callable[[str], None],
+        patch: str | None = None,
+    ) -> Answer:
+        """Continues the text; `show` is given the answer piece by piece. patch: see `node.private`; it stands for the
+        version.
 
         Raises InvalidInput for a prompt that leaves no room in the context, Unreachable naming the layers that nobody
         serves.
         """
-        wanted = self.lineage.find_version(version)
-        ids = self.tokenizer(text, return_tensors="pt").input_ids if text else torch.empty(1, 0, dtype=torch.long)
-        start = self.tokenizer.bos_token_id
-        if start is not None and (ids.shape[1] == 0 or ids[0, 0] != start):
-            ids = torch.cat([torch.tensor([[start]]), ids], dim=1)
-        if ids.shape[1] == 0:
-            raise InvalidInput(
-                "The prompt is empty, and this model has no token to begin with.", "Write at least one word."
-            )
-        room = self.checkpoint.context - ids.shape[1]
-        if room < 1:
-            raise InvalidInput(
-                f"The prompt has {ids.shape[1]} tokens, but {self.lineage.manifest.name} "
-                f"reads {self.checkpoint.context} "
-                "at most, answer included.",
-                "Shorten it.",
-            )
-        new_tokens = min(room, sampling.max_new_tokens)
+        wanted, vectors = (
+            (self.lineage.find_version(version), NO_VECTORS) if patch is None else private_vectors(self.lineage, patch)
+        )
+        ids = self.encode(text)
+        new_tokens = min(self.room(ids), sampling.max_new_tokens)
         chain = self._routed = self.chain(wanted, codec)
         if self._model is None:
             self._model = load_head(self.checkpoint, self)
@@ -169,7 +171,7 @@ class SwarmClient:
             if sampling.temperature == 0
             else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         )
-        with errors_only():
+        with errors_only(), using_vectors(vectors):
             out = self._model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -200,18 +202,75 @@ class SwarmClient:
             seconds=time.monotonic() - began,
         )
 
+    def encode(self, text: str) -> Tensor:
+        """[1, T] of token ids, beginning with the token that the model wants there."""
+        with self._encoding:
+            ids: Tensor = (
+                self.tokenizer(text, return_tensors="pt").input_ids if text else torch.empty(1, 0, dtype=torch.long)
+            )
+        start = self.tokenizer.bos_token_id
+        if start is not None and (ids.shape[1] == 0 or ids[0, 0] != start):
+            ids = torch.cat([torch.tensor([[start]]), ids], dim=1)
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Tensor:
+        """[1, T] of a conversation, by the tokenizer's chat template. Raises InvalidInput."""
+        if self.tokenizer.chat_template is None:
+            raise InvalidInput(
+                f"The tokenizer of {self.lineage.manifest.name} has no chat template.", "Ask for completions instead."
+            )
+        try:
+            turns = [dict(message) for message in messages]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidInput(f"The chat template does not take these messages: {first_line(error)}.") from None
+        with self._encoding:
+            ids: Tensor = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        return ids.long()
+
+    def room(self, ids: Tensor) -> int:
+        """How many tokens may follow those of a prompt [1, T]. Raises InvalidInput when it is empty or too long."""
+        if ids.shape[1] == 0:
+            raise InvalidInput(
+                "The prompt is empty, and this model has no token to begin with.", "Write at least one word."
+            )
+        room = self.checkpoint.context - ids.shape[1]
+        if room < 1:
+            raise InvalidInput(
+                f"The prompt has {ids.shape[1]} tokens, but {self.lineage.manifest.name} "
+                f"reads {self.checkpoint.context} "
+                "at most, answer included.",
+                "Shorten it.",
+            )
+        return room
+
+    async def daemon_ended(self) -> int:
+        """Its status, when this peer's daemon has ended. May be awaited on any loop."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._started.ended(), self._loop))
+
+    def look(self) -> tuple[list[Lease], list[Presence]]:
+        """Who serves what, and who is there, now. Raises Unreachable."""
+
+        async def read() -> tuple[list[Lease], list[Presence]]:
+            return await self._directory.leases(), await self._directory.presences()
+
+        return self._await(read())
+
     def chain(self, version: VersionId, codec: str) -> RoutedChain:
         """What the layers of a model at `version` are replaced by. Raises InvalidInput for an unknown codec."""
         router = self._router
         assert router is not None
         return RoutedChain(
-            self._chain_client,
-            lambda banned: self._await(router.find(version, banned)),
-            router.suspect,
-            self.lineage.model,
-            version,
-            get_codec(codec),
-            chunked=attends_only(self.checkpoint.config),
+            Connector(
+                self._chain_client,
+                lambda banned: self._await(router.find(version, banned)),
+                router.suspect,
+                self.lineage.model,
+                version,
+                get_codec(codec),
+                chunked=attends_only(self.checkpoint.config),
+                stack=self.checkpoint.stack,
+            )
         )
 
     def _draft(self, named: str) -> PreTrainedModel:
@@ -247,10 +306,17 @@ class SwarmClient:
         session = self._routed.last if self._routed else None
         return session.route if session else None
 
-    def open(self, max_tokens: int, rows: int, rewinds: bool) -> RoutedSession:
+    def open(
+        self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> RoutedSession:
         """Implements `engine.head.RemoteChain`: a session at the version of the generation under way."""
         assert self._routed is not None
-        return self._routed.open(max_tokens, rows, rewinds)
+        return self._routed.open(max_tokens, rows, rewinds, vectors)
+
+    def tape(self) -> RoutedTape:
+        """Implements `engine.head.RemoteChain`."""
+        assert self._routed is not None
+        return self._routed.tape()
 
     def close(self) -> None:
         """Closing twice is closing once."""

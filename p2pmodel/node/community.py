@@ -77,6 +77,11 @@ class Community:
         return self._gossip.stats()
 
     @property
+    def members(self) -> int:
+        """Peers that say they take part, as last read."""
+        return len(self.presences)
+
+    @property
     def gossip_identity(self) -> tuple[str, tuple[str, ...]]:
         """Id and multiaddrs of the gossip child."""
         return self._gossip.peer, self._gossip.addresses

@@ -17,9 +17,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEMES = ("int8", "nf4")
 """Of weights alone, see `engine.quantisation`."""
 
-RAM_SHARE, GPU_SHARE = 0.25, 0.8
+RAM_SHARE, GPU_SHARE = 0.25, 0.6
 """Of what is free when the span is loaded: how much caches may take. The rest of the RAM is the user's; on a GPU a
 forward needs some for itself."""
+GRAPH_SHARE = 0.15
+"""The same, of the graphs of micro-batches that wait for their gradients."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -81,6 +83,11 @@ def cached_tokens(device: Device, stage: "Stage") -> int:
     share = RAM_SHARE if device.name == "cpu" else GPU_SHARE
     size = device.cache_memory if device.cache_memory is not None else int(share * free_bytes(device))
     return measure_cache(stage).tokens_in(size)
+
+
+def graph_bytes(device: Device) -> int:
+    """How much memory micro-batches that wait for their gradients may take."""
+    return int(GRAPH_SHARE * free_bytes(device))
 
 
 def _demand_library(dtype: str | None, device: str) -> None:

@@ -1,13 +1,17 @@
 """A model of transformers whose layers are the swarm's, for Python programs and notebooks."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from p2pmodel.engine.head import load_head
+from torch import Tensor, nn
+
+from p2pmodel.engine.head import NO_VECTORS, load_head
 from p2pmodel.node.client import SwarmClient
 from p2pmodel.node.inference import RoutedChain, RoutedSession
+from p2pmodel.node.private import private_vectors, trainable_vectors
+from p2pmodel.node.tape import RoutedTape
 from p2pmodel.tensors.codecs import DEFAULT_CODEC
 
 
@@ -27,6 +31,8 @@ class DistributedModelForCausalLM:
         *,
         version: str = "head",
         codec: str = DEFAULT_CODEC,
+        patch: str | None = None,
+        trainable: bool = False,
         home: Path | None = None,
         base: Path | None = None,
     ) -> Any:
@@ -34,14 +40,30 @@ class DistributedModelForCausalLM:
         sampling, beams, padded batches and an `assistant_model`. Embeddings and head are here, the layers on peers.
 
         model: its id or name, where the swarm has several; peers: multiaddrs, or those of the node on this machine;
-        version: a number or an id, kept to the end; base: the folder of the base checkpoint, if it is not found.
-        `model.tokenizer` goes with it. Close it, or use it in a `with` statement. It blocks, so it needs no event loop;
+        version: a number or an id, kept to the end; patch: a file, or the id of a known patch, of kind ia3, that nobody
+        has to have merged: its vectors travel with this model's own sessions; base: the folder of the base checkpoint,
+        if it is not found. `model.tokenizer` goes with it.
+
+        trainable: the model has (IA)³ vectors as its only parameters that require gradients, from those of the version
+        or patch on; `loss.backward()` brings theirs back through the swarm, for any optimiser. They are
+        `model.vectors`, whose `state()` is {slot: vector}.
+
+        Close it, or use it in a `with` statement. It blocks, so it needs no event loop;
         threads may share it. Raises Unreachable, NotFound, InvalidInput.
         """
         client = SwarmClient.connect(home, tuple(peers), model, base)
         try:
-            chain = client.chain(client.lineage.find_version(version), codec)
-            loaded = load_head(client.checkpoint, _Membership(client, chain))
+            wanted = client.lineage.find_version(version)
+            vectors: Mapping[str, Tensor] = NO_VECTORS
+            if patch is not None:
+                wanted, vectors = private_vectors(client.lineage, patch)
+            elif trainable:
+                vectors = trainable_vectors(client.lineage, wanted)
+            loaded = load_head(client.checkpoint, _Membership(client, client.chain(wanted, codec)))
+            if trainable:
+                loaded.vectors = Vectors(vectors)
+                vectors = loaded.vectors.state()
+            loaded.run_with(vectors)  # type: ignore[operator]
         except BaseException:
             client.close()
             raise
@@ -50,14 +72,35 @@ class DistributedModelForCausalLM:
         return loaded
 
 
+class Vectors(nn.Module):
+    """Trainable (IA)³ vectors, a parameter for every slot."""
+
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._by_slot = {}
+        for name, vector in sorted(start.items()):
+            self._by_slot[name] = nn.Parameter(vector.detach().clone())
+            self.register_parameter(name.replace(".", "/"), self._by_slot[name])  # a dot would be a path
+
+    def state(self) -> Mapping[str, nn.Parameter]:
+        """{slot: [D] float32}, the parameters themselves."""
+        return self._by_slot
+
+
 class _Membership:
     """Implements `engine.head.RemoteChain`: leaves the swarm when it is closed."""
 
     def __init__(self, client: SwarmClient, chain: RoutedChain) -> None:
         self._client, self._chain = client, chain
 
-    def open(self, max_tokens: int, rows: int, rewinds: bool) -> RoutedSession:
-        return self._chain.open(max_tokens, rows, rewinds)
+    def open(
+        self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> RoutedSession:
+        return self._chain.open(max_tokens, rows, rewinds, vectors)
+
+    def tape(self) -> RoutedTape:
+        return self._chain.tape()
 
     def close(self) -> None:
+        self._chain.close()
         self._client.close()

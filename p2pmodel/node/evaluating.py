@@ -10,9 +10,9 @@ from p2pmodel.engine.evaluation import evaluate
 from p2pmodel.node.bases import find_base
 from p2pmodel.node.discovery import local_lineage
 from p2pmodel.node.patchbook import read_patch
-from p2pmodel.node.states import patch_file_state, patch_tensors, version_state
+from p2pmodel.node.states import patch_file_state, patch_state, version_state
 from p2pmodel.store.home import Home
-from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.kinds import Kinds
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def evaluate_files(
         state, what = patch_file_state(lineage, Path(patch)), f"{lineage.manifest.name} with {patch}"
     else:
         entry = read_patch(home, patch)
-        state = {**version_state(lineage, entry.patch.parent), **patch_tensors(lineage, entry.patch.adapter)}
+        state = patch_state(lineage, entry.patch)
         what = f"{lineage.manifest.name} {entry.parent_number} with patch {entry.id[:10]}"
     folder_of_base = find_base(folder, lineage, base)
     result = evaluate(
         load_whole(folder_of_base),
         load_tokenizer(folder_of_base),
-        get_kind(lineage.manifest.kinds[0]),
+        Kinds(lineage.manifest.kinds),
         state,
         [text.text for text in texts],
     )

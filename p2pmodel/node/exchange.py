@@ -52,6 +52,10 @@ class Exchange:
     def bytes_received(self) -> int:
         return self._fetcher.bytes_received
 
+    @property
+    def blobs_received(self) -> int:
+        return self._fetcher.received
+
     def hear(self, kind: str, record: BlobRef, holder: PeerId) -> None:
         """A peer says that it has a record."""
         if kind not in self._kinds or record.digest in self._refused or self._lineage.knows(record.digest):

@@ -17,8 +17,8 @@ from p2pmodel.node.bases import file_digests, outline, remember_base
 from p2pmodel.node.hub import Listing
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.store.home import Home
-from p2pmodel.tensors.kinds import get_kind
-from p2pmodel.tensors.merge import get_strategy
+from p2pmodel.tensors.kinds import Kinds, largest_patch
+from p2pmodel.tensors.merging import get_strategy
 
 DEFAULT_KIND = "ia3@1"
 DEFAULT_STRATEGY = "fisher@1"
@@ -37,6 +37,8 @@ class Founding:
     strategy: str = DEFAULT_STRATEGY
     schedule: Schedule = field(default_factory=Schedule)
     limits: Limits = field(default_factory=Limits)
+    kinds: tuple[str, ...] = (DEFAULT_KIND,)
+    merge_parameters: tuple[tuple[str, float], ...] = ()
 
 
 def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, ...] = ()) -> Lineage:
@@ -45,7 +47,15 @@ def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, 
     checkpoint = read_checkpoint(folder, [file.name for file in files])
     files = files or file_digests(folder, checkpoint.files)
     suite = Suite.load(founding.exam)
-    get_strategy(founding.strategy)
+    if not suite.domains:
+        raise InvalidInput(
+            f"The exam in {founding.exam} has no [[domain]]: rounds minimise the loss on held-out text.",
+            "Add one with name, tune and test.",
+        )
+    get_strategy(founding.strategy).check(dict(founding.merge_parameters))
+    slots = Kinds(founding.kinds).find_slots(_skeleton(checkpoint))
+    largest = max(founding.limits.max_patch_bytes, largest_patch(founding.kinds, slots))
+    limits = dataclasses.replace(founding.limits, max_patch_bytes=largest)
     try:
         manifest = Manifest(
             name=founding.name,
@@ -55,12 +65,12 @@ def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, 
             files=files,
             source=founding.source,
             licence=founding.licence,
-            kinds=(DEFAULT_KIND,),
-            slots=get_kind(DEFAULT_KIND).find_slots(_skeleton(checkpoint)),
-            merge=MergeSpec(founding.strategy),
+            kinds=tuple(dict.fromkeys(founding.kinds)),
+            slots=slots,
+            merge=MergeSpec(founding.strategy, founding.merge_parameters),
             exam=home.objects.put(suite.pack()),
             schedule=founding.schedule,
-            limits=founding.limits,
+            limits=limits,
             maintainers=tuple(sorted(founding.maintainers)),
             threshold=founding.threshold,
         )

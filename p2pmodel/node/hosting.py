@@ -9,19 +9,22 @@ import time
 
 import torch
 
+from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Span
 from p2pmodel.engine.checkpoint import Checkpoint
+from p2pmodel.engine.memory import measure_cache
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.versions import VersionTable
-from p2pmodel.node.device import DTYPES, Device, cached_tokens, free_bytes
+from p2pmodel.node.device import DTYPES, Device, cached_tokens, free_bytes, graph_bytes
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.stages import HostedStage, Stages, scaled_bytes
 from p2pmodel.node.states import version_state
 from p2pmodel.node.threads import in_daemon
 from p2pmodel.swarm.chain_server import ChainServer, ChainStats
 from p2pmodel.swarm.host import PeerHost
+from p2pmodel.tensors import weights
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +92,10 @@ class Hosting:
         return self._server.stats()
 
     @property
+    def stages(self) -> Stages:
+        return self._stages
+
+    @property
     def cached_tokens(self) -> int:
         """Positions of KV cache that open sessions have been promised."""
         return self._stages.cached_tokens
@@ -141,13 +148,20 @@ def release_memory() -> None:
 def _load(
     lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device, versions: tuple[VersionId, ...]
 ) -> HostedStage:
+    if device.scheme and any(slot.name.startswith(weights.PREFIX) for slot in lineage.manifest.slots):
+        raise UsageError(
+            f"{lineage.manifest.name} takes patches of its weights, which can't be folded into {device.scheme}.",
+            "Use --dtype bf16.",
+        )
     stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme)
     table = VersionTable(stage)
     for version in versions:
         _adopt(table, lineage, version)
     # Of what is free beside another stage, where there is one: each keeps to its own share.
-    runner = Runner(stage, lineage.model, table, max_cached_tokens=cached_tokens(device, stage))
-    return HostedStage(stage, runner, table)
+    runner = Runner(
+        stage, lineage.model, table, max_cached_tokens=cached_tokens(device, stage), max_graph_bytes=graph_bytes(device)
+    )
+    return HostedStage(stage, runner, table, measure_cache(stage).typical)
 
 
 def _adopt(table: VersionTable, lineage: Lineage, version: VersionId) -> None:

@@ -6,122 +6,69 @@ the fault, because prefill and decoding of one stage give the same states.
 """
 
 import logging
-import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from p2pmodel.domain.errors import Busy, PeerFailed, Unreachable
-from p2pmodel.domain.ids import ModelId, PeerId, VersionId
+from p2pmodel.domain.errors import PeerFailed
+from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import MAX_PREFIX_BLOCKS, PREFIX_BLOCK, Route
+from p2pmodel.engine.head import NO_VECTORS
 from p2pmodel.engine.prefixes import prefix_keys
 from p2pmodel.engine.steps import Note
+from p2pmodel.node.connecting import PATIENCE_SECONDS, Connector, Wish
 from p2pmodel.node.history import History
-from p2pmodel.swarm.chain_client import ChainClient, ChainSession
-from p2pmodel.tensors.codecs import Codec
+from p2pmodel.node.tape import RoutedTape
+from p2pmodel.swarm.chain_client import ChainSession
+from p2pmodel.tensors.blob import pack
 from p2pmodel.wire.frames import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
-FindRoute = Callable[[frozenset[PeerId]], Route]
-PATIENCE_SECONDS = 14.0
-"""How long a session under way waits for layers that nobody serves any more."""
-QUEUE_SECONDS = 30.0
-"""How long a new session waits for a peer that has room for it."""
 CHUNK_TOKENS = 256
 """Of a prefill: while one stage computes a chunk, the stage before computes the next."""
 CHUNKS_UNDER_WAY = 4
 """Sent before the first answer is waited for; it bounds what waits at each stage."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What a session is asked for: see `SessionRequest`."""
-
-    max_tokens: int
-    rows: int
-    rewinds: bool
-    prefix: tuple[bytes, ...]
-
-
 class RoutedChain:
-    """Opens sessions for `engine.head`. `find` blocks, gives the best route without the banned peers, connected to its
-    hops, and raises Unreachable; `suspect` is told who failed. chunked: whether the family can take a prefill in
-    parts."""
+    """Implements `engine.head.RemoteChain`. last: the session that was opened last."""
 
-    def __init__(
-        self,
-        chain: ChainClient,
-        find: FindRoute,
-        suspect: Callable[[PeerId], None],
-        model: ModelId,
-        version: VersionId,
-        codec: Codec,
-        *,
-        chunked: bool,
-    ) -> None:
-        self._chain, self._find, self.suspect, self._model, self._version = chain, find, suspect, model, version
-        self.codec, self.chunked = codec, chunked
+    def __init__(self, connector: Connector) -> None:
+        self._connector = connector
         self.last: RoutedSession | None = None
+        self._tape: RoutedTape | None = None
 
-    def open(self, max_tokens: int, rows: int, rewinds: bool) -> "RoutedSession":
-        self.last = RoutedSession(self, Wish(max_tokens, rows, rewinds, ()))
+    def open(
+        self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> "RoutedSession":
+        state = pack(vectors) if vectors else b""
+        self.last = RoutedSession(self._connector, Wish(max_tokens, rows, rewinds, state=state))
         return self.last
 
-    def connect(self, wish: "Wish", banned: set[PeerId], patience: float) -> ChainSession:
-        """A session on the best route; peers that refuse are banned on the way.
+    def tape(self) -> RoutedTape:
+        if self._tape is None:
+            self._tape = RoutedTape(self._connector)
+        return self._tape
 
-        patience: seconds to wait for layers that nobody serves. Peers that have no room are waited for longer. Raises
-        Unreachable naming the layers, Busy.
-        """
-        began = time.monotonic()
-        tried: set[PeerId] = set(banned)
-        full: Busy | None = None
-        while True:
-            waited = time.monotonic() - began
-            try:
-                route = self._find(frozenset(tried))
-                return self._chain.open(
-                    route,
-                    self._model,
-                    self._version,
-                    self.codec.name,
-                    wish.max_tokens,
-                    rows=wish.rows,
-                    rewinds=wish.rewinds,
-                    prefix=wish.prefix,
-                )
-            except PeerFailed as error:
-                log.warning("%s", error)
-                if isinstance(error.__cause__, Busy):
-                    full = error.__cause__
-                elif error.peer:
-                    self.suspect(PeerId(error.peer))
-                if error.peer:
-                    tried.add(PeerId(error.peer))
-                elif waited > patience:
-                    raise
-            except Unreachable:
-                if full is not None and waited > QUEUE_SECONDS:
-                    raise full from None
-                if full is None and waited > patience:
-                    raise
-                tried = set(banned)  # a peer that was merely busy may do now
-                time.sleep(0.5)
+    def close(self) -> None:
+        if self._tape is not None:
+            self._tape.close()
 
 
 class RoutedSession:
     """One generation. Implements `engine.head.RemoteSession`. It is opened by its first step, whose beginning the
     stages may know from an earlier session. route: the latest one, None before the first step."""
 
-    def __init__(self, chain: RoutedChain, wish: Wish) -> None:
+    def __init__(self, chain: Connector, wish: Wish) -> None:
         self._chain, self._wish = chain, wish
         self._banned: set[PeerId] = set()
         self._history = History()
         self._session: ChainSession | None = None
+        self._abandoned = False
         self._earlier_bytes = (0, 0)
         self.route: Route | None = None
         self.failovers = 0
@@ -149,6 +96,11 @@ class RoutedSession:
         if self._session is not None:
             self._session.close()
 
+    def abandon(self) -> None:
+        """From any thread: a step that another one waits in ends with PeerFailed, and no other route is looked for."""
+        self._abandoned = True
+        self.close()
+
     def _begin(self, hidden: Tensor, note: Note, patience: float) -> Tensor:
         """The session's first step on a route: all tokens so far."""
         wish = replace(self._wish, prefix=self._prefix(hidden, note))
@@ -160,6 +112,8 @@ class RoutedSession:
     def _prefix(self, hidden: Tensor, note: Note) -> tuple[bytes, ...]:
         """Keys of the blocks that nobody wants the output of."""
         if note.mask is not None or note.positions is not None or note.wanted is None or hidden.shape[0] > 1:
+            return ()
+        if self._wish.state:  # their hidden states are like nobody else's
             return ()
         blocks = min(MAX_PREFIX_BLOCKS, (hidden.shape[1] - max(1, note.wanted)) // PREFIX_BLOCK)
         if not blocks or not self._chain.chunked:
@@ -204,6 +158,8 @@ class RoutedSession:
 
     def _recover(self, error: PeerFailed, wanted: int) -> Tensor:
         while True:
+            if self._abandoned:
+                raise error
             log.warning("%s Another route is being found.", error.message)
             if error.peer:
                 self._chain.suspect(PeerId(error.peer))

@@ -4,14 +4,15 @@ import time
 from collections.abc import Sequence
 
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.domain.ids import PatchId, PeerId, short
+from p2pmodel.domain.ids import Digest, PatchId, PeerId, short
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import BASE_NUMBER, Candidate
 from p2pmodel.logic import admission
 from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.states import read_change, read_masses, version_state
 from p2pmodel.store.index import RecordRow
-from p2pmodel.tensors import blob
+from p2pmodel.tensors import blob, control, variates
 from p2pmodel.wire import bundle, canonical, records
 from p2pmodel.wire.signing import RECORD_OVERHEAD
 
@@ -32,11 +33,11 @@ def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, .
     if kind == "patch":
         patch = records.open_patch(record, lineage.manifest.limits.max_header_bytes)
         _admit_patch(lineage, canonical.digest(record), patch)
-        return patch.adapter, patch.fisher
+        return patch.blobs
     if kind == "candidate":
         candidate, proposer, _ = records.open_candidate(record)
         _admit_candidate(lineage, candidate, proposer)
-        return (candidate.result,)
+        return candidate.blobs
     admission.check_verdict(records.open_verdict(record), lineage.manifest, model=lineage.model)
     return ()
 
@@ -68,7 +69,19 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
         proposer=proposer,
         parent_number=parent.number if parent else BASE_NUMBER,
         parent_round=parent.round if parent else 0,
+        restorable=_restorable(lineage, candidate) if candidate.restores else (),
     )
+
+
+def _restorable(lineage: Lineage, candidate: Candidate) -> set[Digest]:
+    """The values of the versions before the candidate's parent, and of the base."""
+    found = {canonical.digest(blob.pack(version_state(lineage, lineage.model)))}
+    parent = lineage.candidates.get(candidate.parent)
+    older = lineage.candidates.get(parent.parent) if parent else None
+    while older:
+        found.add(older.result.digest)
+        older = lineage.candidates.get(older.parent)
+    return found - {parent.result.digest} if parent else set()
 
 
 def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
@@ -77,13 +90,17 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
     May run on any thread: the lineage sees the record when it is refreshed. Raises Rejected, and then removes the blobs
     that nothing else refers to.
     """
-    objects, slots, limit = lineage.home.objects, lineage.manifest.slots, lineage.manifest.limits.max_patch_bytes
+    objects, manifest = lineage.home.objects, lineage.manifest
+    limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest)
     try:
         blobs = [objects.load(ref.digest, limit) for ref in refs]
         if kind == "patch":
-            check_tensors(lineage, *blobs)
-        elif kind == "candidate" and blob.unpack(blobs[0], slots, limit).keys() != {slot.name for slot in slots}:
-            raise Rejected("shape", "The candidate does not give a value for every slot of the model.")
+            check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
+        elif kind == "candidate":
+            if len(blob.unpack(blobs[0], manifest.slots, limit)) != len(manifest.slots):
+                raise Rejected("shape", "The candidate does not give a value for every slot of the model.")
+            for raw in blobs[1:]:
+                variates.read_mean(raw, manifest.kinds, manifest.slots, limit)
     except Rejected:
         kept = {ref.digest for ref in tuple(lineage.blobs())}
         for ref in refs:
@@ -105,35 +122,33 @@ def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
             "The patch was trained on another version than the head, and can't be merged any more.",
             "Train it again on the head: p2pmodel train",
         )
-    for raw_blob in (opened.raw.adapter, opened.raw.fisher):
+    for raw_blob in opened.raw.blobs:
         lineage.home.objects.put(raw_blob)
     return store(lineage, "patch", opened.raw.header, refs)
 
 
-def check_tensors(lineage: Lineage, adapter: bytes, fisher: bytes) -> None:
-    """A patch's two blobs against the Manifest. Raises Rejected."""
-    slots, limit = lineage.manifest.slots, lineage.manifest.limits.max_patch_bytes
-    values, masses = blob.unpack(adapter, slots, limit), blob.unpack(fisher, slots, limit)
-    if not values:
-        raise Rejected("shape", "The patch changes nothing.")
-    if values.keys() != masses.keys():
-        raise Rejected("shape", "The patch's Fisher is not of the slots that it changes.")
-    if any(bool((mass < 0).any()) for mass in masses.values()):
-        raise Rejected("finite", "The patch's Fisher has negative values.")
+def check_tensors(
+    lineage: Lineage, patch: Patch, adapter: bytes, fisher: bytes, control_variate: bytes | None = None
+) -> None:
+    """A patch's blobs against the Manifest. Raises Rejected."""
+    change = read_change(lineage, patch.kind, adapter)
+    read_masses(lineage, patch.kind, change, fisher)
+    if control_variate is not None:
+        control.read(control_variate, adapter, lineage.manifest.limits.max_patch_bytes)
 
 
 def check_patch_file(lineage: Lineage, raw: bytes) -> None:
     """All that a peer checks of a patch, on a patch file. Raises Rejected."""
     opened = bundle.open_bundle(raw)
     needed_blobs(lineage, "patch", opened.raw.header)
-    check_tensors(lineage, opened.raw.adapter, opened.raw.fisher)
+    check_tensors(lineage, opened.patch, *opened.raw.blobs)
 
 
 def check_stored_patch(lineage: Lineage, patch: PatchId) -> None:
     """The same on a patch in the store. Raises Rejected."""
     record = lineage.home.objects.load(patch)
-    adapter, fisher = needed_blobs(lineage, "patch", record)
-    check_tensors(lineage, lineage.home.objects.load(adapter.digest), lineage.home.objects.load(fisher.digest))
+    blobs = [lineage.home.objects.load(ref.digest) for ref in needed_blobs(lineage, "patch", record)]
+    check_tensors(lineage, records.open_patch(record, lineage.manifest.limits.max_header_bytes), *blobs)
 
 
 def _round(kind: str, record: bytes) -> int:

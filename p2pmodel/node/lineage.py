@@ -4,19 +4,23 @@ A view of the store that any process of the home may open; nothing here imports 
 enters through `p2pmodel.node.intake`.
 """
 
+import re
 from collections.abc import Iterator
 
-from p2pmodel.domain.errors import InvalidInput, NotFound
+from p2pmodel.domain.errors import Busy, InvalidInput, NotFound
 from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
-from p2pmodel.logic.lineage import assemble
+from p2pmodel.logic.lineage import assemble, history
 from p2pmodel.store.home import Home
 from p2pmodel.store.index import RecordRow
 from p2pmodel.wire import records
 from p2pmodel.wire.signing import RECORD_OVERHEAD
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LIKE_A_VERSION = re.compile(r"v?[0-9]+(\.[0-9]+)*|[0-9a-f]{4,}")
 
 
 class Lineage:
@@ -88,16 +92,71 @@ class Lineage:
                 return known
         raise NotFound(f"Version {short(version)} of {self.manifest.name} is not known here.", "See: p2pmodel log")
 
+    def history(self) -> tuple[Version, ...]:
+        """Every adopted version, parents before children: `versions`, and what forks left behind."""
+        return history(self.manifest, self.model, self.candidates, self.verdicts.values())
+
+    @property
+    def tags(self) -> dict[str, VersionId]:
+        """This home's own names for versions, sorted."""
+        prefix = self._tag_ref("")
+        names = [name.removeprefix(prefix) for name in self.home.refs.names(prefix)]
+        return {name: VersionId(Digest(self.home.refs.get(prefix + name) or "")) for name in names}
+
+    def tag(self, name: str, version: VersionId, *, move: bool = False) -> None:
+        """Raises InvalidInput for what is no name for a tag, Busy when the tag is there and is not to be moved."""
+        if not _TAG.fullmatch(name) or name in ("head", "base") or _LIKE_A_VERSION.fullmatch(name):
+            raise InvalidInput(
+                f"{name[:64]!r} is no name for a tag.",
+                "Use at most 64 letters, digits, '.', '_' and '-', and nothing that reads like a number or an id.",
+            )
+        if not move and self.tags.get(name) not in (None, version):
+            raise Busy(f"The tag {name} is there already.", "Move it with --force, or delete it first.")
+        self.home.refs.set(self._tag_ref(name), version)
+
+    def untag(self, name: str) -> None:
+        """Raises NotFound."""
+        if name not in self.tags:
+            raise NotFound(f"{self.manifest.name} has no tag {name[:64]!r} here.", "See: p2pmodel tag")
+        self.home.refs.delete(self._tag_ref(name))
+
+    def weigh(self, patch: PatchId, weight: float) -> None:
+        """λ of a patch in candidates that this home's maintainer proposes."""
+        self.home.refs.set(f"models/{self.model}/weights/{patch}", repr(float(weight)))
+
+    def weight_of(self, patch: PatchId) -> float:
+        """What `weigh` has said; else 1."""
+        return float(self.home.refs.get(f"models/{self.model}/weights/{patch}") or 1.0)
+
+    def agree_to_rollback(self, version: VersionId) -> None:
+        """This home's maintainer will accept a candidate on the head of now that restores the version."""
+        self.home.refs.set(f"models/{self.model}/rollback", f"{self.head} {version}")
+
+    def agrees(self, candidate: Candidate) -> bool:
+        """Whether `agree_to_rollback` was said of what the candidate restores."""
+        agreed = (self.home.refs.get(f"models/{self.model}/rollback") or "").split()
+        return agreed == [candidate.parent, self.restored_by(candidate)]
+
+    def restored_by(self, candidate: Candidate) -> VersionId:
+        """The oldest version with the values of a candidate that restores one; the base when no other has them."""
+        same = (version.id for version in self.versions if version.candidate.result == candidate.result)
+        return next(same, VersionId(self.model))
+
+    def _tag_ref(self, name: str) -> str:
+        return f"models/{self.model}/tags/{name}"
+
     def offer(self) -> LineageOffer:
         return LineageOffer(self.model, self.manifest.name, self.record, self.head)
 
     def find_version(self, text: str) -> VersionId:
-        """By number (`1.0.2`), by id or the beginning of one, `base` or `head`. Raises NotFound."""
+        """By number (`1.0.2`), tag, id or the beginning of one, `base` or `head`. Raises NotFound."""
         if text == "head":
             return self.head
         if text == "base":
             return self.model
         every = {self.model: BASE_NUMBER, **{v.id: v.candidate.number for v in self.versions}}
+        if (tagged := self.tags.get(text)) in every:
+            return tagged
         try:
             wanted = VersionNumber.parse(text)
         except ValueError:
@@ -125,9 +184,9 @@ class Lineage:
         """All that the lineage's records refer to."""
         yield self.manifest.exam
         for patch in self.patches.values():
-            yield from (patch.adapter, patch.fisher)
+            yield from patch.blobs
         for candidate in self.candidates.values():
-            yield candidate.result
+            yield from candidate.blobs
 
 
 def known_lineages(home: Home) -> list[Lineage]:

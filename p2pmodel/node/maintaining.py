@@ -7,8 +7,8 @@ mathematics is in `p2pmodel.tensors`.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,12 +19,14 @@ from p2pmodel.domain.model import BlobRef, MergeSpec
 from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.exams import Examiner, Suite, search_alpha
-from p2pmodel.logic.judgement import mean, objective, why_leave_out, why_reject
+from p2pmodel.engine.exams.screening import screen
+from p2pmodel.logic.judgement import mean, objective, why_reject
 from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.states import patch_tensors, version_state
+from p2pmodel.node.merging import Source, combine, mean_control, stored
+from p2pmodel.node.states import patch_change, version_state
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.kinds import get_kind
-from p2pmodel.tensors.merge import Contribution, apply_update, get_strategy
+from p2pmodel.tensors.kinds import Kinds
+from p2pmodel.tensors.merging import apply_update, get_strategy
 from p2pmodel.wire import canonical
 
 State = Mapping[str, Tensor]
@@ -36,8 +38,10 @@ PLAIN_MEAN = MergeSpec("mean@1")
 
 @dataclass(frozen=True)
 class Proposal:
+    """blobs: those of the candidate, in their order."""
+
     candidate: Candidate
-    result: bytes
+    blobs: tuple[bytes, ...]
 
 
 class Maintainer:
@@ -45,9 +49,10 @@ class Maintainer:
         """base: folder of the whole checkpoint. observe_merge is told the seconds of every merge."""
         self.lineage, self.me, self._observe_merge = lineage, me, observe_merge
         manifest = lineage.manifest
-        self._kind = get_kind(manifest.kinds[0])
+        self._kind = Kinds(manifest.kinds)
         suite = Suite.unpack(lineage.home.objects.load(manifest.exam.digest), manifest.exam.size)
         self._examiner = Examiner(load_whole(base), load_tokenizer(base), self._kind, suite)
+        self._rules = suite.rules
         self._scores: dict[tuple[str, str], Scores] = {}
         self._stopped = threading.Event()
 
@@ -60,21 +65,33 @@ class Maintainer:
         None when nothing is left to merge."""
         lineage, manifest = self.lineage, self.lineage.manifest
         before = version_state(lineage, parent)
-        tuning = self._score(before, "tune")
+        measured = self._examiner.measure(before, "tune")
+        tuning = {name: section.score for name, section in measured.items()}
         left_out = []
         for patch in patches:
-            alone = {**before, **patch_tensors(lineage, lineage.patches[patch].adapter)}
-            if reason := why_leave_out(tuning, self._score(alone, "tune")):
-                log.info("patch %s is left out: %s", short(patch), reason)
-                left_out.append(LeftOut(patch, reason))
+            self._demand_running()
+            if lineage.weight_of(patch) == 0:
+                left_out.append(LeftOut(patch, "its proposer gives it no weight"))
+                continue
+            began = time.monotonic()
+            alone = patch_change(lineage, lineage.patches[patch]).applied_to(before)
+            screened = screen(self._examiner, alone, measured, "tune", patch)
+            cost = f"{screened.cases} of {screened.total} cases in {time.monotonic() - began:.1f} s"
+            log.info("patch %s %s (%s)", short(patch), screened.reason or "enters the merge", cost)
+            if screened.reason:
+                left_out.append(LeftOut(patch, screened.reason[:256]))
         entering = tuple(sorted(set(patches) - {x.patch for x in left_out}))
         if not entering:
             return None
-        update = self._combine(before, entering, manifest.merge)
-        alpha = search_alpha(
-            lambda a: objective(tuning, self._score(apply_update(before, update, a), "tune"), manifest.limits)
+        sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in entering]
+        update = self._combine(before, sources, manifest.merge)
+        unit = get_strategy(manifest.merge.strategy).unit(len(sources))
+        alpha = unit * search_alpha(
+            lambda a: objective(
+                tuning, self._score(apply_update(before, update, unit * a), "tune"), manifest.limits, self._rules
+            )
         )
-        result = blob.pack(apply_update(before, update, alpha))
+        result, control = blob.pack(apply_update(before, update, alpha)), mean_control(lineage, sources)
         candidate = Candidate(
             model=lineage.model,
             round=round,
@@ -84,9 +101,11 @@ class Maintainer:
             left_out=tuple(sorted(left_out, key=lambda x: x.patch)),
             merge=manifest.merge,
             alpha=alpha,
-            result=BlobRef(canonical.digest(result), len(result)),
+            result=_ref(result),
+            weights=() if all(x.weight == 1 for x in sources) else tuple(x.weight for x in sources),
+            control=None if control is None else _ref(control),
         )
-        return Proposal(candidate, result)
+        return Proposal(candidate, (result,) if control is None else (result, control))
 
     def examine(self, version: VersionId) -> Verdict:
         """Recomputes the merge and examines the result on the deciding split."""
@@ -95,23 +114,42 @@ class Maintainer:
             scores = self._examine(candidate)
         except Rejected as error:
             return self._verdict(candidate, version, error.message, ())
+        if candidate.restores:
+            # Who goes back knows something that the exam does not: people decide, not scores.
+            agreed = self.lineage.agrees(candidate)
+            return self._verdict(
+                candidate, version, "" if agreed else "its maintainer did not agree to go back", scores
+            )
         parent, new = ({s.domain: getattr(s, name) for s in scores} for name in ("parent", "candidate"))
-        return self._verdict(candidate, version, why_reject(parent, new, self.lineage.manifest.limits), scores)
+        return self._verdict(
+            candidate, version, why_reject(parent, new, self.lineage.manifest.limits, self._rules), scores
+        )
 
     def _examine(self, candidate: Candidate) -> tuple[DomainScore, ...]:
         lineage, manifest = self.lineage, self.lineage.manifest
         if candidate.number != lineage.number(candidate.parent).next_patch():
             raise Rejected("chain", f"The candidate is numbered {candidate.number}, which does not follow its parent.")
+        before = version_state(lineage, candidate.parent)
+        if candidate.restores:
+            limit = candidate.result.size
+            old = blob.unpack(lineage.home.objects.load(candidate.result.digest, limit), manifest.slots, limit)
+            return self._scores_of(version_state(lineage, lineage.model), before, old, old)
         if candidate.merge != manifest.merge:
             raise Rejected("chain", "The candidate was not merged as the Manifest says.")
-        before = version_state(lineage, candidate.parent)
-        after = apply_update(before, self._combine(before, candidate.patches, candidate.merge), candidate.alpha)
-        if canonical.digest(blob.pack(after)) != candidate.result.digest:
+        sources = [stored(lineage, patch, candidate.weight(patch)) for patch in candidate.patches]
+        after = apply_update(before, self._combine(before, sources, candidate.merge), candidate.alpha)
+        if _ref(blob.pack(after)) != candidate.result:
             raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")
-        plain = apply_update(before, self._combine(before, candidate.patches, PLAIN_MEAN), 1.0)
-        base, parent, new, plain_mean = (
-            self._score(s, "test") for s in (version_state(lineage, lineage.model), before, after, plain)
-        )
+        control = mean_control(lineage, sources)
+        if (None if control is None else _ref(control)) != candidate.control:
+            raise Rejected("digest", "Recomputing the mean of the control variates gives another than the candidate's.")
+        equal = [replace(source, weight=1.0) for source in sources]
+        plain = apply_update(before, self._combine(before, equal, PLAIN_MEAN), 1.0)
+        return self._scores_of(version_state(lineage, lineage.model), before, after, plain)
+
+    def _scores_of(self, *states: State) -> tuple[DomainScore, ...]:
+        """states: of the base, the parent, the candidate, and the plain mean."""
+        base, parent, new, plain_mean = (self._score(state, "test") for state in states)
         return tuple(DomainScore(d, base[d], parent[d], new[d], plain_mean[d]) for d in sorted(new))
 
     def _verdict(
@@ -128,28 +166,24 @@ class Maintainer:
             scores=scores,
         )
 
-    def _combine(self, parent: State, patches: tuple[PatchId, ...], spec: MergeSpec) -> dict[str, Tensor]:
-        lineage = self.lineage
-
-        def contributions() -> Iterator[Contribution]:
-            for patch in patches:
-                if patch not in lineage.patches:
-                    raise Rejected("patch", f"The candidate names patch {short(patch)}, which is not known here.")
-                header = lineage.patches[patch]
-                yield Contribution(
-                    patch, patch_tensors(lineage, header.adapter), patch_tensors(lineage, header.fisher), 1.0
-                )
-
+    def _combine(self, parent: State, sources: Sequence[Source], spec: MergeSpec) -> dict[str, Tensor]:
         began = time.monotonic()
-        update = get_strategy(spec.strategy).combine(parent, contributions, dict(spec.parameters))
+        update = combine(self.lineage, parent, sources, spec)
         self._observe_merge(time.monotonic() - began)
         return update
 
     def _score(self, state: State, split: str) -> Scores:
         key = (canonical.digest(blob.pack(state)), split)
-        if self._stopped.is_set():
-            raise NotRunning("The node is stopping.")
+        self._demand_running()
         if key not in self._scores:
             self._scores[key] = self._examiner.score(state, "tune" if split == "tune" else "test")
             log.debug("exam (%s): mean %.4f nats per byte", split, mean(self._scores[key]))
         return self._scores[key]
+
+    def _demand_running(self) -> None:
+        if self._stopped.is_set():
+            raise NotRunning("The node is stopping.")
+
+
+def _ref(raw: bytes) -> BlobRef:
+    return BlobRef(canonical.digest(raw), len(raw))

@@ -14,6 +14,9 @@ from p2pmodel.control.server import ControlServer
 from p2pmodel.domain.errors import P2PModelError, UsageError
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.domain.swarm import Span
+from p2pmodel.gateway.feed import Feed
+from p2pmodel.gateway.pages import Pages
+from p2pmodel.gateway.server import HttpServer
 from p2pmodel.logic.placement import choose_span
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.bases import Part, find_base, open_base
@@ -23,6 +26,7 @@ from p2pmodel.node.device import Device, choose_device
 from p2pmodel.node.discovery import bootstrap_peers, local_lineage, swarm_lineage
 from p2pmodel.node.gauges import Gauges
 from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.overview import NodeView
 from p2pmodel.node.service import Service
 from p2pmodel.node.threads import in_daemon, use_threads
 from p2pmodel.node.traffic import Traffic
@@ -56,7 +60,7 @@ class NodeOptions:
     cache_memory: int | None = None
     host: str = "127.0.0.1"
     port: int = 0
-    metrics_port: int | None = None
+    http: tuple[str, int] | None = None
     maintain: bool = False
     threads: int | None = None
 
@@ -128,10 +132,11 @@ async def _start(
     stack.callback(home.lock().release)
     key = home.key
     metrics = Metrics()
-    if options.metrics_port is not None:
-        server = metrics.serve(options.metrics_port)
-        stack.callback(server.stop)
-        say(f"metrics at http://127.0.0.1:{server.port}/metrics")
+    feed = Feed()
+    if options.http is not None:
+        server = await HttpServer.start(*options.http, Pages(feed, metrics.exposition, chat=False).routes())
+        stack.push_async_callback(server.stop)
+        say(f"status at {server.url}/, metrics at {server.url}/metrics")
     local = None if options.peers else await in_daemon(local_lineage, home, options.model, say)
     host = await PeerHost.start(
         home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers
@@ -195,6 +200,7 @@ async def _start(
     for address in host.addresses:
         say(f"to join this swarm: p2pmodel join --peers {address}")
     remember_contacts(home, host.addresses)
+    feed.begin(NodeView(host, lineage, directory, community, hosting).status)
     gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
     mover = _mover(options, lineage, host, attendance, hosting, say) if hosting else None
     return Node(community, attendance, gauges, host, mover, _serving(lineage, hosting, options))

@@ -51,6 +51,40 @@ def read_patch(home: Path | None, text: str) -> PatchEntry:
     raise NotFound(f"{text!r} is neither a patch file nor the id of a known patch.", "See: p2pmodel patch list")
 
 
+@dataclass(frozen=True)
+class OpenedPatch:
+    """A patch with its tensors and its lineage. record: its signed header; fisher: empty where it is not here."""
+
+    id: PatchId
+    patch: Patch
+    lineage: Lineage
+    record: bytes
+    adapter: bytes
+    fisher: bytes
+
+
+def open_patch(home: Path | None, text: str) -> OpenedPatch:
+    """Of a file or an id, for those who compute with it. Raises NotFound, InvalidInput, Rejected."""
+    folder, path = Home.open(home), Path(text)
+    if path.is_file():
+        opened = bundle.open_bundle(_read(path))
+        lineage = _lineage(folder, opened.patch)
+        raw = opened.raw
+        return OpenedPatch(opened.id, opened.patch, lineage, raw.header, raw.adapter, raw.fisher)
+    entry = read_patch(home, text)
+    lineage, objects = _lineage(folder, entry.patch), folder.objects
+    limit = lineage.manifest.limits.max_patch_bytes
+    fisher = entry.patch.fisher.digest
+    return OpenedPatch(
+        entry.id,
+        entry.patch,
+        lineage,
+        objects.load(entry.id),
+        objects.load(entry.patch.adapter.digest, limit),
+        objects.load(fisher, limit) if objects.has(fisher) else b"",
+    )
+
+
 def verify_patch(home: Path | None, text: str) -> PatchEntry:
     """All the checks of a peer that is offered the patch. Raises Rejected with the first that fails."""
     from p2pmodel.node.intake import check_patch_file, check_stored_patch

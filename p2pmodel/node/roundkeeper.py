@@ -93,11 +93,11 @@ class RoundKeeper:
                 )
 
     async def _move_head(self) -> None:
-        self._head = self._lineage.head
+        before, self._head = self._head, self._lineage.head
         number, last = self._lineage.number(self._head), self._lineage.versions[-1].candidate.round
         log.info("version %s (%s) is adopted in round %d", number, short(self._head), last)
         await self._adopted(self._head)
-        self._metrics.rounds.labels("adopted").inc()
+        self._count_adopted()
         self.state = rounds.follow(self.state, self._head, last, time.monotonic())
         self._feed_all()
 
@@ -147,7 +147,8 @@ class RoundKeeper:
             log.warning("round %d: none of the patches can be merged", task.round)
             self._advance(round_state.PatchesRefused(task.patches))
         elif rounds.may_propose(self.state, task.round):
-            self._lineage.home.objects.put(proposal.result)
+            for raw in proposal.blobs:
+                self._lineage.home.objects.put(raw)
             await self._publish("candidate", self._key.sign("candidate", proposal.candidate))
 
     async def _examine(self, task: round_state.Examine) -> None:

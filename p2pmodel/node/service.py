@@ -79,6 +79,9 @@ class Service:
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         self._lineage.refresh()
         patch = Digest(request.record)
+        if ("candidate", patch) in {(kind, record.digest) for kind, record in self._lineage.inventory()}:
+            await self._community.publish("candidate", patch)
+            return pb.PublishReply(patch=patch, model=self._lineage.model, round=self._community.round.round)
         if patch not in self._lineage.patches:
             raise NotFound(
                 f"Patch {short(patch)} of {self._lineage.manifest.name} is not in this home.",

@@ -5,6 +5,7 @@ A session belongs to the stage that it began on, so a move goes unnoticed by tho
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,9 @@ class HostedStage:
     """A span that is loaded, with its versions. layer_seconds: of one layer for one token, as lately seen; ended: to be
     called when the last session of a retired stage has ended."""
 
-    def __init__(self, stage: Stage, runner: Runner, versions: VersionTable) -> None:
+    def __init__(self, stage: Stage, runner: Runner, versions: VersionTable, position_bytes: float = 0.0) -> None:
+        """position_bytes: about what one position of KV cache takes."""
+        self.position_bytes = position_bytes
         self.span, self.weight_bytes, self.width = stage.span, stage.weight_bytes, stage.width
         self.runner, self.versions = runner, versions
         self.measured = self.layer_seconds = runner.measure()
@@ -39,12 +42,15 @@ class HostedStage:
 
 @dataclass(eq=False, slots=True)
 class Seat:
-    """The handle of a session. token_bytes: what a step of one token of all its rows measures."""
+    """The handle of a session. token_bytes: what a step of one token of all its rows measures; 0 where it trains. codec:
+    its name; row_bytes: what it makes of one hidden state."""
 
     hosted: HostedStage
     handle: Any
     layers: int
     token_bytes: int
+    codec: str
+    row_bytes: int
     active: float
 
 
@@ -54,6 +60,8 @@ class Stages:
     def __init__(self, first: HostedStage) -> None:
         self.current = first
         self._open_to_new = [first]
+        self.coded: Counter[tuple[str, str, str]] = Counter()
+        """Bytes of hidden states by codec, `received` or `sent`, and `encoded` or `raw`: as fp32 would have them."""
         self._seats: set[Seat] = set()
         self._lock = threading.Lock()
 
@@ -95,8 +103,9 @@ class Stages:
             stage = next((s for s in self._open_to_new if s.span.covers(request.span)), self.current)
             handle = stage.runner.open(request)
             stage.sessions += 1
-            token_bytes = codec.size(request.rows, stage.width)
-            seat = Seat(stage, handle, len(request.span), token_bytes, time.monotonic())
+            token_bytes = 0 if request.training else codec.size(request.rows, stage.width)
+            row_bytes = codec.size(1, stage.width)
+            seat = Seat(stage, handle, len(request.span), token_bytes, codec.name, row_bytes, time.monotonic())
             self._seats.add(seat)
         return seat
 
@@ -112,6 +121,13 @@ class Stages:
             part = [item for item in batch if item[0].hosted is stage]
             outputs.update(zip((seat for seat, *_ in part), self._step(stage, part), strict=True))
         return [outputs[seat] for seat, *_ in batch]
+
+    def load(self, handle: Seat, body: Buffer) -> None:
+        handle.hosted.runner.load(handle.handle, body)
+
+    def backward(self, handle: Seat, position: int, body: Buffer) -> Buffer:
+        handle.active = time.monotonic()
+        return handle.hosted.runner.backward(handle.handle, position, body)
 
     def close(self, handle: Seat) -> None:
         with self._lock:
@@ -129,13 +145,21 @@ class Stages:
         began = time.monotonic()
         outputs = stage.runner.step([(seat.handle, position, meta, body) for seat, position, meta, body in batch])
         now = time.monotonic()
-        for seat, *_ in batch:
+        for (seat, _, _, body), output in zip(batch, outputs, strict=False):
             seat.active = now
+            self._count(seat, "received", body)
+            if not isinstance(output, Exception):
+                self._count(seat, "sent", output)
         seat, _, _, body = batch[0]
-        # What several sessions share, or a prompt, says little of what one token costs.
+        # What several sessions share, a prompt, or a micro-batch, says little of what one token costs.
         if len(batch) == 1 and memoryview(body).nbytes == seat.token_bytes and not isinstance(outputs[0], Exception):
             stage.took((now - began) / seat.layers)
         return outputs
+
+    def _count(self, seat: Seat, direction: str, body: Buffer) -> None:
+        size = memoryview(body).nbytes
+        self.coded[seat.codec, direction, "encoded"] += size
+        self.coded[seat.codec, direction, "raw"] += size // seat.row_bytes * seat.hosted.width * 4
 
 
 def scaled_bytes(stage: HostedStage, span: Span) -> int:

@@ -22,3 +22,8 @@ class Traffic:
             "blobs_sent": self._blobs.bytes_sent,
             "blobs_received": self._exchange.bytes_received,
         }
+
+    @property
+    def blobs(self) -> dict[str, int]:
+        """Whole ones: `sent`, `received`."""
+        return {"sent": self._blobs.sent, "received": self._exchange.blobs_received}

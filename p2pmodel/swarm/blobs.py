@@ -46,12 +46,12 @@ class BlobHeader:
 
 
 class BlobServer:
-    """Serves what `source` has and `may_serve` allows. `bytes_sent` counts bodies only."""
+    """Serves what `source` has and `may_serve` allows. `bytes_sent` counts bodies only, `sent` whole ones."""
 
     def __init__(
         self, host: PeerHost, source: BlobSource, may_serve: Callable[[Digest], bool] = lambda digest: True
     ) -> None:
-        self.bytes_sent = 0
+        self.bytes_sent = self.sent = 0
         self._source = source
         self._may_serve = may_serve
         self._service = Service(host, PROTOCOL, self._serve, seconds=None)
@@ -82,10 +82,11 @@ class BlobServer:
 
 
 class BlobFetcher:
-    """Fetches blobs into the sinks that `make_sink` makes. `bytes_received` counts bodies, wrong ones too."""
+    """Fetches blobs into the sinks that `make_sink` makes. `bytes_received` counts bodies, wrong ones too; `received`
+    those that were right."""
 
     def __init__(self, host: PeerHost, make_sink: MakeSink) -> None:
-        self.bytes_received = 0
+        self.bytes_received = self.received = 0
         self._host = host
         self._make_sink = make_sink
 

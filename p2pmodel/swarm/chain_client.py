@@ -77,6 +77,7 @@ class ChainClient:
         rows: int = 1,
         rewinds: bool = False,
         prefix: tuple[bytes, ...] = (),
+        training: bool = False,
     ) -> ChainSession:
         """Returns when every stage of the route has opened the session; blocks, so not for the event loop's thread.
 
@@ -90,7 +91,7 @@ class ChainClient:
         began = time.monotonic()
         first, rest = route.hops[0], route.hops[1:]
         request = SessionRequest(
-            secrets.token_hex(16), model, version, codec, first.span, max_tokens, rows, rewinds, prefix
+            secrets.token_hex(16), model, version, codec, first.span, max_tokens, rows, rewinds, prefix, training
         )
         opening = Opening(request, rest, PeerId(self._host.peer))
         bell, ringer = socket.socketpair()

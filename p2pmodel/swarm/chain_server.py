@@ -24,7 +24,7 @@ from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import Buffer, StageRunner
 from p2pmodel.logic.gathering import Gathering
 from p2pmodel.swarm.admission import Admission, Admitted, Outcomes
-from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, Outbox
+from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
 from p2pmodel.swarm.lingering import Lingering
 from p2pmodel.swarm.opening import Failure, lost
 from p2pmodel.swarm.ping import PingResponder, State
@@ -34,8 +34,6 @@ from p2pmodel.swarm.streams import Host
 from p2pmodel.wire import frames
 from p2pmodel.wire.frames import Kind
 
-OUTBOX_BYTES = 8 << 20
-"""A session whose next hop is this far behind is not read any further."""
 SHORT_TOKENS = 16
 """Of a step that is no prompt: a token, or those that a draft has guessed."""
 SWEEP_SECONDS = 0.5
@@ -153,84 +151,158 @@ class ChainServer:
 
     def _join(self, admitted: Admitted) -> None:
         session = StageSession(admitted, time.monotonic())
-        self._selector.register(session.before, selectors.EVENT_READ, partial(self._from_before, session))
-        self._selector.register(session.after, selectors.EVENT_READ, partial(self._from_after, session))
+        self._watch(session)
         self._sessions.add(session)
         same = (*self._by_name.get(session.name, ()), session)  # a peer can be several hops of a route
         self._by_name[session.name] = tuple(sorted(same, key=lambda one: one.start))
         self._counts.opened += 1
 
-    def _from_before(self, session: StageSession, _events: int) -> None:
+    def _watch(self, session: StageSession) -> None:
+        for stream, happened in ((session.before, self._from_before), (session.after, self._from_after)):
+            watching, wanted = session.watching[stream], session.events(stream)
+            if wanted == watching:
+                continue
+            session.watching[stream] = wanted
+            if not wanted:
+                self._selector.unregister(stream)
+            elif watching:
+                self._selector.modify(stream, wanted, partial(happened, session))
+            else:
+                self._selector.register(stream, wanted, partial(happened, session))
+
+    def _from_before(self, session: StageSession, events: int) -> None:
         if not session.open:
             return
-        received = session.incoming.received
-        try:
-            arrived = session.incoming.read(session.before, self._scratch)
-        except BlockingIOError:
+        if events & selectors.EVENT_WRITE:
+            self._flush(session)
+        if not events & selectors.EVENT_READ:
             return
+        try:
+            arrived = self._read(session, session.before, session.incoming)
         except (OSError, EOFError):
             self._end(session, lost(session.before_peer), source=session.before)
             return
         except Rejected:
             self._end(session, self._malformed(session))
             return
-        self._counts.bytes_in += session.incoming.received - received
-        session.active = time.monotonic()
         if arrived:
-            self._gathering.arrived(session, self._blind_since or session.active, session.active)
-            session.taken += len(arrived)
+            if not session.training:
+                self._gathering.arrived(session, self._blind_since or session.active, session.active)
+            session.forwards.taken += len(arrived)
+            session.read = session.active
             session.frames.extend(arrived)
             self._ready[session] = None
+            if session.training:  # others may come first: what is behind this one stays where it is
+                self._watch(session)
 
     def _from_after(self, session: StageSession, events: int) -> None:
-        """The next hop takes what waits for it, and says nothing but why it gives up."""
+        """The next hop takes what waits for it, sends gradients back, and says why it gives up."""
         if not session.open:
             return
-        try:
-            if events & selectors.EVENT_WRITE:
-                self._flush(session)
-            if events & selectors.EVENT_READ:
-                for frame in session.returning.read(session.after, self._scratch):
-                    if frame.kind is not Kind.ERROR:
-                        raise Rejected("frame", "Nothing but an error comes back on this stream.")
-                    self._end(session, self._told(frame, session.after_peer), source=session.after)
-                    return
-        except BlockingIOError:
+        if events & selectors.EVENT_WRITE:
+            self._flush(session)
+        if not events & selectors.EVENT_READ:
             return
+        try:
+            arrived = self._read(session, session.after, session.returning)
         except (OSError, EOFError):
             self._end(session, lost(session.after_peer), source=session.after)
+            return
         except Rejected:
             self._end(session, PeerFailed("It sent a malformed frame.", session.after_peer))
+            return
+        for frame in arrived:
+            if frame.kind is Kind.ERROR:
+                self._end(session, self._told(frame, session.after_peer), source=session.after)
+                return
+            if frame.kind is not Kind.GRADIENT or not session.training:
+                self._end(session, PeerFailed("It sent a frame that has no place there.", session.after_peer))
+                return
+            session.backwards.taken += 1
+            session.read = session.active
+            session.gradients.append(frame)
+            self._ready[session] = None
+        self._watch(session)
+
+    def _read(self, session: StageSession, stream: socket.socket, reader: FrameReader) -> list[Frame]:
+        received = reader.received
+        try:
+            arrived = reader.read(stream, self._scratch)
+        except BlockingIOError:
+            return []
+        self._counts.bytes_in += reader.received - received
+        session.active = time.monotonic()
+        return arrived
 
     def _compute(self) -> None:
-        """Everything short that is ready as one batch, and one prompt, so that answers under way are not kept waiting
-        by those that begin."""
+        """Everything short that is ready as one batch, and one prompt or micro-batch, so that answers under way are not
+        kept waiting by those that begin."""
         self._blind_since = time.monotonic()
         batch: list[tuple[StageSession, Frame]] = []
-        prompt: tuple[StageSession, Frame] | None = None
+        long: tuple[StageSession, Frame] | None = None
         for session in list(self._ready):
-            if session.frames[0].tokens > SHORT_TOKENS and prompt is not None:
+            frame = session.next_frame
+            assert frame is not None
+            is_long = frame.tokens > SHORT_TOKENS or session.training
+            if is_long and long is not None:
                 continue
             del self._ready[session]
-            frame = session.frames.popleft()
-            if session.frames:
+            is_gradient = bool(session.gradients)
+            session.take_frame()
+            if frame.kind in (Kind.DATA, Kind.GRADIENT):
+                self._counts.queued.add(self._blind_since - session.read)
+            if session.next_frame is not None:
                 self._ready[session] = None  # behind the others
-            if frame.kind is Kind.CLOSE:
+            if is_gradient:
+                long = session, frame
+            elif frame.kind is Kind.CLOSE:
                 self._end(session, None, source=session.before)
             elif frame.kind is Kind.ERROR:
                 self._end(session, self._told(frame, session.before_peer), source=session.before)
+            elif frame.kind is Kind.STATE:
+                self._load(session, frame)
             elif frame.kind is not Kind.DATA:
                 self._end(session, self._malformed(session))
-            elif not 1 <= frame.tokens <= session.max_tokens - frame.position:
+            elif not 1 <= frame.tokens <= session.max_tokens - (0 if session.training else frame.position):
                 self._end(session, Rejected("frame", f"The session has room for {session.max_tokens} tokens."))
-            elif frame.tokens > SHORT_TOKENS:
-                prompt = session, frame
+            elif is_long:
+                long = session, frame
             else:
                 batch.append((session, frame))
         if batch:
             self._answer(batch)
-        if prompt:
-            self._answer([prompt])
+        if long and long[1].kind is Kind.GRADIENT:
+            self._answer_back(*long)
+        elif long:
+            self._answer([long])
+
+    def _load(self, session: StageSession, frame: Frame) -> None:
+        try:
+            self._runner.load(session.handle, frame.body)
+            if not session.is_last:
+                session.outbox.put_data(frame.body, frame.position, frame.tokens, frame.meta, Kind.STATE)
+        except Exception as error:
+            self._end(session, self._explain(error))
+            return
+        session.forwards.given += 1
+        self._flush(session)
+
+    def _answer_back(self, session: StageSession, frame: Frame) -> None:
+        began = self._step_began = time.monotonic()
+        try:
+            output = self._runner.backward(session.handle, frame.position, frame.body)
+            session.backbox.put_data(output, frame.position, frame.tokens, frame.meta, Kind.GRADIENT)
+        except Exception as error:
+            self._end(session, self._explain(error))
+            return
+        finally:
+            self._step_began = None
+            seconds = time.monotonic() - began
+            self._counts.step_seconds += seconds
+            self._counts.phases["backward"].add(seconds)
+        self._counts.gradients += 1
+        session.backwards.given += 1
+        self._flush(session)
 
     def _answer(self, batch: Sequence[tuple[StageSession, Frame]]) -> None:
         began = time.monotonic()
@@ -238,14 +310,18 @@ class ChainServer:
         now = time.monotonic()
         if all(frame.tokens == 1 for _, frame in batch):
             self._gathering.computed(now - began)
+        short = all(frame.tokens <= SHORT_TOKENS for _, frame in batch)
+        phase = "training" if batch[0][0].training else "decode" if short else "prefill"
+        self._counts.phases[phase].add(now - began)
+        self._counts.together.add(len(batch))
         for (session, frame), output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
                 self._end(session, self._explain(output))
                 continue
             self._counts.frames += 1
             self._counts.tokens += frame.tokens
-            session.given += 1
-            if not session.frames:
+            session.forwards.given += 1
+            if not session.frames and not session.training:
                 self._gathering.answered(session, now)
             try:
                 session.outbox.put_data(output, frame.position, frame.tokens, frame.meta)
@@ -269,27 +345,14 @@ class ChainServer:
         return outputs
 
     def _flush(self, session: StageSession) -> None:
-        sent = session.outbox.sent
-        session.outbox.flush(session.after)
-        if session.outbox.sent > sent:
-            self._counts.bytes_out += session.outbox.sent - sent
-            session.active = time.monotonic()
-        waits = session.outbox.size > 0
-        if waits != session.writing:
-            session.writing = waits
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waits else 0)
-            self._selector.modify(session.after, events, partial(self._from_after, session))
-        self._read_or_pause(session)
-
-    def _read_or_pause(self, session: StageSession) -> None:
-        """A session that is ahead of its computation or of its next hop is left in the kernel's buffers."""
-        wanted = not session.frames and session.outbox.size <= OUTBOX_BYTES
-        if wanted != session.reading:
-            session.reading = wanted
-            if wanted:
-                self._selector.register(session.before, selectors.EVENT_READ, partial(self._from_before, session))
-            else:
-                self._selector.unregister(session.before)
+        for outbox, stream in ((session.outbox, session.after), (session.backbox, session.before)):
+            if outbox.size:
+                sent = outbox.sent
+                outbox.flush(stream)
+                if outbox.sent > sent:
+                    self._counts.bytes_out += outbox.sent - sent
+                    session.active = time.monotonic()
+        self._watch(session)
 
     def _malformed(self, session: StageSession) -> P2PModelError:
         """Of what came from before: the client's own mistake, or that of a peer on the route."""
@@ -328,13 +391,12 @@ class ChainServer:
         if failure is not None:
             self._counts.failed += 1
             log.info("a session ended: %r: %r", failure.error, failure.message)
-        if session.reading:
-            self._selector.unregister(session.before)
-        self._selector.unregister(session.after)
         session.outbox.put(last)
-        back = Outbox()
-        back.put(last)
-        for stream, outbox, quiet in ((session.before, back, False), (session.after, session.outbox, True)):
+        session.backbox.put(last)
+        ends = ((session.before, session.backbox, False), (session.after, session.outbox, True))
+        for stream, outbox, quiet in ends:
+            if session.watching[stream]:
+                self._selector.unregister(stream)
             if stream is source:
                 stream.close()
             else:

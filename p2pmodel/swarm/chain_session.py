@@ -1,4 +1,5 @@
 """The client's end of a chain: what it sends goes to the first stage, what the last one computed comes back on a sink.
+Gradients go the other way round: into the sink, and they come back from the first stage.
 
 Both sockets are watched at all times, since either may bring the news of a failure. Who is to blame is taken from an
 ERROR frame where one arrives, from the order of events where not, and by pings when nothing happens for a second.
@@ -38,11 +39,12 @@ class ChainSession:
         route: Route,
         out: socket.socket,
         sink: socket.socket,
-        watch: Callable[[Callable[[], int]], Watch],
+        watch: Callable[[Callable[[], tuple[int, int]]], Watch],
         diagnose: Callable[[float], PeerFailed],
     ) -> None:
-        """`watch` begins to ping, given what tells how many frames were sent; `diagnose` finds out who is to blame for
-        a wait of so many seconds that has come to its end. The sockets are the session's own from now on."""
+        """`watch` begins to ping, given what tells how many frames and gradients were sent; `diagnose` finds out who is
+        to blame for a wait of so many seconds that has come to its end. The sockets are the session's own from now on.
+        """
         self.name, self.route = name, route
         self.known_tokens = 0
         """At its beginning, which all stages have from an earlier session: the first step comes after them."""
@@ -52,16 +54,14 @@ class ChainSession:
         self._poll = select.poll()
         self._poll.register(out, select.POLLIN)
         self._poll.register(sink, select.POLLIN)
+        self._forwards = _Way(Kind.DATA, out)
+        self._backwards = _Way(Kind.GRADIENT, sink)
         self._sides = {
-            out.fileno(): (out, FrameReader(), route.hops[0].peer),
-            sink.fileno(): (sink, FrameReader(), route.hops[-1].peer),
+            out.fileno(): (out, FrameReader(), route.hops[0].peer, self._backwards),
+            sink.fileno(): (sink, FrameReader(), route.hops[-1].peer, self._forwards),
         }
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._outbox = Outbox()
-        self._asked: deque[tuple[int, int]] = deque()
-        self._inbox: deque[Frame] = deque()
         self._using = threading.Lock()
-        self._sent = 0
         self._silent_since = 0.0
         self._watch: Watch | None = None
         self._suspect: tuple[float, PeerId] | None = None
@@ -71,11 +71,11 @@ class ChainSession:
 
     @property
     def bytes_sent(self) -> int:
-        return self._outbox.sent
+        return self._forwards.outbox.sent + self._backwards.outbox.sent
 
     @property
     def bytes_received(self) -> int:
-        return sum(reader.received for _, reader, _ in self._sides.values())
+        return sum(reader.received for _, reader, _, _ in self._sides.values())
 
     def step(
         self, body: Buffer, position: int, tokens: int, meta: bytes = b"", timeout: float = 30.0
@@ -94,28 +94,49 @@ class ChainSession:
     def send(self, body: Buffer, position: int, tokens: int, meta: bytes = b"", timeout: float = 30.0) -> None:
         """Returns when all of it is on its way; answers that arrive meanwhile are kept for `receive`. So several
         frames can be under way at once, each on another stage. Raises as `step` does."""
-        with self._using:
-            self._check()
-            self._outbox.put_data(body, position, tokens, meta)
-            self._asked.append((position, tokens))
-            self._sent += 1
-            self._outbox.flush(self._out)
-            if self._outbox.size:
-                self._poll.modify(self._out, select.POLLIN | select.POLLOUT)
-                with self._waiting(timeout) as deadline:
-                    while self._outbox.size:
-                        self._wait(deadline, timeout)
-                self._poll.modify(self._out, select.POLLIN)
+        self._send(self._forwards, Kind.DATA, body, position, tokens, meta, timeout)
 
     def receive(self, timeout: float = 30.0) -> tuple[bytes, Buffer]:
         """The next answer, in the order of the frames sent. Raises as `step` does."""
+        return self._receive(self._forwards, timeout)
+
+    def send_state(self, body: Buffer, timeout: float = 30.0) -> None:
+        """A blob of slot tensors, the session's own for what is sent after it. No answer comes. Raises as `step`."""
+        self._send(self._forwards, Kind.STATE, body, 0, 0, b"", timeout)
+
+    def send_gradient(self, body: Buffer, position: int, timeout: float = 30.0) -> None:
+        """Of the answer to the frame at `position`, of a session that trains; as `send`."""
+        self._send(self._backwards, Kind.GRADIENT, body, position, 0, b"", timeout)
+
+    def receive_gradient(self, timeout: float = 30.0) -> Buffer:
+        """The next answer to a gradient, in the order in which they were sent. Raises as `step` does."""
+        return self._receive(self._backwards, timeout)[1]
+
+    def _send(
+        self, way: "_Way", kind: Kind, body: Buffer, position: int, tokens: int, meta: bytes, timeout: float
+    ) -> None:
         with self._using:
-            if not self._inbox:
+            self._check()
+            way.outbox.put_data(body, position, tokens, meta, kind)
+            if kind is not Kind.STATE:
+                way.asked.append((position, tokens))
+            way.sent += 1
+            way.outbox.flush(way.out)
+            if way.outbox.size:
+                self._poll.modify(way.out, select.POLLIN | select.POLLOUT)
+                with self._waiting(timeout) as deadline:
+                    while way.outbox.size:
+                        self._wait(deadline, timeout)
+                self._poll.modify(way.out, select.POLLIN)
+
+    def _receive(self, way: "_Way", timeout: float) -> tuple[bytes, Buffer]:
+        with self._using:
+            if not way.inbox:
                 self._check()
                 with self._waiting(timeout) as deadline:
-                    while not self._inbox:
+                    while not way.inbox:
                         self._wait(deadline, timeout)
-            frame = self._inbox.popleft()
+            frame = way.inbox.popleft()
             return frame.meta, frame.body
 
     def close(self) -> None:
@@ -134,10 +155,10 @@ class ChainSession:
             self._using.release()
 
     def _say_goodbye(self) -> None:
-        self._outbox.put(frames.pack(Kind.CLOSE))
+        self._forwards.outbox.put(frames.pack(Kind.CLOSE))
         deadline = time.monotonic() + CLOSE_SECONDS
         try:
-            self._outbox.flush(self._out)
+            self._forwards.outbox.flush(self._out)
             while self._sink.fileno() in self._watched and time.monotonic() < deadline:
                 self._poll_once(deadline)
         except P2PModelError:
@@ -175,7 +196,7 @@ class ChainSession:
             raise self._fail(self._diagnose(timeout))
         elif self._watch is None:
             if now >= self._silent_since + SILENCE_SECONDS:
-                self._watch = self._start_watch(lambda: self._sent)
+                self._watch = self._start_watch(lambda: (self._forwards.sent, self._backwards.sent))
                 self._poll.register(self._watch.bell, select.POLLIN)
             else:
                 deadline = min(deadline, self._silent_since + SILENCE_SECONDS)
@@ -186,7 +207,8 @@ class ChainSession:
         for descriptor, events in self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             if descriptor in self._sides:
                 if events & select.POLLOUT:
-                    self._outbox.flush(self._out)
+                    way = self._forwards if descriptor == self._out.fileno() else self._backwards
+                    way.outbox.flush(way.out)
                 if events & _CAME:
                     came = True
                     self._read(descriptor)
@@ -198,7 +220,7 @@ class ChainSession:
                 raise self._fail(self._watch.error)
 
     def _read(self, descriptor: int) -> None:
-        stream, reader, neighbour = self._sides[descriptor]
+        stream, reader, neighbour, way = self._sides[descriptor]
         try:
             arrived = reader.read(stream, self._scratch)
         except BlockingIOError:
@@ -209,11 +231,11 @@ class ChainSession:
         except Rejected:
             raise self._fail(PeerFailed(f"Peer …{neighbour[-8:]} sent a malformed frame.", neighbour)) from None
         for frame in arrived:
-            if frame.kind is Kind.DATA and stream is self._sink:
-                if not self._asked or self._asked.popleft() != (frame.position, frame.tokens):
+            if frame.kind is way.kind:
+                if not way.asked or way.asked.popleft() != (frame.position, frame.tokens):
                     error = PeerFailed(f"Peer …{neighbour[-8:]} answered what it was not asked.", neighbour)
                     raise self._fail(error)
-                self._inbox.append(frame)
+                way.inbox.append(frame)
             elif frame.kind is Kind.ERROR:
                 raise self._fail(self._reported(frame, neighbour))
             elif frame.kind is Kind.CLOSE and self._closing:
@@ -223,7 +245,7 @@ class ChainSession:
 
     def _silent(self, descriptor: int) -> None:
         """One side has closed. The first to do so is the suspect, until the other side says more."""
-        stream, _, neighbour = self._sides[descriptor]
+        stream, _, neighbour, _ = self._sides[descriptor]
         self._suspect = self._suspect or (time.monotonic(), neighbour)
         self._poll.unregister(stream)
         self._watched.discard(descriptor)
@@ -239,3 +261,15 @@ class ChainSession:
         self._out.close()
         self._sink.close()
         return error
+
+
+class _Way:
+    """One direction through the chain. kind: of the frames that are answered; out: where they go in; asked: (position,
+    tokens) of those that wait for an answer."""
+
+    def __init__(self, kind: Kind, out: socket.socket) -> None:
+        self.kind, self.out = kind, out
+        self.outbox = Outbox()
+        self.asked: deque[tuple[int, int]] = deque()
+        self.inbox: deque[Frame] = deque()
+        self.sent = 0

@@ -29,7 +29,7 @@ class Frame(NamedTuple):
 
 
 class FrameReader:
-    """Cuts one socket's bytes into frames. Only DATA may have a body."""
+    """Cuts one socket's bytes into frames."""
 
     def __init__(self) -> None:
         self._partial = bytearray()
@@ -94,15 +94,15 @@ class Outbox:
         self._parts.append(memoryview(frame))
         self.size += len(frame)
 
-    def put_data(self, body: Buffer, position: int, tokens: int, meta: bytes) -> None:
-        """A DATA frame; the body is sent from where it lies, so it must not change any more.
+    def put_data(self, body: Buffer, position: int, tokens: int, meta: bytes, kind: Kind = Kind.DATA) -> None:
+        """A frame with a body, which is sent from where it lies, so it must not change any more.
 
         Raises TypeError unless the body is contiguous, Rejected("frame") when it or the meta is too large.
         """
         size = memoryview(body).nbytes
         if size > frames.MAX_BODY_BYTES or len(meta) > frames.MAX_META_BYTES:
             raise Rejected("frame", f"A body of {size} bytes with a meta of {len(meta)} does not fit into a frame.")
-        self.put(frames.pack(Kind.DATA, meta, size, position, tokens))
+        self.put(frames.pack(kind, meta, size, position, tokens))
         if size:
             self._parts.append(memoryview(body).cast("B"))
             self.size += size
@@ -131,7 +131,7 @@ class Outbox:
 def parse(raw: bytes | bytearray | memoryview) -> Header:
     """Of a frame's first bytes. Raises Rejected("frame")."""
     header = frames.parse(raw)
-    if header.body and header.kind is not Kind.DATA:
+    if header.body and header.kind not in frames.WITH_BODY:
         raise Rejected("frame", "A peer sent a frame with a body where there is none.")
     return header
 

@@ -1,7 +1,7 @@
 """Is a peer there, how far is it, and does its compute thread still turn? Answered by a thread that does nothing else.
 
 A PING's meta may name a session. A PONG's position is how long the running step has taken so far, in milliseconds; its
-tokens the number of sessions; its meta what has become of the session that was named.
+tokens the number of sessions; its meta what has become of the session that was named, and the time.
 """
 
 import logging
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isfinite
 
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
@@ -45,16 +46,22 @@ class State:
 
 @dataclass(frozen=True)
 class Pong(State):
-    """seconds: round trip."""
+    """seconds: round trip; clock_offset: seconds that the peer's clock is ahead of this one's."""
 
     seconds: float = 0.0
+    clock_offset: float = 0.0
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """The meta of a PONG."""
+    """The meta of a PONG. clock: seconds since the epoch, as the peer has it."""
 
     progress: tuple[Progress, ...]
+    clock: float
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.clock):
+            raise ValueError("a clock has to be finite")
 
 
 class PingResponder:
@@ -123,7 +130,7 @@ class PingResponder:
                 if frame.kind is not Kind.PING or len(frame.meta) > MAX_NAME_BYTES:
                     raise Rejected("frame", "Only pings are answered here.")
                 state = self._state(frame.meta.decode("ascii", "replace"))
-                meta = canonical.encode(Whereabouts(state.progress)) if state.progress else b""
+                meta = canonical.encode(Whereabouts(state.progress, time.time()))
                 busy = min(int(state.busy_seconds * 1000), MAX_BUSY_MILLISECONDS)
                 stream.send(frames.pack(Kind.PONG, meta, position=busy, tokens=state.sessions))
         except (OSError, EOFError, Rejected):
@@ -141,24 +148,26 @@ def probe(host: Host, peer: PeerId, timeout: float = 2.0, session: str = "", pin
     Raises PeerFailed when no answer comes within `timeout`, Unreachable when this node's daemon is gone.
     """
     deadline = time.monotonic() + timeout
-    seconds = float("inf")
+    seconds, offset = float("inf"), 0.0
     with open_stream(host, peer, PING, timeout) as stream:
         try:
             for _ in range(pings):
                 began = time.monotonic()
                 stream.sendall(frames.pack(Kind.PING, session.encode()))
                 pong = receive_frame(stream, deadline - began)
-                seconds = min(seconds, time.monotonic() - began)
-            if pong.kind is not Kind.PONG:
-                raise Rejected("frame", "A ping is answered by a pong.")
-            progress = canonical.decode(pong.meta, Whereabouts, frames.MAX_META_BYTES).progress if pong.meta else ()
+                took, now = time.monotonic() - began, time.time()
+                if pong.kind is not Kind.PONG:
+                    raise Rejected("frame", "A ping is answered by a pong.")
+                found = canonical.decode(pong.meta, Whereabouts, frames.MAX_META_BYTES)
+                if took < seconds:
+                    seconds, offset = took, found.clock - (now - took / 2)
         except TimeoutError:
             raise PeerFailed(f"Peer …{peer[-8:]} did not answer a ping within {timeout:g} s.", peer) from None
         except (OSError, EOFError):
             raise lost(peer) from None
         except Rejected:
             raise PeerFailed(f"Peer …{peer[-8:]} answered a ping with something else.", peer) from None
-    return Pong(pong.position / 1000, pong.tokens, progress, seconds)
+    return Pong(pong.position / 1000, pong.tokens, found.progress, seconds, offset)
 
 
 def probe_all(

@@ -29,9 +29,10 @@ SLACK_SECONDS = 1.0
 class Watch:
     """A socket to wait on: `bell` becomes readable when `error` is set. Closed by the waiter, at once."""
 
-    def __init__(self, host: Host, route: Route, session: str, sent: Callable[[], int] | None) -> None:
-        """sent: how many frames the client has sent so far; None while the session is being opened."""
-        self._host, self._session, self._sent = host, session, sent or (lambda: 0)
+    def __init__(self, host: Host, route: Route, session: str, sent: Callable[[], tuple[int, int]] | None) -> None:
+        """sent: how many frames the client has sent so far, and how many gradients; None while the session is being
+        opened."""
+        self._host, self._session, self._sent = host, session, sent or (lambda: (0, 0))
         self._peers = tuple(hop.peer for hop in route.hops)
         self._vigil = Vigil(self._peers, opening=sent is None)
         self._over = threading.Event()
@@ -56,7 +57,7 @@ class Watch:
                         self.error = Unreachable("This node's own P2P daemon does not answer.", "Restart the node.")
                 elif took < PROBE_SECONDS + SLACK_SECONDS:
                     deaf = 0
-                    suspicion = self._vigil.hear(time.monotonic(), signs, self._sent())
+                    suspicion = self._vigil.hear(time.monotonic(), signs, *self._sent())
                     if suspicion is not None:
                         peer = suspicion.peer
                         self.error = PeerFailed(f"Peer …{peer[-8:]} {suspicion.what}.", peer)

@@ -17,8 +17,8 @@ Cross-attention, routers, state-space layers and encoders beside the decoder hav
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.model import Slot
 
-OUT, IN = "ia3:out:", "ia3:in:"
+PREFIX, OUT, IN = "ia3:", "ia3:out:", "ia3:in:"
 
 _KEYS_VALUES = {
     "k_proj",
@@ -68,7 +68,7 @@ _SKIPPED = {"encoder_attn", "cross_attn", "crossattention", "gate", "router", "r
 
 def find_slots(base: nn.Module) -> tuple[Slot, ...]:
     """Sorted by name, float32. Raises InvalidInput when the model has nothing of what is looked for."""
-    prefix = _layers_path(base)
+    prefix = layers_path(base)
     found: dict[str, int] = {}
     for path, module in base.named_modules():
         if not path.startswith(prefix) or _SKIPPED & set(path.split(".")):
@@ -78,9 +78,9 @@ def find_slots(base: nn.Module) -> tuple[Slot, ...]:
             continue
         place = _place(below, module)
         if place == OUT:
-            found[OUT + path] = _widths(module)[1]
+            found[OUT + path] = widths(module)[1]
         elif place == IN:
-            found[IN + path] = _widths(module)[0]
+            found[IN + path] = widths(module)[0]
         elif _is_experts(module):
             found[f"{IN}{path}.down_proj"] = _inner_width(module)
     if not found:
@@ -172,6 +172,49 @@ class Applier:
         self._wrapped.append(experts)
 
 
+class Applies(Protocol):
+    """Runs a model with vectors in its slots, wherever its layers are. See `kinds.Applier`."""
+
+    def use(self, state: Mapping[str, Tensor] | None) -> AbstractContextManager[None]: ...
+
+    def remove(self) -> None: ...
+
+
+class Trainee:
+    """The vectors of a patch, from those of its parent on. See `kinds.Trainee`."""
+
+    def __init__(self, applier: "Applies", parent: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """parent: {slot: [D]}; device: of the parameters. The applier is this trainee's from now on."""
+        self.parameters: Mapping[str, Tensor] = {
+            name: vector.detach().to(device, torch.float32, copy=True).requires_grad_(True)
+            for name, vector in sorted(parent.items())
+        }
+        self._used: Mapping[str, Tensor] = self.parameters
+        self._applier = applier
+
+    def use(self) -> AbstractContextManager[None]:
+        return self._applier.use(self._used)
+
+    def adapter(self) -> dict[str, Tensor]:
+        return {name: vector.detach().to("cpu", copy=True) for name, vector in self.parameters.items()}
+
+    def squared_gradients(self, losses: Callable[[slice], Tensor], rows: int) -> dict[str, Tensor]:
+        """By slot, [D]. Every example has its own copy of the vectors, so that one backward pass yields the gradient of
+        each alone."""
+        copies = {n: v.detach().expand(rows, -1).clone().requires_grad_(True) for n, v in self.parameters.items()}
+        self._used = copies
+        try:
+            with torch.enable_grad(), self.use():
+                loss = losses(slice(0, rows)).sum()
+        finally:
+            self._used = self.parameters
+        gradients = torch.autograd.grad(loss, list(copies.values()), allow_unused=True, materialize_grads=True)
+        return {n: g.double().square().sum(0).cpu() for n, g in zip(copies, gradients, strict=True)}
+
+    def remove(self) -> None:
+        self._applier.remove()
+
+
 def _scaled(t: Tensor, vector: Tensor) -> Tensor:
     if vector.ndim == 2:
         if t.ndim > 2:
@@ -181,7 +224,7 @@ def _scaled(t: Tensor, vector: Tensor) -> Tensor:
     return (t * vector).to(t.dtype)
 
 
-def _layers_path(base: nn.Module) -> str:
+def layers_path(base: nn.Module) -> str:
     """`path.` of the outermost module list that holds the most parameters: the decoder's layers."""
     lists = {path: module for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     outer = {p: m for p, m in lists.items() if not any(p != q and p.startswith(f"{q}.") for q in lists)}
@@ -195,7 +238,7 @@ def _layers_path(base: nn.Module) -> str:
 
 def _place(below: list[str], module: nn.Module) -> str | None:
     """`below`: names from the layer (exclusive) to the module."""
-    if not below or _widths(module) == (0, 0):
+    if not below or widths(module) == (0, 0):
         return None
     *parents, name = below
     if name in _KEYS_VALUES | _FUSED and not _FFN & set(parents):
@@ -206,7 +249,7 @@ def _place(below: list[str], module: nn.Module) -> str | None:
     return None
 
 
-def _widths(module: nn.Module) -> tuple[int, int]:
+def widths(module: nn.Module) -> tuple[int, int]:
     """(input, output) of a linear layer of any make; zeros when it is none. GPT-2's Conv1D calls them nx and nf."""
     if isinstance(module, nn.Module) and hasattr(module, "nf") and hasattr(module, "nx"):
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]

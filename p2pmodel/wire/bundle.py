@@ -1,4 +1,4 @@
-"""The patch file: one file with the signed header and its two blobs, so that a patch can be sent by any means.
+"""The patch file: one file with the signed header and its blobs, so that a patch can be sent by any means.
 
 Canonical encoding of `Bundle`. The file proves nothing by itself: `open_bundle` checks that the blobs are those that
 the header names and that the header is signed by its contributor.
@@ -21,6 +21,12 @@ class Bundle:
     header: bytes
     adapter: bytes
     fisher: bytes
+    control: bytes | None = None
+
+    @property
+    def blobs(self) -> tuple[bytes, ...]:
+        """In the order of `Patch.blobs`."""
+        return (self.adapter, self.fisher) if self.control is None else (self.adapter, self.fisher, self.control)
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,17 @@ class OpenBundle:
     raw: Bundle
 
 
-def pack(header: bytes, adapter: bytes, fisher: bytes) -> bytes:
-    return canonical.encode(Bundle(header, adapter, fisher))
+def pack(header: bytes, adapter: bytes, fisher: bytes, control: bytes | None = None) -> bytes:
+    return canonical.encode(Bundle(header, adapter, fisher, control))
 
 
 def open_bundle(raw: bytes, limit: int = MAX_BUNDLE_BYTES) -> OpenBundle:
     """Raises Rejected for a file that is truncated, tampered with, unsigned, or whose blobs are not the header's."""
     bundle = canonical.decode(raw, Bundle, limit)
     patch = records.open_patch(bundle.header)
-    for name, blob, ref in (("adapter", bundle.adapter, patch.adapter), ("fisher", bundle.fisher, patch.fisher)):
+    if (bundle.control is None) != (patch.control is None):
+        raise Rejected("digest", "The file has a control variate that its signed header does not name, or lacks it.")
+    for name, blob, ref in zip(("adapter", "Fisher", "control variate"), bundle.blobs, patch.blobs, strict=False):
         if BlobRef(canonical.digest(blob), len(blob)) != ref:
             raise Rejected("digest", f"The file's {name} is not the one that its signed header names.")
     return OpenBundle(canonical.digest(bundle.header), patch, bundle)

@@ -3,7 +3,7 @@
     u8 kind · u8 reserved · u16 meta length · u32 body length · u32 position · u32 tokens      (little-endian, 16 bytes)
 
 position: of the body's first token in the session; tokens: how many the body holds. A decode step has an empty meta, so
-that a token costs no parsing.
+that a token costs no parsing. In a session that trains, position is the number of the micro-batch.
 """
 
 import struct
@@ -24,6 +24,11 @@ class Kind(IntEnum):
     ERROR = 4  # meta: why a stage gave up; runs on to the client
     PING = 5  # answered off the compute thread
     PONG = 6
+    STATE = 7  # body: a blob of slot tensors, the session's own from here on; every stage hands it on
+    GRADIENT = 8  # body: gradients of a DATA frame's answer; from the client into its sink, and back along the route
+
+
+WITH_BODY = frozenset({Kind.DATA, Kind.STATE, Kind.GRADIENT})
 
 
 class Header(NamedTuple):

@@ -23,15 +23,16 @@ import pytest
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
-from p2pmodel.domain.errors import Busy, P2PModelError, PeerFailed, Rejected
+from p2pmodel.domain.errors import Busy, NotFound, P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.domain.swarm import Hop, Route, SessionRequest, Span
 from p2pmodel.swarm.chain_client import ChainClient, ChainSession
-from p2pmodel.swarm.chain_server import OUTBOX_BYTES, ChainServer
+from p2pmodel.swarm.chain_server import ChainServer
 from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox, receive_frame
 from p2pmodel.swarm.opening import CHAIN, SINK, Failure, Opening
 from p2pmodel.swarm.ping import PING
+from p2pmodel.swarm.stage_session import OUTBOX_BYTES
 from p2pmodel.swarm.streams import Listener, open_stream
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
@@ -67,9 +68,11 @@ class Host:
 
 @dataclass
 class Adder:
-    """A stage that adds a constant, in place, to float32 numbers. A frame's meta can ask for trouble."""
+    """A stage that adds a constant, in place, to float32 numbers, and what the session has loaded; on the way back it
+    multiplies by the constant. A frame's meta can ask for trouble."""
 
     constant: float
+    loaded: dict[str, float] = field(default_factory=dict)
     opened: list[SessionRequest] = field(default_factory=list)
     closed: list[SessionRequest] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
@@ -94,12 +97,23 @@ class Adder:
 
     def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         self.batches.append(len(batch))
-        return [self._one(meta, body) for _, _, meta, body in batch]
+        return [self._one(meta, body, self.loaded.get(handle.session, 0.0)) for handle, _, meta, body in batch]
+
+    def load(self, handle: SessionRequest, body: Buffer) -> None:
+        if not len(body):
+            raise Rejected("schema", "This is no state.")
+        self.loaded[handle.session] = float(np.frombuffer(body, np.float32)[0])
+
+    def backward(self, handle: SessionRequest, position: int, body: Buffer) -> Buffer:
+        if position == 13:
+            raise NotFound("Micro-batch 13 is not kept here any more.")
+        numbers = np.frombuffer(body, np.float32) * np.float32(self.constant)
+        return numbers.data
 
     def close(self, handle: SessionRequest) -> None:
         self.closed.append(handle)
 
-    def _one(self, meta: bytes, body: Buffer) -> Buffer | Exception:
+    def _one(self, meta: bytes, body: Buffer, more: float) -> Buffer | Exception:
         if meta == b"gate":
             self.entered.set()
             assert self.gate.wait(PATIENCE)
@@ -110,7 +124,7 @@ class Adder:
         if meta == b"explode":
             raise ZeroDivisionError
         numbers = np.frombuffer(body, np.float32)
-        numbers += self.constant
+        numbers += self.constant + more
         return numbers.data
 
 
@@ -128,6 +142,9 @@ class Swarm:
 
     def open(self, *names: str, codec: str = "fp32", max_tokens: int = 1 << 16, timeout: float = 15.0) -> ChainSession:
         return self.chain.open(self.route(*names), MODEL, MODEL, codec, max_tokens, timeout)
+
+    def open_training(self, *names: str) -> ChainSession:
+        return self.chain.open(self.route(*names), MODEL, MODEL, "fp32", 1 << 10, training=True)
 
     def route(self, *names: str) -> Route:
         return route(*(self.hosts[name].peer for name in names))
@@ -244,6 +261,57 @@ def test_many_chunks_under_way_at_once(swarm: Swarm) -> None:
         _, body = session.receive()
         assert (np.frombuffer(body, np.float32) == n + 7).all()
     session.close()
+
+
+def test_gradients_run_back_while_others_go_forward(swarm: Swarm) -> None:
+    session = swarm.open_training("a", "b", "c")
+    chunk, count = 1 << 18, 12
+    for n in range(count):
+        if n == count // 2:
+            session.send_state(np.float32([100]).data)
+        session.send(np.full(chunk, n, np.float32).data, n, 100)
+    for n in range(count):
+        _, body = session.receive()
+        more = 300 if n >= count // 2 else 0
+        assert (np.frombuffer(body, np.float32) == n + 7 + more).all()
+        session.send_gradient(np.full(chunk, n, np.float32).data, n)
+    for n in range(count):
+        assert (np.frombuffer(session.receive_gradient(), np.float32) == 8 * n).all()
+    session.close()
+    until(swarm.quiet)
+
+
+def test_a_micro_batch_that_is_not_kept_is_said_so(swarm: Swarm) -> None:
+    session = swarm.open_training("a", "b", "c")
+    session.send_gradient(ZEROS, 13)
+    with pytest.raises(PeerFailed, match="not kept here") as failed:
+        session.receive_gradient()
+    assert failed.value.peer == swarm.hosts["c"].peer
+    assert isinstance(failed.value.__cause__, NotFound)
+    until(swarm.quiet)
+
+
+def test_a_state_that_is_none_ends_the_session(swarm: Swarm) -> None:
+    session = swarm.open("a", "b")
+    session.send_state(b"")
+    with pytest.raises(Rejected, match="no state"):
+        session.step(ZEROS, 0, 1)
+    until(swarm.quiet)
+
+
+def test_a_client_that_takes_no_gradients_is_not_read_from(swarm: Swarm) -> None:
+    stream, sink = raw_session(swarm, swarm.client, "a", training=True)
+    sink.setblocking(False)
+    chunk = memoryview(frames.pack(Kind.GRADIENT, body_length=1 << 20) + bytes(1 << 20))
+    total, moved = 0, time.monotonic()
+    while time.monotonic() < moved + 1.0:
+        with contextlib.suppress(BlockingIOError):
+            total += sink.send(chunk[total % len(chunk) :])
+            moved = time.monotonic()
+    assert OUTBOX_BYTES < total < OUTBOX_BYTES + (32 << 20)
+    stream.close()
+    sink.close()
+    until(swarm.quiet)
 
 
 def test_sessions_that_are_ready_together_are_one_batch(swarm: Swarm) -> None:
@@ -383,9 +451,16 @@ def test_malformed_frames_end_one_session(swarm: Swarm) -> None:
         frames.HEADER.pack(Kind.DATA, 0, 0, frames.MAX_BODY_BYTES + 1, 0, 1),
         frames.HEADER.pack(Kind.CLOSE, 0, 0, 10, 0, 0),
         frames.pack(Kind.PING),
+        frames.pack(Kind.GRADIENT),
     ):
         stream, sink = raw_session(swarm, swarm.client, "a", "b")
         stream.sendall(garbage)
+        for end in (stream, sink):
+            assert receive_frame(end, PATIENCE).kind is Kind.ERROR
+            end.close()
+    for training, garbage in ((False, frames.pack(Kind.GRADIENT)), (True, frames.pack(Kind.DATA, tokens=1))):
+        stream, sink = raw_session(swarm, swarm.client, "a", "b", training=training)
+        sink.sendall(garbage)  # from behind
         for end in (stream, sink):
             assert receive_frame(end, PATIENCE).kind is Kind.ERROR
             end.close()
@@ -494,6 +569,7 @@ def test_a_stage_that_stands_still_is_noticed_in_seconds(
     assert add_up(session) == 11.0
     tell = os.killpg if whole_group else os.kill
     tell(processes["y"].pid, signal.SIGSTOP)
+    until(lambda: stands_still(processes["y"].pid))
     began = time.monotonic()
     with pytest.raises(PeerFailed, match="does not answer") as failed:
         session.step(ZEROS, 1, 1)
@@ -512,14 +588,25 @@ def test_a_step_that_is_lost_is_noticed_in_seconds(swarm: Swarm) -> None:
     """The stage takes the step and answers it, but its session's answer never leaves."""
     session = swarm.open("a", "b")
     assert add_up(session) == 3.0
-    server = swarm.servers["b"]
-    (held,) = server._by_name[session.name]
+    (held,) = swarm.servers["b"]._by_name[session.name]
     held.outbox = Swallowing()
     began = time.monotonic()
     with pytest.raises(PeerFailed, match="lost its answer") as failed:
         session.step(ZEROS, 1, 1)
     assert failed.value.peer == swarm.hosts["b"].peer
     assert time.monotonic() - began < 2 * NOTICED_SECONDS
+    until(swarm.quiet)
+
+
+def test_a_gradient_that_is_lost_is_noticed_in_seconds(swarm: Swarm) -> None:
+    session = swarm.open_training("a", "b", "c")
+    assert add_up(session) == 7.0
+    (held,) = swarm.servers["b"]._by_name[session.name]
+    held.backbox = Swallowing()
+    session.send_gradient(ZEROS, 0)
+    with pytest.raises(PeerFailed, match="has not received") as failed:
+        session.receive_gradient()
+    assert failed.value.peer == swarm.hosts["a"].peer  # by all that anybody can see
     until(swarm.quiet)
 
 
@@ -558,7 +645,7 @@ class Swallowing(Outbox):
     def put(self, frame: bytes) -> None:
         pass
 
-    def put_data(self, body: Buffer, position: int, tokens: int, meta: bytes) -> None:
+    def put_data(self, body: Buffer, position: int, tokens: int, meta: bytes, kind: Kind = Kind.DATA) -> None:
         pass
 
 
@@ -572,10 +659,11 @@ def add_up(session: ChainSession, position: int = 0) -> float:
     return float(np.frombuffer(body, np.float32)[0])
 
 
-def raw_session(swarm: Swarm, opener: Host, *names: str) -> tuple[Any, Any]:
+def raw_session(swarm: Swarm, opener: Host, *names: str, training: bool = False) -> tuple[Any, Any]:
     """A session's two ends as sockets; the sink is the spare peer's, and this is its only session."""
     hops = swarm.route(*names).hops
-    request = SessionRequest(os.urandom(16).hex(), MODEL, MODEL, "fp32", hops[0].span, 1 << 16)
+    name = os.urandom(16).hex()
+    request = SessionRequest(name, MODEL, MODEL, "fp32", hops[0].span, 1 << 16, training=training)
     listener = Listener(swarm.spare, SINK)
     stream = open_stream(opener, hops[0].peer, CHAIN)
     stream.sendall(Opening(request, hops[1:], swarm.spare.peer).frame())
@@ -593,6 +681,12 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         pause.wait(0.01)
+
+
+def stands_still(pid: int) -> bool:
+    """One thread takes the signal, and stops the others when it is scheduled."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for task in tasks)
 
 
 async def serve() -> None:

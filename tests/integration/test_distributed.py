@@ -1,6 +1,7 @@
 """The Python API over real nodes: the family's own CausalLM, against the same model in this process."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from p2pmodel import DistributedModelForCausalLM, starter
 from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.domain.errors import NotRunning
 from p2pmodel.engine.checkpoint import load_whole
+from p2pmodel.engine.evaluation import attached
+from p2pmodel.engine.training import TrainingOptions
+from p2pmodel.node.apprentice import ThroughSwarm
+from p2pmodel.node.bases import find_base
 from p2pmodel.node.client import Sampling, SwarmClient
+from p2pmodel.node.contributing import ALONE, Assignment, estimate, train_patch
+from p2pmodel.node.states import patch_file_state
+from p2pmodel.tensors.kinds import get_kind
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -97,6 +105,76 @@ def test_a_prompt_that_the_stages_know_is_not_computed_again(peers: list[str], t
     assert other.reused_tokens == 0
     assert answers[0].text == answers[2].text == answers[4].text
     assert answers[2].bytes_sent < answers[0].bytes_sent / 3
+
+
+@pytest.fixture(scope="module")
+def trainable(peers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    home = tmp_path_factory.mktemp("home")
+    with DistributedModelForCausalLM.from_swarm(peers=peers, codec="fp32", trainable=True, home=home) as m:
+        yield m
+
+
+def test_vectors_are_trained_with_any_optimiser(trainable: Any, whole: PreTrainedModel) -> None:
+    inputs = batch(trainable)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    names, parameters = zip(*trainable.named_parameters(), strict=True)
+    ours = [p for p in parameters if p.requires_grad]
+    assert all(name.startswith("vectors.") == p.requires_grad for name, p in zip(names, parameters, strict=True))
+    assert ours
+    state = {name: torch.ones_like(p, requires_grad=True) for name, p in trainable.vectors.state().items()}
+    kind = get_kind("ia3@1")
+    applier = kind.applier(whole.base_model, sorted(state))
+    whole.requires_grad_(False)
+    optimisers = [torch.optim.SGD(ours, lr=0.5), torch.optim.SGD(list(state.values()), lr=0.5)]
+    try:
+        for _ in range(3):
+            loss = trainable(**inputs).loss
+            with applier.use(state):
+                expected = whole(**inputs, use_cache=False).loss
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            for one, optimiser in zip((loss, expected), optimisers, strict=True):
+                optimiser.zero_grad()
+                one.backward()
+                optimiser.step()
+        for name, vector in trainable.vectors.state().items():
+            torch.testing.assert_close(vector.grad, state[name].grad, rtol=1e-3, atol=1e-6)
+        # What is generated and evaluated, without gradients, is by the same vectors.
+        with torch.no_grad(), applier.use(state):
+            torch.testing.assert_close(trainable(**inputs).loss, whole(**inputs, use_cache=False).loss)
+            ids = inputs["input_ids"][2:]
+            answers = [m.generate(ids, max_new_tokens=12, do_sample=False) for m in (trainable, whole)]
+        assert torch.equal(*answers)
+    finally:
+        applier.remove()
+
+
+def test_a_patch_is_trained_through_the_swarm_as_on_one_machine(peers: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((starter.MODEL / "README.md").read_text())
+    options = TrainingOptions(steps=4, batch=3, sequence=48, fisher_examples=4, checkpoint_every=2, seed=1)
+    with SwarmClient.connect(tmp_path / "home", tuple(peers), None, None) as client:
+        lineage = client.lineage
+        base = find_base(lineage.home, lineage)
+        assignment = Assignment(lineage, base, lineage.head, "ia3@1", (text,), options=options, restart=True)
+        seconds = estimate(assignment, ThroughSwarm(client, "fp32")).seconds
+        patches = [
+            train_patch(replace(assignment, fresh=True), tmp_path / name, lambda step: None, workplace)
+            for name, workplace in (("far", ThroughSwarm(client, "fp32")), ("near", ALONE))
+        ]
+        state = patch_file_state(lineage, tmp_path / "far")
+        answer = client.generate("import ", Sampling(8), "head", "fp32", lambda _: None, str(tmp_path / "far"))
+    assert seconds > 0
+    far, near = (patch.trained for patch in patches)
+    assert far.loss_before == pytest.approx(near.loss_before, rel=1e-5)
+    assert far.loss_after == pytest.approx(near.loss_after, rel=1e-4)
+    for name, vector in far.adapter.items():
+        torch.testing.assert_close(vector, near.adapter[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(far.fisher[name], near.fisher[name], rtol=1e-2, atol=1e-4)
+    whole, kind = load_whole(starter.MODEL), get_kind("ia3@1")
+    with attached(whole, kind, state) as applier, applier.use(state):
+        ids = client.encode("import ")
+        expected = whole.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert answer.text == client.tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_after_it_is_closed_it_says_so(peers: list[str], tmp_path: Path) -> None:

@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from p2pmodel import starter
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.domain.errors import Unreachable
+from p2pmodel.engine.checkpoint import load_whole
+from p2pmodel.engine.evaluation import attached
+from p2pmodel.engine.head import RemoteApplier, load_head
 from p2pmodel.node import inference
 from p2pmodel.node.client import Answer, Sampling, SwarmClient
+from p2pmodel.tensors.kinds import get_kind
 
 pytestmark = pytest.mark.timeout(240)
 PROMPT = "def read_lines(path):\n    "
@@ -210,6 +217,61 @@ def test_a_client_that_is_killed_leaves_no_cache_behind(nodes: Nodes) -> None:
     os.killpg(client.pid, signal.SIGKILL)
     client.wait()
     until(lambda: nodes.held() == 0)
+
+
+def test_hosts_that_are_killed_cost_a_training_a_step_each(nodes: Nodes) -> None:
+    """One between a forward and its backward pass, one while micro-batches are under way, one between steps."""
+    ids = torch.randint(3, 1000, (8, 96), generator=torch.Generator().manual_seed(0))
+    kind, whole = get_kind("ia3@1"), load_whole(starter.MODEL).requires_grad_(False)
+    start = kind.initial(kind.find_slots(whole.base_model))
+    chain = nodes.client.chain(nodes.client.lineage.find_version("head"), "fp32")
+    tape = chain.tape()
+    remote = load_head(nodes.client.checkpoint, chain).requires_grad_(False)
+
+    def hop(index: int) -> str:
+        assert tape.session is not None
+        return tape.session.route.hops[index].peer
+
+    def train(model: Any, applier: Any, disturb: Callable[[str, int], None]) -> dict[str, Tensor]:
+        state = {name: vector.clone().requires_grad_(True) for name, vector in start.items()}
+        optimiser = torch.optim.SGD(state.values(), lr=0.5)
+        for step in range(4):
+            disturb("before", step)
+            with applier.use(state):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            disturb("between", step)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return {name: vector.detach() for name, vector in state.items()}
+
+    killers: list[threading.Thread] = []
+
+    def disturb(when: str, step: int) -> None:
+        if (when, step) == ("between", 0):
+            nodes.replace(hop(1))
+        elif (when, step) == ("before", 2):
+            nodes.complete()
+            sent = tape.session.bytes_sent if tape.session else 0
+
+            def kill() -> None:
+                until(lambda: tape.session is not None and tape.session.bytes_sent > sent + 1000)
+                nodes.kill(hop(0))
+
+            killers.append(threading.Thread(target=kill))
+            killers[0].start()
+        elif (when, step) == ("before", 3):
+            nodes.replace(hop(1))
+
+    ours = train(remote, RemoteApplier(), disturb)
+    killers[0].join()
+    nodes.start(SPANS[0])
+    chain.close()
+    with attached(whole, kind, start) as applier:
+        theirs = train(whole, applier, lambda when, step: None)
+    assert 3 <= tape.failovers <= 6
+    for name, vector in ours.items():
+        torch.testing.assert_close(vector, theirs[name], rtol=1e-4, atol=1e-5)
 
 
 def test_an_answer_goes_on_when_lost_layers_come_back(

@@ -1,5 +1,6 @@
 """Sessions of several rows, of beams, of tokens taken back, and forwards that sessions share, against transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from p2pmodel.engine import batching
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import load_whole, read_checkpoint
 from p2pmodel.engine.head import RemoteCache, load_head
+from p2pmodel.engine.prefixes import prefix_keys
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.steps import Note
 from p2pmodel.tensors import ia3
+from p2pmodel.tensors.blob import pack
 from tests.integration.test_stages import (
     BASE,
     LAYERS,
@@ -197,3 +200,44 @@ def test_notes_that_do_not_fit_are_refused(meta: bytes, folders: dict[str, Path]
     session = runner.open(request(Span(0, LAYERS), 8, rows=2))
     (refused,) = runner.step([(session, 0, meta, torch.ones(2, 1, WIDTH).numpy().tobytes())])
     assert isinstance(refused, Rejected)
+
+
+def test_sessions_with_vectors_of_their_own_share_a_forward(folders: dict[str, Path]) -> None:
+    runner = runner_of(load_stage(read_checkpoint(saved("llama", folders)), Span(0, LAYERS)))
+    slots = ia3.find_slots(runner._stage.base)
+    steps = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def opened(seed: int) -> Any:
+        handle = runner.open(request(Span(0, LAYERS)))
+        if seed:
+            generator = torch.Generator().manual_seed(seed)
+            runner.load(handle, pack({s.name: torch.rand(s.shape, generator=generator) + 0.5 for s in slots}))
+        return handle
+
+    def step(handles: list[Any], n: int) -> list[Tensor]:
+        body = bytes(steps[:, n : n + 1].contiguous().numpy().tobytes())
+        outputs = runner.step([(handle, n, b"", body) for handle in handles])
+        assert not any(isinstance(output, Exception) for output in outputs)
+        return [numbers(output) for output in outputs if not isinstance(output, Exception)]
+
+    together, alone = [opened(seed) for seed in range(4)], [opened(seed) for seed in range(4)]
+    for n in range(4):
+        ours, theirs = step(together, n), [step([handle], n)[0] for handle in alone]
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert len({tuple(numbers.tolist()) for numbers in ours}) == len(ours)
+    with pytest.raises(Rejected, match="before its first step"):
+        runner.load(together[0], pack({}))
+
+
+def test_what_a_session_with_vectors_of_its_own_computed_is_not_reused(folders: dict[str, Path]) -> None:
+    runner = runner_of(load_stage(read_checkpoint(saved("llama", folders)), Span(0, LAYERS)))
+    slots = ia3.find_slots(runner._stage.base)
+    steps = torch.randn(1, 40, WIDTH, generator=torch.Generator().manual_seed(3))
+    body = bytes(steps.numpy().tobytes())
+    keys = prefix_keys(body[: 32 * WIDTH * 4], WIDTH * 4)
+    own = runner.open(replace(request(Span(0, LAYERS), 64), prefix=keys))
+    runner.load(own, pack({slot.name: torch.full(slot.shape, 2.0) for slot in slots}))
+    runner.step([(own, 0, b"", body)])
+    runner.close(own)
+    assert runner.known(runner.open(replace(request(Span(0, LAYERS), 64), prefix=keys))) == ()

@@ -3,7 +3,7 @@
 The chain runs in this process, but through the runners' bytes: what a stream would carry is what is computed with.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,13 @@ from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, PeerFailed, Rej
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
-from p2pmodel.engine.head import RemoteCache, load_head
+from p2pmodel.engine.head import NO_VECTORS, RemoteCache, RemoteTape, load_head, using_vectors
 from p2pmodel.engine.runner import Runner, StageSession
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
 from p2pmodel.engine.versions import VersionTable, slot_layer
 from p2pmodel.tensors import ia3
+from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical
 
@@ -131,14 +132,22 @@ class LocalChain:
     codec: str = "fp32"
     open_sessions: list["LocalSession"] = field(default_factory=list)
 
-    def open(self, max_tokens: int, rows: int = 1, rewinds: bool = False) -> "LocalSession":
-        handles = [
+    def open(
+        self, max_tokens: int, rows: int = 1, rewinds: bool = False, vectors: Mapping[str, Tensor] = NO_VECTORS
+    ) -> "LocalSession":
+        handles: list[Any] = [
             runner.open(request(span, max_tokens, self.version, self.codec, rows=rows, rewinds=rewinds))
             for runner, span in zip(self.runners, self.spans, strict=True)
         ]
+        if vectors:
+            for runner, handle in zip(self.runners, handles, strict=True):
+                runner.load(handle, pack(vectors))
         session = LocalSession(self, handles, rows)
         self.open_sessions.append(session)
         return session
+
+    def tape(self) -> RemoteTape:
+        raise AssertionError("nothing is trained here")
 
     def close(self) -> None:
         assert not self.open_sessions
@@ -248,6 +257,11 @@ def test_a_version_of_vectors_is_applied_by_the_stages(family: str, folders: dic
         chain.version = version
         for ours, theirs in zip(logits(head, RemoteCache(chain, 32)), expected, strict=True):
             assert torch.equal(ours, theirs)
+    # The same vectors, brought along by a session that nobody else has to have a version for.
+    for ours, theirs in zip(logits(head, RemoteCache(chain, 32, vectors=state)), tuned, strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.inference_mode(), using_vectors(state):
+        assert torch.equal(head(input_ids=prompt(7)).logits, tuned[0])
 
 
 def test_a_session_may_run_a_part_of_what_is_hosted(llama: Path) -> None:
@@ -338,11 +352,13 @@ def test_a_cache_that_is_forgotten_closes_its_session(llama: Path) -> None:
 
 def test_what_the_swarm_cannot_do_is_refused_before_it_is_wrong(llama: Path) -> None:
     checkpoint = read_checkpoint(llama)
-    head = load_head(checkpoint, chain_of(checkpoint, 1))
+    chain = chain_of(checkpoint, 1)
+    head = load_head(checkpoint, chain)
     with pytest.raises(UsageError, match="masks of rows"):
         head(input_ids=prompt(3), attention_mask=torch.ones(1, 1, 3, 3))
+    cache = RemoteCache(chain, 8)
     with pytest.raises(UsageError, match="gradients"):
-        head(inputs_embeds=torch.zeros(1, 3, WIDTH, requires_grad=True))
+        head(inputs_embeds=torch.zeros(1, 3, WIDTH, requires_grad=True), past_key_values=cache, use_cache=True)
     with pytest.raises(UsageError, match="DynamicCache"):
         head(input_ids=prompt(3), past_key_values=DynamicCache(), use_cache=True)
 
@@ -352,8 +368,13 @@ def test_an_answer_that_is_none_is_the_peers_failure(llama: Path) -> None:
         def __init__(self, answer: Tensor) -> None:
             self.answer = answer
 
-        def open(self, max_tokens: int, rows: int, rewinds: bool) -> "Wrong":
+        def open(
+            self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
+        ) -> "Wrong":
             return self
+
+        def tape(self) -> RemoteTape:
+            raise AssertionError("nothing is trained here")
 
         def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:
             return self.answer
@@ -390,7 +411,7 @@ def test_a_runner_refuses_sessions_it_cannot_hold(llama: Path) -> None:
 
 def test_a_bad_step_ends_its_own_session_and_no_other(llama: Path) -> None:
     runner = runner_of(load_stage(read_checkpoint(llama), Span(0, LAYERS)))
-    good = runner.open(request(Span(0, LAYERS), max_tokens=8))
+    good: Any = runner.open(request(Span(0, LAYERS), max_tokens=8))
     body = torch.ones(2, WIDTH).numpy().tobytes()
     nan = torch.full((1, WIDTH), torch.nan).numpy().tobytes()
     for position, meta, wrong in (

@@ -1,79 +1,47 @@
-"""Training, exams and evaluation of a small model, from texts to scores."""
+"""Exams and evaluation of a small model and of what was trained of it, from texts to scores."""
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from p2pmodel.domain.errors import InvalidInput, Rejected
-from p2pmodel.engine.data import blocks, read_texts, split
+from p2pmodel.engine.data import Parts
 from p2pmodel.engine.evaluation import Scorer, attached, evaluate
 from p2pmodel.engine.exams import Examiner, Suite, search_alpha
-from p2pmodel.engine.training import Trained, TrainingOptions, train
+from p2pmodel.engine.recipes import TrainingOptions
 from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.kinds import get_kind
-from p2pmodel.tensors.merge import Contribution, apply_update, get_strategy
+from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
 from p2pmodel.wire import canonical
-
-Parts = tuple[torch.Tensor, torch.Tensor]
+from tests.training_support import PROSE, byte_tokenizer, prose_parts, small_model, trained_patch
 
 KIND = get_kind("ia3@1")
-PROSE = "the quick brown fox jumps over the lazy dog and runs away. "
 OPTIONS = TrainingOptions(steps=12, batch=4, sequence=32, learning_rate=0.1, fisher_examples=8, checkpoint_every=5)
 STARTER = Path(__file__).resolve().parents[2] / "p2pmodel" / "starter"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    vocabulary = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner, eos_token="<end>", bos_token="<end>"
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=257,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-            bos_token_id=256,
-            eos_token_id=256,
-        )
-    )
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Parts:
-    file = tmp_path_factory.mktemp("texts") / "prose.txt"
-    file.write_text(PROSE * 60)
-    return split(blocks(read_texts([file]), tokenizer, 32), seed=0)
+    return prose_parts(tmp_path_factory.mktemp("texts"), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def parent(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     return KIND.initial(KIND.find_slots(model.base_model))
-
-
-@pytest.fixture(scope="module")
-def trained(model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts) -> Trained:
-    return train(model, KIND, parent, *parts, OPTIONS)
 
 
 @pytest.fixture
@@ -90,75 +58,6 @@ def exam(tmp_path: Path) -> Path:
     return folder
 
 
-def test_training_lowers_the_held_out_loss(trained: Trained, parent: dict[str, torch.Tensor]) -> None:
-    assert trained.loss_after < trained.loss_before - 0.05
-    assert trained.samples == 12 * 4
-    assert trained.adapter.keys() == trained.fisher.keys() == parent.keys()
-    for name, fisher in trained.fisher.items():
-        assert fisher.shape == parent[name].shape
-        assert bool((fisher >= 0).all())
-        assert bool(fisher.sum() > 0)
-
-
-def test_training_is_the_seeds(
-    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], trained: Trained, parts: Parts
-) -> None:
-    again = train(model, KIND, parent, *parts, OPTIONS)
-    assert again.checkpoints == trained.checkpoints
-    assert len(again.checkpoints) == 1 + 12 // 5
-    assert again.checkpoints[0] == canonical.digest(pack(parent))
-    assert pack(again.adapter) == pack(trained.adapter)
-    assert pack(again.fisher) == pack(trained.fisher)
-    other = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, seed=1))
-    assert other.checkpoints[1] != trained.checkpoints[1]
-
-
-def test_training_starts_at_the_parent(model: LlamaForCausalLM, trained: Trained, parts: Parts) -> None:
-    further = train(model, KIND, trained.adapter, *parts, dataclasses.replace(OPTIONS, steps=1))
-    assert further.loss_before == pytest.approx(trained.loss_after, abs=1e-6)
-
-
-def test_training_leaves_the_model_as_it_was(
-    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts
-) -> None:
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.train()
-    losses: list[tuple[int, float]] = []
-    options = dataclasses.replace(OPTIONS, steps=2)
-    train(model, KIND, parent, *parts, options, on_step=lambda step, loss: losses.append((step, loss)))
-    assert [step for step, _ in losses] == [1, 2]
-    assert all(math.isfinite(loss) for _, loss in losses)
-    assert model.training
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name])
-        assert p.requires_grad
-        assert p.grad is None
-
-
-def test_a_training_that_goes_wrong_gives_the_best_state_seen(
-    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts
-) -> None:
-    options = dataclasses.replace(OPTIONS, learning_rate=30.0, steps=4, checkpoint_every=2, held_out_blocks=16)
-    wild = train(model, KIND, parent, *parts, options)
-    assert wild.loss_after == wild.loss_before
-    assert pack(wild.adapter) == pack(parent)
-
-
-def test_a_loss_that_is_not_finite_is_said(
-    model: LlamaForCausalLM, parent: dict[str, torch.Tensor], parts: Parts
-) -> None:
-    broken = {name: torch.full_like(tensor, 1e38) for name, tensor in parent.items()}
-    with pytest.raises(InvalidInput, match="not finite"):
-        train(model, KIND, broken, *parts, OPTIONS)
-
-
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"learning_rate": math.nan}, {"learning_rate": -1.0}])
-def test_options_out_of_range_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(InvalidInput):
-        dataclasses.replace(OPTIONS, **change)  # type: ignore[arg-type]
-
-
 def test_two_contributors_merge_to_something_better(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -169,7 +68,7 @@ def test_two_contributors_merge_to_something_better(
     examiner = Examiner(model, tokenizer, KIND, Suite.load(exam))
     given = []
     for seed in (1, 2):
-        patch = train(model, KIND, parent, *parts, dataclasses.replace(OPTIONS, seed=seed))
+        patch = trained_patch(model, parent, parts, dataclasses.replace(OPTIONS, seed=seed))
         given.append(Contribution(canonical.digest(pack(patch.adapter)), patch.adapter, patch.fisher, 1.0))
     given.sort(key=lambda contribution: contribution.patch)
     update = get_strategy("fisher@1").combine(parent, lambda: given, {})

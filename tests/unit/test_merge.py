@@ -11,11 +11,13 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.ids import PatchId
-from p2pmodel.tensors import blob, merge
-from p2pmodel.tensors.merge import Contribution, apply_update, get_strategy
+from p2pmodel.tensors import blob, merging
+from p2pmodel.tensors.merging import Contribution, apply_update, columns, get_strategy
 from p2pmodel.wire import canonical
 
-FISHER, MEAN = get_strategy("fisher@1"), get_strategy("mean@1")
+FISHER, MEAN, SUM, TIES, MEDIAN = STRATEGIES = tuple(
+    get_strategy(f"{name}@1") for name in ("fisher", "mean", "task-arithmetic", "ties", "coordinate-median")
+)
 NO_CLIP = {"fisher_clip": 1e12, "norm_clip": 1e12}
 
 values = st.floats(-4, 4, width=32)
@@ -31,7 +33,7 @@ def contribution(number: int, adapter: Sequence[float], fisher: Sequence[float],
 
 
 def combine(
-    strategy: merge.MergeStrategy,
+    strategy: merging.MergeStrategy,
     parent: dict[str, Tensor],
     given: Sequence[Contribution],
     parameters: dict[str, float] | None = None,
@@ -50,9 +52,9 @@ def rows(count: st.SearchStrategy[int], width: int = 3) -> st.SearchStrategy[lis
     return count.flatmap(build)
 
 
-@given(rows(st.integers(1, 7)), st.randoms(), st.sampled_from([FISHER, MEAN]))
+@given(rows(st.integers(1, 7)), st.randoms(), st.sampled_from(STRATEGIES))
 def test_any_order_of_arrival_gives_the_same_bits(
-    given: list[Contribution], random: object, strategy: merge.MergeStrategy
+    given: list[Contribution], random: object, strategy: merging.MergeStrategy
 ) -> None:
     parent = {"s": torch.ones(3)}
     first = combine(strategy, parent, given)
@@ -170,10 +172,10 @@ def test_a_patch_without_a_slot_leaves_it_unchanged() -> None:
     assert combine(FISHER, parent, given)["a"].tolist() == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("strategy", [FISHER, MEAN])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blocks_do_not_change_the_result(
-    monkeypatch: pytest.MonkeyPatch, strategy: merge.MergeStrategy, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, strategy: merging.MergeStrategy, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     parent = {"a": torch.ones(7, 11, dtype=dtype), "b": torch.ones(50, dtype=dtype)}
@@ -185,8 +187,8 @@ def test_blocks_do_not_change_the_result(
 
     given = [one(number) for number in range(9)]
     whole = combine(strategy, parent, given)
-    monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 9 * 20)
-    monkeypatch.setattr(merge, "_CACHED_ELEMENTS", 130)
+    monkeypatch.setattr(columns, "BLOCK_ELEMENTS", 9 * 20)
+    monkeypatch.setattr(columns, "CACHED_ELEMENTS", 130)
     assert blob.pack(combine(strategy, parent, given)) == blob.pack(whole)
     read = [
         Contribution(
@@ -242,3 +244,67 @@ def test_the_result_has_the_parents_dtype_and_slots() -> None:
 def test_an_unknown_strategy_is_not_found() -> None:
     with pytest.raises(NotFound):
         get_strategy("magic@1")
+
+
+def test_a_sum_is_the_mean_of_as_many() -> None:
+    given = [contribution(i, [2.0 + i], [1.0], weight=1.0 + i) for i in range(4)]
+    parent = {"s": torch.ones(1)}
+    total, mean = (combine(strategy, parent, given)["s"].item() for strategy in (SUM, MEAN))
+    assert total == pytest.approx(10 * mean)
+    assert SUM.unit(4) == 0.25
+
+
+def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_who_agree() -> None:
+    parent = {"s": torch.zeros(5)}
+    given = [
+        contribution(0, [5.0, 4.0, 0.1, -2.0, 0.0], [1.0] * 5),
+        contribution(1, [3.0, -1.0, 0.2, -4.0, 0.0], [1.0] * 5),
+        contribution(2, [-9.0, 8.0, 0.3, 0.1, 0.0], [1.0] * 5, weight=0.5),
+    ]
+    result = combine(TIES, parent, given, {"density": 0.4})["s"]
+    # What stays: 5 and 4; 3 and -4; -9 and 8. The first is elected 8 to 4.5, the second is 4 and 8 with weight 0.5.
+    assert result.tolist() == pytest.approx([4.0, 8.0 / 1.5, 0.0, -4.0, 0.0])
+
+
+@given(rows(st.integers(1, 7)))
+def test_the_median_of_equal_weights_is_the_textbooks(given: list[Contribution]) -> None:
+    parent = {"s": torch.ones(3)}
+    updates = torch.stack([c.adapter["s"].double() - 1 for c in given])
+    expected = torch.quantile(updates, 0.5, dim=0)
+    loose = {"norm_clip": 1e12}
+    torch.testing.assert_close(combine(MEDIAN, parent, given, loose)["s"], expected)
+
+
+def test_a_median_is_weighted_and_a_minority_moves_nothing() -> None:
+    parent = {"s": torch.zeros(1)}
+    given = [contribution(i, [v], [1.0], w) for i, (v, w) in enumerate(((1.0, 1.0), (2.0, 1.0), (9.0, 3.0)))]
+    assert combine(MEDIAN, parent, given, {"norm_clip": 1e12})["s"].item() == 9.0
+    even = [contribution(i, [v], [1.0], w) for i, (v, w) in enumerate(((1.0, 2.0), (2.0, 1.0), (9.0, 1.0)))]
+    assert combine(MEDIAN, parent, even, {"norm_clip": 1e12})["s"].item() == 1.5
+    few = [contribution(i, [50.0 if i < 2 else 0.0], [1.0]) for i in range(5)]
+    assert combine(MEDIAN, parent, few)["s"].item() == 0.0
+
+
+@given(rows(st.integers(3, 7)), st.sampled_from([FISHER, SUM, TIES, MEDIAN]))
+def test_every_strategy_but_the_plain_mean_clips_norms(
+    honest: list[Contribution], strategy: merging.MergeStrategy
+) -> None:
+    parent = {"s": torch.zeros(3)}
+    liar = Contribution(patch_id(99), {"s": torch.full((3,), 1e6)}, {"s": torch.ones(3)}, 1.0)
+    largest = max(float(c.adapter["s"].norm()) for c in honest)
+    result = combine(strategy, parent, [*honest, liar])["s"]
+    assert float(result.norm()) <= (len(honest) + 1) * math.sqrt(3) * 3 * max(largest, 1e-12) + 1e-9
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_a_strategy_refuses_to_merge_it_refuses_beforehand(strategy: merging.MergeStrategy) -> None:
+    strategy.check({})
+    strategy.check({"norm_clip": 2.0})
+    for wrong in ({"magic": 1.0}, {"norm_clip": 0.0}, {"norm_clip": math.inf}):
+        with pytest.raises(Rejected, match="parameter"):
+            strategy.check(wrong)
+
+
+def test_a_density_is_a_share() -> None:
+    with pytest.raises(Rejected, match="density"):
+        TIES.check({"density": 1.5})

@@ -3,15 +3,13 @@
 import io
 import logging
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from p2pmodel.domain.errors import Busy, UsageError
+from p2pmodel.domain.errors import UsageError
 from p2pmodel.telemetry import logs
 from p2pmodel.telemetry.metrics import Metrics
 
@@ -20,12 +18,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def scrape(metrics: Metrics) -> str:
-    server = metrics.serve(0)
-    try:
-        with urlopen(f"http://127.0.0.1:{server.port}/metrics") as reply:
-            return str(reply.read().decode())
-    finally:
-        server.stop()
+    return metrics.exposition().decode()
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -72,27 +65,6 @@ def test_two_nodes_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.tokens.inc()
     assert samples(scrape(other))["p2pmodel_tokens_processed_total", ()] == 0
-
-
-def test_a_port_in_use_is_busy() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(Busy, match="--metrics-port"):
-            Metrics().serve(taken.getsockname()[1])
-
-
-def test_an_address_that_is_not_this_machines_is_refused() -> None:
-    with pytest.raises(UsageError, match="cannot be served"):
-        Metrics().serve(0, "192.0.2.1")
-    with pytest.raises(UsageError, match="no port"):
-        Metrics().serve(70_000)
-
-
-def test_a_stopped_server_frees_its_port() -> None:
-    server = Metrics().serve(0)
-    server.stop()
-    Metrics().serve(server.port).stop()
 
 
 @pytest.fixture

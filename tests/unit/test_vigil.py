@@ -90,3 +90,21 @@ def test_a_peer_can_be_several_hops() -> None:
     assert suspicion is not None
     assert suspicion.peer == A
     assert "does not compute" in suspicion.what
+
+
+def test_a_gradient_is_looked_for_from_behind() -> None:
+    def back(taken: int, given: int) -> Sign:
+        return Sign(0.0, (Progress(5, 5, QUIET, taken, given),))
+
+    def loser(a: Sign, b: Sign, c: Sign) -> PeerId | None:
+        vigil = Vigil((A, B, C))
+        for second in range(20):
+            suspicion = vigil.hear(float(second), {A: a, B: b, C: c}, 5, 2)
+            if suspicion is not None:
+                return suspicion.peer
+        return None
+
+    assert loser(back(0, 0), back(0, 0), back(1, 1)) == C
+    assert loser(back(1, 1), back(1, 1), back(2, 2)) == B
+    assert loser(back(1, 1), back(2, 1), back(2, 2)) == B
+    assert loser(back(2, 2), back(2, 2), back(2, 2)) == A

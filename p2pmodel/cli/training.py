@@ -1,0 +1,325 @@
+"""`p2pmodel train`."""
+
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from p2pmodel.cli import options
+from p2pmodel.cli.output import emit, size
+from p2pmodel.domain.errors import UsageError
+from p2pmodel.domain.ids import short
+
+if TYPE_CHECKING:
+    from p2pmodel.node.contributing import Assignment, Estimate, NewPatch
+    from p2pmodel.node.lineage import Lineage
+
+PLACES = ("through_swarm", "peers", "codec")
+DATA, PATCH, STEPS, MERGING, RUN = "Data", "Patch", "Training", "For merging", "Running"
+
+
+class Schedule(StrEnum):
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    WSD = "wsd"
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Fisher(StrEnum):
+    EXAMPLES = "examples"
+    ADAM = "adam"
+
+
+class Labels(StrEnum):
+    MODEL = "model"
+    DATA = "data"
+
+
+def _option(panel: str, *names: str, help: str, default: str | bool = False, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, **more)
+
+
+def train(
+    data: Annotated[
+        list[Path] | None,
+        _option(DATA, "--data", help="Text, JSON lines (.jsonl) or Parquet (.parquet) to learn from; may be repeated."),
+    ] = None,
+    validation: Annotated[
+        float | None, _option(DATA, "--validation", help="Share of the data that is held out.", default="0.1")
+    ] = None,
+    validation_data: Annotated[
+        list[Path] | None, _option(DATA, "--validation-data", help="Held out instead of a share; may be repeated.")
+    ] = None,
+    validation_blocks: Annotated[
+        int | None,
+        _option(DATA, "--validation-blocks", help="How many of what is held out are used.", default="4", min=1),
+    ] = None,
+    skip_broken: Annotated[
+        bool | None, _option(DATA, "--skip-broken/--no-skip-broken", help="Leave out lines that cannot be used.")
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        _option(DATA, "--packing/--no-packing", help="Let short examples with answers share a block.", default="yes"),
+    ] = None,
+    sequence: Annotated[
+        int | None, _option(DATA, "--sequence", help="Tokens in an example.", default="512", min=8)
+    ] = None,
+    licence: Annotated[str | None, _option(DATA, "--licence", help="SPDX licence of the data.")] = None,
+    kind: Annotated[
+        str | None,
+        _option(PATCH, "--kind", help="ia3, fish, dense, lora, or an installed one.", default="the model's first"),
+    ] = None,
+    density: Annotated[
+        float | None, _option(PATCH, "--density", help="fish: share of the weights that it changes.", default="0.005")
+    ] = None,
+    mask_examples: Annotated[
+        int | None, _option(PATCH, "--mask-examples", help="fish: examples to choose them by.", default="64", min=1)
+    ] = None,
+    rank: Annotated[int | None, _option(PATCH, "--rank", help="lora: rank of the update.", default="8", min=1)] = None,
+    alpha: Annotated[
+        float | None, _option(PATCH, "--alpha", help="lora: the update is scaled by alpha / rank.", default="16")
+    ] = None,
+    version: Annotated[
+        str | None,
+        _option(PATCH, "--version", help="What it is against: number (1.0.2), id, base or head.", default="head"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        _option(PATCH, "--output", help="The patch file.", default="<data>-<version>.p2patch", dir_okay=False),
+    ] = None,
+    steps: Annotated[int | None, _option(STEPS, "--steps", help="How many.", default="60", min=1)] = None,
+    batch: Annotated[
+        int | None, _option(STEPS, "--batch", help="Examples computed at a time.", default="4", min=1)
+    ] = None,
+    accumulate: Annotated[
+        int | None, _option(STEPS, "--accumulate", help="Batches in a step.", default="1", min=1)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _option(STEPS, "--learning-rate", help="At its peak.", default="0.005", min=0.0)
+    ] = None,
+    schedule: Annotated[
+        Schedule | None, _option(STEPS, "--schedule", help="Of the learning rate.", default="linear")
+    ] = None,
+    warm_up: Annotated[
+        float | None, _option(STEPS, "--warm-up", help="Share of steps to rise in.", default="0.1", min=0.0, max=1.0)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, _option(STEPS, "--weight-decay", help="Pull towards the parent's values.", default="0", min=0.0)
+    ] = None,
+    clip: Annotated[
+        float | None, _option(STEPS, "--clip", help="Largest norm of a gradient; 0 for any.", default="0", min=0.0)
+    ] = None,
+    dtype: Annotated[
+        Precision | None, _option(STEPS, "--dtype", help="What the model computes in.", default="fp32")
+    ] = None,
+    early_stopping: Annotated[
+        int | None, _option(STEPS, "--early-stopping", help="End after so many checkpoints without improvement.", min=0)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        _option(STEPS, "--checkpoint-every", help="Steps between looks at what is held out.", default="20", min=1),
+    ] = None,
+    seed: Annotated[int | None, _option(STEPS, "--seed", help="Of all that is drawn.", default="0", min=0)] = None,
+    fisher: Annotated[
+        Fisher | None,
+        _option(MERGING, "--fisher", help="From a pass over examples, or from Adam's moments.", default="examples"),
+    ] = None,
+    fisher_labels: Annotated[
+        Labels | None, _option(MERGING, "--fisher-labels", help="Drawn from the model, or the data's.", default="model")
+    ] = None,
+    fisher_examples: Annotated[
+        int | None,
+        _option(MERGING, "--fisher-examples", help="Examples that the Fisher is the mean of.", default="32", min=1),
+    ] = None,
+    control: Annotated[
+        bool | None,
+        _option(
+            MERGING,
+            "--control/--no-control",
+            help="Give the mean gradient along, in 4 bits, and use the others'.",
+            default="when the version has a mean of them",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool | None,
+        _option(MERGING, "--fresh/--no-fresh", help="Begin without the optimiser's state of earlier rounds."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        _option(RUN, "--recipe", help="Options from a TOML file; flags win over it.", exists=True, dir_okay=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, _option(RUN, "--dry-run", help="Say how large and how long it is; train nothing.")
+    ] = False,
+    restart: Annotated[bool, _option(RUN, "--restart", help="Begin anew what was broken off.")] = False,
+    through_swarm: Annotated[
+        bool,
+        _option(RUN, "--through-swarm", help="Run the layers on the swarm's peers; this machine holds none of them."),
+    ] = False,
+    peers: options.Peers = None,
+    codec: Annotated[
+        str | None,
+        _option(RUN, "--codec", help="How activations and gradients travel: fp32, bf16, int8, …", default="bf16"),
+    ] = None,
+    plot: Annotated[
+        Path | None, _option(RUN, "--plot", help="Draw the losses (.png, .svg, .pdf).", dir_okay=False)
+    ] = None,
+    threads: Annotated[
+        int | None, _option(RUN, "--threads", help="To compute with.", default="all cores", min=1)
+    ] = None,
+    model: options.Model = None,
+    base: options.Base = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Train a patch on your own data, on this machine or through the swarm; your data stays here.
+
+    Broken off, the same command goes on where it was. Rows of .jsonl and .parquet files have the columns text, or
+    prompt and completion, or messages; what is learned of the latter are the answers.
+    """
+    given = {name: value for name, value in locals().items() if name not in PLACES and value is not None}
+    from p2pmodel.cli.recipes import read_recipe
+    from p2pmodel.cli.training_display import TrainingDisplay, demand_plots
+    from p2pmodel.cli.training_display import plot as draw
+    from p2pmodel.node.bases import find_base
+    from p2pmodel.node.contributing import ALONE, Workplace, estimate, train_patch
+    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.node.threads import use_threads
+    from p2pmodel.store.home import Home
+
+    chosen = (read_recipe(recipe) if recipe else {}) | given
+    if not chosen.get("data"):
+        raise UsageError("There is nothing to learn from.", "Name a file with --data, or in the recipe.")
+    if plot is not None:
+        demand_plots(plot)
+    use_threads(chosen.get("threads"))
+    folder = Home.open(home)
+    with ExitStack() as stack:
+        if through_swarm:
+            from p2pmodel.node.apprentice import DEFAULT_CODEC, ThroughSwarm
+            from p2pmodel.node.client import SwarmClient
+
+            client = stack.enter_context(SwarmClient.connect(home, tuple(peers or ()), model, base))
+            lineage, place = client.lineage, client.checkpoint.path
+            workplace: Workplace = ThroughSwarm(client, codec or DEFAULT_CODEC)
+        elif peers or codec:
+            raise UsageError("--peers and --codec are for training through the swarm.", "Add --through-swarm.")
+        else:
+            lineage, workplace = local_lineage(folder, model), ALONE
+            place = find_base(folder, lineage, base)
+        assignment = _assignment(lineage, place, chosen)
+        if dry_run:
+            return _show_estimate(estimate(assignment, workplace), assignment, json)
+        number = lineage.number(assignment.parent)
+        path = output or Path(f"{assignment.files[0].stem}-{number}.p2patch")
+        with TrainingDisplay(assignment.options.steps) as display:
+            new = train_patch(assignment, path, display, workplace)
+    if plot is not None:
+        draw(plot, new.trained, assignment.options.checkpoint_every)
+    _show_patch(new, path, lineage, str(number), json)
+
+
+def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assignment":
+    """chosen: by parameter; what is not there is the kind's or the trainer's default."""
+    import dataclasses
+
+    from p2pmodel.engine.recipes import TrainingOptions
+    from p2pmodel.engine.trainees import KindOptions
+    from p2pmodel.node.contributing import Assignment
+    from p2pmodel.node.states import round_mean
+
+    names = {"dtype": "precision", "validation_blocks": "held_out_blocks"}
+    values = {names.get(name, name): value for name, value in chosen.items()}
+    values["fisher"] = "adam" if chosen.get("fisher") == "adam" else chosen.get("fisher_labels", "model")
+
+    kind = chosen.get("kind") or lineage.manifest.kinds[0]
+    kind = kind if "@" in kind else f"{kind}@1"
+    parent = lineage.find_version(chosen.get("version", "head"))
+    mean = round_mean(lineage, parent, kind) if chosen.get("control", True) else None
+    values["control"] = chosen.get("control", mean is not None)
+
+    def those_of(settings: type) -> dict[str, Any]:
+        return {f.name: _plain(values[f.name]) for f in dataclasses.fields(settings) if f.name in values}
+
+    return Assignment(
+        lineage,
+        base,
+        parent,
+        kind,
+        tuple(chosen["data"]),
+        tuple(chosen.get("validation_data", ())),
+        TrainingOptions(**those_of(TrainingOptions)),
+        KindOptions(**those_of(KindOptions)),
+        licence=chosen.get("licence", ""),
+        skip_broken=chosen.get("skip_broken", False),
+        fresh=chosen.get("fresh", False),
+        restart=chosen.get("restart", False),
+        mean=mean,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def _show_patch(new: "NewPatch", path: Path, lineage: "Lineage", number: str, json: bool) -> None:
+    from p2pmodel.cli.training_display import sparkline
+
+    patch, trained = new.patch, new.trained
+    lines = [
+        f"losses {sparkline(trained.losses)} {trained.losses[0]:.3f} to {trained.losses[-1]:.3f}, in training",
+        f"held-out loss {patch.loss_before:.4f} before, {patch.loss_after:.4f} after (nats per token)",
+    ]
+    if trained.best == 0:
+        lines.append("the patch changes nothing: no checkpoint was better than the parent on what is held out")
+    if new.skipped:
+        lines.append(f"{new.skipped} broken lines were left out")
+    lines += [
+        f"patch {short(new.id)} on {lineage.manifest.name} {number}: {size(new.size)} "
+        f"(adapter {size(patch.adapter.size)}, Fisher {size(patch.fisher.size)})",
+        f"written to {path}; give it to the swarm with: p2pmodel patch publish {path}",
+    ]
+    emit(
+        {
+            "file": str(path),
+            "id": new.id,
+            "parent": number,
+            "loss_before": patch.loss_before,
+            "loss_after": patch.loss_after,
+            "bytes": new.size,
+            "adapter_bytes": patch.adapter.size,
+            "fisher_bytes": patch.fisher.size,
+            "samples": patch.samples,
+            "tokens": trained.tokens,
+            "skipped": new.skipped,
+            "steps": len(trained.losses),
+            "held_out": list(trained.held_out),
+        },
+        "\n".join(lines),
+        json,
+    )
+
+
+def _show_estimate(found: "Estimate", assignment: "Assignment", json: bool) -> None:
+    chosen = assignment.options
+    minutes, seconds = divmod(round(found.seconds), 60)
+    lines = [
+        f"data      {found.examples} examples in {found.blocks} blocks, {found.held_out} more are held out; "
+        f"{found.tokens} tokens to learn from",
+        f"steps     {chosen.steps} of {chosen.batch * chosen.accumulate} blocks: {found.epochs:.1f} epochs",
+        f"trained   {found.values} values of kind {assignment.kind}",
+        f"patch     about {size(found.bytes)}",
+        f"time      about {minutes} min {seconds} s, at {found.tokens_per_second:,.0f} tokens/s",
+    ]
+    if found.skipped:
+        lines.insert(1, f"broken    {found.skipped} lines are left out")
+    if found.resumes and not assignment.restart:
+        lines.append(f"begun     {found.resumes} steps are done already")
+    emit(found, "\n".join(lines), json)

@@ -1,0 +1,114 @@
+"""Examples to tokens, and which of these are learned."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.engine.data.rows import ANSWERING, Chat, Completion
+
+Ranges = list[tuple[int, int]]
+"""Of characters, half open."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of one example, and for each whether it is learned. The first one never is: nothing predicts it."""
+
+    ids: "array[int]"
+    learned: bytes
+
+    def window(self, width: int) -> "Answer":
+        """At most `width` of the tokens: of a prompt the end, of an answer that is too long by itself the beginning."""
+        begin = max(0, min(len(self.ids) - width, self.learned.index(1) - 1))
+        return Answer(self.ids[begin : begin + width], self.learned[begin : begin + width])
+
+    @property
+    def key(self) -> tuple[bytes, bytes]:
+        return self.ids.tobytes(), self.learned
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, example: Completion | Chat) -> Answer:
+    """Raises ValueError that says what is wrong with the example, InvalidInput when the tokenizer cannot do it."""
+    if not tokenizer.is_fast:
+        raise InvalidInput(
+            "This model's tokenizer cannot tell where its tokens are in the text, so answers cannot be learned alone.",
+            "Give the examples as plain text.",
+        )
+    if isinstance(example, Chat):
+        text, ranges = _render(tokenizer, example)
+    else:
+        text = example.prompt + example.completion
+        ranges = [(len(example.prompt), len(text))]
+    completion = isinstance(example, Completion)
+    encoded = tokenizer(text, add_special_tokens=completion, return_offsets_mapping=True, verbose=False)
+    ids = [int(i) for i in encoded["input_ids"]]
+    learned = [any(low < end and start < high for low, high in ranges) for start, end in encoded["offset_mapping"]]
+    stop = tokenizer.eos_token_id
+    if completion and stop is not None:
+        if ids and ids[-1] == stop and not learned[-1]:
+            learned[-1] = True
+        else:
+            ids, learned = [*ids, int(stop)], [*learned, True]
+    if learned and learned[0]:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stop
+        ids = ids if start is None else [int(start), *ids]
+        learned = [False, *(learned[1:] if start is None else learned)]
+    if not any(learned):
+        raise ValueError("has an answer without a token")
+    return Answer(array("i", ids), bytes(learned))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, Ranges]:
+    """The chat as the tokenizer's template writes it, and where its answers are, with what ends each of them.
+
+    Templates write a turn differently when it is the last one (thoughts come and go), so that a beginning of the chat
+    is not always a beginning of the text. What ends an answer is seen from the last one, after which nothing follows.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidInput(
+            "This model's tokenizer has no chat template, which the column messages needs.",
+            "Give prompt and completion instead.",
+        )
+    text = _templated(tokenizer, chat.turns, False)
+    answers = [(index, content.strip()) for index, (role, content) in enumerate(chat.turns) if role == ANSWERING]
+    tail_at = text.rfind(answers[-1][1])
+    if tail_at < 0:
+        raise ValueError("has an answer that the chat template does not write as it is")
+    tail = text[tail_at + len(answers[-1][1]) :]
+    ranges: Ranges = []
+    at = 0
+    for index, content in answers:
+        before = _templated(tokenizer, chat.turns[:index], True) if index else ""
+        begin = len(before) if before and text.startswith(before) else None
+        found = text.find(content, at if begin is None else begin)
+        if found < 0:
+            raise ValueError("has an answer that the chat template does not write as it is")
+        at = found + len(content)
+        at += _shared(text[at:], tail)
+        ranges.append((found if begin is None else begin, at))
+    return text, ranges
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], answer_next: bool) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+    except TemplateError as error:
+        raise ValueError(f"does not fit the chat template: {str(error)[:100]}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters both begin with."""
+    length = min(len(a), len(b))
+    return next((at for at in range(length) if a[at] != b[at]), length)

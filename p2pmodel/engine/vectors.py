@@ -1,0 +1,46 @@
+"""Vectors that belong to one session alone: a user's private patch, or what is being trained."""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from torch import Tensor
+
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.ports import Buffer
+from p2pmodel.domain.swarm import MAX_ROWS, Span
+from p2pmodel.engine.stage import Stage
+from p2pmodel.engine.versions import slot_layer
+from p2pmodel.tensors import ia3
+from p2pmodel.tensors.blob import unpack
+from p2pmodel.wire.frames import MAX_BODY_BYTES
+
+
+class SessionVectors:
+    """Reads them, for one stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def read(self, body: Buffer, span: Span, *, by_row: bool) -> dict[str, Tensor]:
+        """Of a blob of (IA)³ slots, those of the layers of `span`, sorted by name, on the stage's device.
+
+        Each is [D], or with `by_row` [B, D]. Raises Rejected("size" | "schema" | "slot" | "shape" | "finite").
+        """
+        own: dict[str, Tensor] = {}
+        for name, tensor in unpack(body, None, MAX_BODY_BYTES).items():
+            layer = slot_layer(name, self._stage.checkpoint.stack)
+            if not name.startswith((ia3.IN, ia3.OUT)) or layer is None:
+                raise Rejected("slot", f"Only (IA)³ vectors of layers travel with a session, not {name[:128]!r}.")
+            if layer not in span:
+                continue
+            shape = self._shapes.get(name)
+            alone = tensor.shape[1:] if by_row and tensor.ndim == 2 and len(tensor) <= MAX_ROWS else tensor.shape
+            if shape is None or tuple(alone) != shape or not tensor.is_floating_point():
+                raise Rejected("shape", f"The model has no place for slot {name[:128]!r} of {tuple(tensor.shape)}.")
+            own[name] = tensor.to(self._stage.device).float()
+        self._stage.prepare_slots(frozenset(own))
+        return dict(sorted(own.items()))
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {slot.name: slot.shape for slot in ia3.find_slots(self._stage.base)}

@@ -1,0 +1,64 @@
+"""Fishers in one byte a value, on a logarithmic scale.
+
+A Fisher spans many orders of magnitude, and a merge needs no more of it than some percent of each value. A code 1 to
+255 stands for its block's largest value times 2^-((255 - code) / 8): 31 octaves, in steps of 9 %, so at most 4.5 % off.
+Code 0 is zero, and nothing else is: what is smaller than the scale reaches has code 1, since a mass of nothing would
+take its owner out of the merge.
+
+Decoding gives the same bits everywhere: one multiplication in float64 and one rounding a value.
+"""
+
+from collections.abc import Mapping
+from math import ldexp, prod
+
+import torch
+from torch import Tensor
+
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.model import Slot
+from p2pmodel.tensors import blob
+from p2pmodel.tensors.blob import Tensors
+from p2pmodel.tensors.changes import Places, end_to_end, taken_apart
+
+BLOCK = 1024
+_STEPS = 8
+# 2^(-k/8), to the last bit of a float64, for the library's own exp2 may differ between machines.
+_OCTAVE = (
+    1.0,
+    0.9170040432046712,
+    0.8408964152537145,
+    0.7711054127039704,
+    0.7071067811865476,
+    0.6484197773255048,
+    0.5946035575013605,
+    0.5452538663326288,
+)
+_TABLE = torch.tensor(
+    [0.0] + [ldexp(_OCTAVE[below % _STEPS], -(below // _STEPS)) for below in range(254, -1, -1)], dtype=torch.float64
+)
+
+
+def encode(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values that are finite and not negative -> what the blob holds: codes uint8 [N], end to end in the order of the
+    names, and scales float32 [⌈N / BLOCK⌉]."""
+    flat, _ = end_to_end(fisher)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.amax(1)
+    ratios = blocks.double() / torch.where(scales > 0, scales, 1.0).double()[:, None]
+    below = (-_STEPS * torch.log2(ratios)).clamp(0, 254).round()
+    codes = torch.where(blocks > 0, 255 - below, 0.0).to(torch.uint8)
+    return {"codes": codes.view(-1)[: len(flat)].clone(), "scales": scales}
+
+
+def decode(raw: bytes, places: Places, limit: int) -> Tensors:
+    """float32 tensors at these places. Raises Rejected("size" | "schema" | "shape" | "finite")."""
+    size = sum(prod(shape) for _, shape in places)
+    expected = (Slot("codes", (size,), "uint8"), Slot("scales", (-(-size // BLOCK),), "float32"))
+    found = blob.unpack(raw, expected, limit)
+    if found.keys() != {slot.name for slot in expected}:
+        raise Rejected("schema", "The patch's Fisher lacks its codes or scales.")
+    scales = found["scales"]
+    if bool((scales < 0).any()):
+        raise Rejected("finite", "The patch's Fisher has negative values.")
+    spread = scales.double().repeat_interleave(BLOCK)[:size]
+    return taken_apart((_TABLE[found["codes"].int()] * spread).to(torch.float32), places)

@@ -1,0 +1,30 @@
+"""A contributor's mean gradient over its training, in four bits a value: its control variate.
+
+It takes out of the next round what its data have that others' have not (SCAFFOLD: Karimireddy et al., 2020,
+arXiv:1910.06378).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from p2pmodel.tensors import blob, fourbit
+from p2pmodel.tensors.blob import Tensors
+from p2pmodel.tensors.changes import Places
+
+
+def write(gradient: Mapping[str, Tensor], error: Mapping[str, Tensor] | None = None) -> tuple[bytes, dict[str, Tensor]]:
+    """(the blob, the error of its rounding). gradient: by parameter, float32; error: what the blob before left over."""
+    encoded, left = fourbit.encode(gradient, error)
+    return blob.pack(encoded), left
+
+
+def read(control: bytes, adapter: bytes, limit: int) -> Tensors:
+    """By parameter, float32. adapter: the same patch's; its float32 tensors are what was trained, so that they say what
+    the gradient is of. Raises Rejected("size" | "schema" | "shape" | "finite")."""
+    return fourbit.decode(control, places(blob.unpack(adapter, None, limit)), limit)
+
+
+def places(adapter: Mapping[str, Tensor]) -> Places:
+    return tuple((n, tuple(t.shape)) for n, t in sorted(adapter.items()) if t.dtype == torch.float32)

@@ -1,0 +1,147 @@
+"""Two rounds with control variates, on the starter model: what a version carries, and what contributors do with it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2pmodel import starter
+from p2pmodel.cli.training import _assignment
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.version import VersionNumber
+from p2pmodel.node.contributing import Assignment, train_patch
+from p2pmodel.node.intake import needed_blobs, store, take_in
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.maintaining import Maintainer
+from p2pmodel.node.states import round_mean
+from p2pmodel.store.home import Home
+from p2pmodel.tensors import control
+from p2pmodel.wire import canonical
+from tests.lineages import begin
+
+OPTIONS = {"steps": 6, "batch": 2, "sequence": 64, "fisher_examples": 2, "learning_rate": 0.02, "checkpoint_every": 6}
+
+
+@pytest.fixture
+def homes(tmp_path: Path) -> tuple[Lineage, Lineage]:
+    """The maintainer's, and a contributor's with all of its records."""
+    exam = tmp_path / "exam"
+    exam.mkdir()
+    lines = (starter.EXAM / "xml.tune.jsonl").read_text().splitlines()[:2]
+    for split in ("tune", "test"):
+        (exam / f"xml.{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (exam / "exam.toml").write_text('[[domain]]\nname = "xml"\ntune = "xml.tune.jsonl"\ntest = "xml.test.jsonl"\n')
+    mine = begin(tmp_path / "maintainer", exam)
+    other = Home.open(tmp_path / "contributor")
+    for ref in (mine.model, mine.manifest.exam.digest):
+        other.objects.put(mine.home.objects.load(ref))
+    return mine, Lineage.create(other, mine.home.objects.load(mine.model))
+
+
+def give(lineage: Lineage, source: Lineage) -> None:
+    """All records that the other knows."""
+    for kind, ref in sorted(source.inventory(), key=lambda item: ("patch", "candidate", "verdict").index(item[0])):
+        record = source.home.objects.load(ref.digest)
+        refs = needed_blobs(lineage, kind, record)
+        for blob in refs:
+            lineage.home.objects.put(source.home.objects.load(blob.digest))
+        store(lineage, kind, record, refs)
+        lineage.refresh()
+
+
+def contribute(lineage: Lineage, data: str, output: Path, **more: object) -> Assignment:
+    text = output.with_suffix(".txt")
+    text.write_bytes((starter.DOMAINS / f"{data}.txt").read_bytes()[:40_000])
+    assignment = _assignment(lineage, starter.MODEL, {"data": [text], **OPTIONS, **more})
+    train_patch(assignment, output, lambda step: None)
+    take_in(lineage, output.read_bytes())
+    lineage.refresh()
+    return assignment
+
+
+def adopt(lineage: Lineage, round: int) -> None:
+    maintainer = Maintainer(lineage, lineage.home.key.peer, starter.MODEL, lambda seconds: None)
+    patches = tuple(sorted(p for p, header in lineage.patches.items() if header.parent == lineage.head))
+    proposal = maintainer.propose(round, lineage.head, patches)
+    assert proposal is not None
+    for raw in proposal.blobs:
+        lineage.home.objects.put(raw)
+    for kind, noun in (("candidate", proposal.candidate), ("verdict", None)):
+        if noun is None:
+            version = canonical.digest(canonical.encode(proposal.candidate))
+            noun = maintainer.examine(version)
+            assert noun.accept, noun.reason
+        record = lineage.home.key.sign(kind, noun)
+        store(lineage, kind, record, needed_blobs(lineage, kind, record))
+        lineage.refresh()
+
+
+@pytest.mark.timeout(300)
+def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
+    mine, other = homes
+    first = [contribute(x, "xml", tmp_path / f"{n}.p2patch", control=True, seed=n) for n, x in enumerate(homes)]
+    assert all(assignment.mean is None for assignment in first)
+    give(mine, other)
+    adopt(mine, 1)
+    give(other, mine)
+    assert str(other.number(other.head)) == str(VersionNumber(1, 0, 1))
+
+    mean = round_mean(other, other.head, "ia3@1")
+    assert mean is not None
+    own = []
+    for merged in mine.version(mine.head).candidate.patches:
+        patch = mine.patches[merged]
+        assert patch.control is not None
+        load = mine.home.objects.load
+        own.append(control.read(load(patch.control.digest), load(patch.adapter.digest), 1 << 20))
+    for slot, value in mean.items():
+        expected = sum(variate[slot] for variate in own) / len(own)
+        assert float((value - expected).norm()) <= 0.01 * float(expected.norm())
+
+    # Who took part knows its own; a newcomer measures it; both correct their gradients, and say so without being told.
+    newcomer = Home.open(tmp_path / "newcomer")
+    for raw in (mine.model, mine.manifest.exam.digest):
+        newcomer.objects.put(mine.home.objects.load(raw))
+    joined = Lineage.create(newcomer, mine.home.objects.load(mine.model))
+    give(joined, mine)
+    for name, lineage in (("known", other), ("new", joined)):
+        assignment = contribute(lineage, "xml", tmp_path / f"{name}.p2patch", seed=7)
+        assert assignment.mean is not None
+        assert assignment.options.control
+        patch = next(p for p in lineage.patches.values() if p.parent == lineage.head)
+        assert patch.control is not None
+        assert patch.provenance.recipe.continued == (name == "known")
+    uncorrected = contribute(mine, "xml", tmp_path / "without.p2patch", seed=7, control=False)
+    assert uncorrected.mean is None
+    give(mine, other)
+    give(mine, joined)
+    adopt(mine, 2)
+    assert str(mine.number(mine.head)) == "1.0.2"
+    version = mine.version(mine.head)
+    assert version.candidate.control is not None
+    assert version.candidate.control != mine.versions[0].candidate.control
+
+
+def test_a_mean_that_is_not_the_patches_is_refused(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
+    mine, _ = homes
+    contribute(mine, "xml", tmp_path / "a.p2patch", control=True)
+    maintainer = Maintainer(mine, mine.home.key.peer, starter.MODEL, lambda seconds: None)
+    proposal = maintainer.propose(1, mine.head, tuple(mine.patches))
+    assert proposal is not None
+    for raw in proposal.blobs:
+        mine.home.objects.put(raw)
+    for false in (None, next(iter(mine.patches.values())).fisher):
+        record = mine.home.key.sign("candidate", dataclasses.replace(proposal.candidate, control=false))
+        if false is not None:
+            with pytest.raises(Rejected):
+                store(mine, "candidate", record, needed_blobs(mine, "candidate", record))
+            for raw in proposal.blobs:
+                mine.home.objects.put(raw)
+            continue
+        store(mine, "candidate", record, needed_blobs(mine, "candidate", record))
+        mine.refresh()
+        (version,) = mine.candidates
+        verdict = maintainer.examine(version)
+        assert not verdict.accept
+        assert "control variates" in verdict.reason

@@ -1,0 +1,113 @@
+"""A lineage of the starter model that has grown, made in process: patches drawn by chance, verdicts that accept."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from p2pmodel import starter
+from p2pmodel.domain.ids import PatchId, VersionId
+from p2pmodel.domain.model import BlobRef, Schedule
+from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
+from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict, VersionNumber
+from p2pmodel.node.founding import Founding, found
+from p2pmodel.node.intake import needed_blobs, store
+from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.states import version_state
+from p2pmodel.store.home import Home
+from p2pmodel.tensors import blob, compact
+from p2pmodel.wire import canonical
+from p2pmodel.wire.signing import Key
+
+LICENCE = "CC0-1.0"
+
+
+def begin(folder: Path, exam: Path = starter.EXAM) -> Lineage:
+    """With the home's key as the only maintainer."""
+    home = Home.open(folder)
+    founding = Founding(starter.NAME, (home.key.peer,), 1, exam, licence=starter.LICENCE, schedule=Schedule())
+    return found(home, starter.MODEL, founding)
+
+
+def add_patch(lineage: Lineage, key: Key, seed: int, size: float = 0.01) -> PatchId:
+    """A patch on the head that moves every value by chance."""
+    chance = torch.Generator().manual_seed(seed)
+    state = version_state(lineage, lineage.head)
+    return add_patch_of(
+        lineage, key, {name: value + size * torch.randn(value.shape, generator=chance) for name, value in state.items()}
+    )
+
+
+def add_patch_of(lineage: Lineage, key: Key, adapter: Mapping[str, torch.Tensor]) -> PatchId:
+    """A patch on the head with these values, and a Fisher drawn by chance."""
+    chance = torch.Generator().manual_seed(0)
+    fisher = {name: torch.rand(value.shape, generator=chance) for name, value in adapter.items()}
+    raw = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
+    recipe = Recipe(seed=0, steps=1, batch=1, sequence=8, optimizer="none", learning_rate=0.0, fisher_examples=1)
+    patch = Patch(
+        contributor=key.peer,
+        model=lineage.model,
+        parent=lineage.head,
+        kind=lineage.manifest.kinds[0],
+        adapter=BlobRef(canonical.digest(raw[0]), len(raw[0])),
+        fisher=BlobRef(canonical.digest(raw[1]), len(raw[1])),
+        samples=1,
+        loss_before=2.0,
+        loss_after=1.9,
+        licence=LICENCE,
+        provenance=Provenance((DataFile("a.txt", canonical.digest(b"a"), 1, 1, LICENCE),), recipe, (), 1, ()),
+    )
+    record = key.sign("patch", patch)
+    for part in raw:
+        lineage.home.objects.put(part)
+    store(lineage, "patch", record, needed_blobs(lineage, "patch", record))
+    lineage.refresh()
+    return canonical.digest(record)
+
+
+def adopt(
+    lineage: Lineage,
+    patches: Sequence[PatchId],
+    left_out: Sequence[LeftOut] = (),
+    parent: VersionId | None = None,
+    scores: tuple[DomainScore, ...] = (DomainScore("xml", 1.0, 0.9, 0.8, 0.85),),
+) -> VersionId:
+    """A version that goes three quarters of the way to its first patch, adopted by the home's key."""
+    key, objects = lineage.home.key, lineage.home.objects
+    before = lineage.head if parent is None else parent
+    number = lineage.number(before)
+    last = 0 if before == lineage.model else lineage.version(before).candidate.round
+    old = version_state(lineage, before)
+    patch = blob.unpack(objects.load(lineage.patches[patches[0]].adapter.digest), None, 1 << 30)
+    state = {name: value + 0.75 * (patch[name] - value) for name, value in old.items()}
+    result = objects.put(blob.pack(state))
+    candidate = Candidate(
+        model=lineage.model,
+        round=max([last, *(c.round for c in lineage.candidates.values())]) + 1,
+        parent=before,
+        number=VersionNumber(number.major, number.minor, number.patch + 1),
+        patches=tuple(sorted(patches)),
+        left_out=tuple(left_out),
+        merge=lineage.manifest.merge,
+        alpha=1.0,
+        result=result,
+    )
+    record = key.sign("candidate", candidate)
+    store(lineage, "candidate", record, needed_blobs(lineage, "candidate", record))
+    lineage.refresh()
+    version = VersionId(canonical.digest(canonical.encode(candidate)))
+    verdict = Verdict(key.peer, lineage.model, candidate.round, version, True, "", scores)
+    store(lineage, "verdict", key.sign("verdict", verdict), ())
+    lineage.refresh()
+    return version
+
+
+def grow(lineage: Lineage, versions: int, patches: int = 1) -> list[VersionId]:
+    """That many versions, each of new patches of new contributors."""
+    began = int(time.monotonic_ns() % 1_000_003)
+    made = []
+    for version in range(versions):
+        seeds = [began + version * patches + patch for patch in range(patches)]
+        made.append(adopt(lineage, [add_patch(lineage, Key.generate(), seed) for seed in seeds]))
+    return made
