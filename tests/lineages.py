@@ -72,15 +72,18 @@ def adopt(
     left_out: Sequence[LeftOut] = (),
     parent: VersionId | None = None,
     scores: tuple[DomainScore, ...] = (DomainScore("xml", 1.0, 0.9, 0.8, 0.85),),
+    state: Mapping[str, torch.Tensor] | None = None,
 ) -> VersionId:
-    """A version that goes three quarters of the way to its first patch, adopted by the home's key."""
+    """A version with these values, or that goes three quarters of the way to its first patch, adopted by the home's
+    key."""
     key, objects = lineage.home.key, lineage.home.objects
     before = lineage.head if parent is None else parent
     number = lineage.number(before)
     last = 0 if before == lineage.model else lineage.version(before).candidate.round
-    old = version_state(lineage, before)
-    patch = blob.unpack(objects.load(lineage.patches[patches[0]].adapter.digest), None, 1 << 30)
-    state = {name: value + 0.75 * (patch[name] - value) for name, value in old.items()}
+    if state is None:
+        patch = blob.unpack(objects.load(lineage.patches[patches[0]].adapter.digest), None, 1 << 30)
+        old = version_state(lineage, before)
+        state = {name: value + 0.75 * (patch[name] - value) for name, value in old.items()}
     result = objects.put(blob.pack(state))
     candidate = Candidate(
         model=lineage.model,

@@ -8,13 +8,18 @@ import typer
 
 from p2pmodel import __version__
 from p2pmodel.cli import (
+    amending,
+    collecting,
     inspecting,
     joining,
     merging,
     modelling,
+    monitoring,
     patching,
     prompting,
     quickstart,
+    rebasing,
+    rounds,
     serving,
     testing,
     training,
@@ -43,7 +48,10 @@ app.command(rich_help_panel=USE)(serving.serve)
 app.command(rich_help_panel=IMPROVE)(training.train)
 app.add_typer(patching.app, name="patch", rich_help_panel=IMPROVE)
 app.command(rich_help_panel=IMPROVE)(merging.merge)
+modelling.app.command()(amending.amend)
+app.command(rich_help_panel=IMPROVE)(rebasing.rebase)
 app.add_typer(modelling.app, name="model", rich_help_panel=IMPROVE)
+app.add_typer(rounds.app, name="round", rich_help_panel=IMPROVE)
 app.command("eval", rich_help_panel=IMPROVE)(prompting.evaluate)
 app.command("test", rich_help_panel=IMPROVE)(testing.examine)
 app.add_typer(testing.exam, name="exam", rich_help_panel=IMPROVE)
@@ -56,8 +64,10 @@ app.command(rich_help_panel=LOOK)(versioning.checkout)
 app.command(rich_help_panel=LOOK)(versioning.deps)
 app.command(rich_help_panel=LOOK)(versioning.tag)
 app.add_typer(versioning.app, name="version", rich_help_panel=LOOK)
+app.add_typer(monitoring.app, name="monitor", rich_help_panel=LOOK)
 app.add_typer(inspecting.identity, name="id", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(inspecting.fsck)
+app.command(rich_help_panel=LOOK)(collecting.gc)
 
 
 @app.callback()

@@ -131,9 +131,11 @@ def _made(lineage: "Lineage", version: "Version") -> str:
     what = f"{len(c.patches)} patches by {c.merge.strategy}, α {c.alpha:g}"
     if c.restores:
         what = f"restores {lineage.number(lineage.restored_by(c))}"
+    elif c.amends:
+        what = "amends the Manifest"
     return (
         f"round {c.round}, {what}, "
-        f"accepted by {len(version.verdicts)} of {len(lineage.manifest.maintainers)} maintainers"
+        f"accepted by {len(version.verdicts)} of {len(lineage.manifest_at(c.parent).maintainers)} maintainers"
     )
 
 

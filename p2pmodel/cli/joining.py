@@ -57,6 +57,9 @@ def join(
     maintain: Annotated[
         bool, typer.Option("--maintain", help="Take part in rounds as a maintainer: needs the whole checkpoint.")
     ] = False,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="With --maintain: sign nothing that `p2pmodel round approve` did not allow.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", help="CPU threads to compute with.", min=1, show_default="all cores")
     ] = None,
@@ -65,6 +68,8 @@ def join(
     """Host a part of a model. With no model named it is the starter model; with no peers, a swarm begins here."""
     if gpu is not None and cpu:
         raise UsageError("--gpu and --cpu exclude each other.", "Choose one.")
+    if ask and not maintain:
+        raise UsageError("--ask is for maintainers.", "Add --maintain.")
     hosted, cached = parse_layers(layers), None if cache_memory is None else options.parse_size(cache_memory)
     import uvloop
 
@@ -86,6 +91,7 @@ def join(
                 port=port,
                 http=None if http is None else options.parse_address(http),
                 maintain=maintain,
+                ask=ask,
                 threads=threads,
             ),
             say=lambda line: typer.echo(line),

@@ -102,7 +102,7 @@ def train(
         int | None, _option(STEPS, "--accumulate", help="Batches in a step.", default="1", min=1)
     ] = None,
     learning_rate: Annotated[
-        float | None, _option(STEPS, "--learning-rate", help="At its peak.", default="0.005", min=0.0)
+        float | None, _option(STEPS, "--learning-rate", help="At its peak.", default="by kind", min=0.0)
     ] = None,
     schedule: Annotated[
         Schedule | None, _option(STEPS, "--schedule", help="Of the learning rate.", default="linear")
@@ -231,7 +231,7 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
     import dataclasses
 
     from p2pmodel.engine.recipes import TrainingOptions
-    from p2pmodel.engine.trainees import KindOptions
+    from p2pmodel.engine.trainees import LEARNING_RATES, KindOptions
     from p2pmodel.node.contributing import Assignment
     from p2pmodel.node.states import round_mean
 
@@ -241,6 +241,8 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
 
     kind = chosen.get("kind") or lineage.manifest.kinds[0]
     kind = kind if "@" in kind else f"{kind}@1"
+    if kind in LEARNING_RATES:
+        values.setdefault("learning_rate", LEARNING_RATES[kind])
     parent = lineage.find_version(chosen.get("version", "head"))
     mean = round_mean(lineage, parent, kind) if chosen.get("control", True) else None
     values["control"] = chosen.get("control", mean is not None)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p2pmodel.cli import options
+from p2pmodel.cli import interchange, options
 from p2pmodel.cli.output import emit, plain, printable, size, table
 from p2pmodel.domain.errors import NotFound, UsageError
 from p2pmodel.domain.ids import short
@@ -14,7 +14,8 @@ from p2pmodel.domain.version import BASE_NUMBER, DomainScore
 if TYPE_CHECKING:
     from p2pmodel.node.lineage import Lineage
 
-app = typer.Typer(no_args_is_help=True, help="Check versions.")
+app = typer.Typer(no_args_is_help=True, help="Check versions, and write them for other programs.")
+app.command("export")(interchange.export_version)
 
 SHOWN_SLOTS = 12
 VersionText = Annotated[str, typer.Argument(metavar="VERSION", help="Number (1.0.2), tag, id, `base` or `head`.")]

@@ -1,9 +1,9 @@
 """The Manifest: the immutable identity of a model lineage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 
-from p2pmodel.domain.ids import Digest, PeerId, check_digest, check_peer
+from p2pmodel.domain.ids import Digest, PeerId, check_digest, check_peer, short
 
 MAX_SLOTS = 100_000
 MAX_MAINTAINERS = 64
@@ -98,6 +98,47 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Amendment:
+    """What a Manifest says from the version on that brings it: who decides, by which exam, when, and within which
+    limits. All of it is written out, what stays as it was too."""
+
+    maintainers: tuple[PeerId, ...]
+    threshold: int
+    exam: BlobRef
+    schedule: Schedule
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        _check_maintainers(self.maintainers, self.threshold)
+
+    def differences(self, after: "Amendment") -> list[str]:
+        """A few words for each thing that another one says otherwise."""
+        found = [f"maintainer {peer} comes" for peer in after.maintainers if peer not in self.maintainers]
+        found += [f"maintainer {peer} goes" for peer in self.maintainers if peer not in after.maintainers]
+        if after.threshold != self.threshold:
+            found.append(f"threshold {self.threshold} to {after.threshold}")
+        if after.exam != self.exam:
+            found.append(f"exam {short(self.exam.digest)} to {short(after.exam.digest)}")
+        for old, new in ((self.schedule, after.schedule), (self.limits, after.limits)):
+            for field in fields(old):
+                was, now = getattr(old, field.name), getattr(new, field.name)
+                if was != now:
+                    found.append(f"{field.name.replace('_', ' ')} {was:g} to {now:g}")
+        return found
+
+
+def _check_maintainers(maintainers: tuple[PeerId, ...], threshold: int) -> None:
+    if not maintainers or len(maintainers) > MAX_MAINTAINERS:
+        raise ValueError(f"a model has 1 to {MAX_MAINTAINERS} maintainers")
+    if list(maintainers) != sorted(set(maintainers)):
+        raise ValueError("maintainers' keys have to be unique and sorted")
+    for peer in maintainers:
+        check_peer(peer, "maintainer")
+    if not 1 <= threshold <= len(maintainers):
+        raise ValueError(f"the threshold has to be between 1 and the number of maintainers, {len(maintainers)}")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`files`: config, weights and tokenizer of the base, sorted by name. `exam`: the suite's archive.
     `source`: where the base can be had (`org/name@commit` on a model hub), or empty."""
@@ -129,13 +170,15 @@ class Manifest:
         slots = [s.name for s in self.slots]
         if len(slots) > MAX_SLOTS or slots != sorted(set(slots)):
             raise ValueError("the slots have to be unique, sorted by name, and not too many")
-        if not self.maintainers or len(self.maintainers) > MAX_MAINTAINERS:
-            raise ValueError(f"a model has 1 to {MAX_MAINTAINERS} maintainers")
-        if list(self.maintainers) != sorted(set(self.maintainers)):
-            raise ValueError("maintainers' keys have to be unique and sorted")
-        for peer in self.maintainers:
-            check_peer(peer, "maintainer")
-        if not 1 <= self.threshold <= len(self.maintainers):
-            raise ValueError(
-                f"the threshold has to be between 1 and the number of maintainers, {len(self.maintainers)}"
-            )
+        _check_maintainers(self.maintainers, self.threshold)
+
+    def amended(self, amendment: Amendment | None) -> "Manifest":
+        """With what the amendment says instead; the model id stays that of the first."""
+        if amendment is None:
+            return self
+        return replace(self, **{field.name: getattr(amendment, field.name) for field in fields(Amendment)})
+
+    @property
+    def amendment(self) -> Amendment:
+        """What of it an amendment can change."""
+        return Amendment(self.maintainers, self.threshold, self.exam, self.schedule, self.limits)

@@ -84,7 +84,8 @@ class Recipe:
 class Provenance:
     """checkpoints: digests of the adapter every `checkpoint_every` steps, the first before step 0, and after the last
     step; states: of the whole state of the training at the same steps, from which the next ones can be done again.
-    software: (package, version), sorted; threads: how many computed, on which the last bits depend."""
+    software: (package, version), sorted; threads: how many computed, on which the last bits depend. correction: blob of
+    what was added to every gradient, where the contributors' control variates were used."""
 
     data: tuple[DataFile, ...]
     recipe: Recipe
@@ -94,6 +95,7 @@ class Provenance:
     states: tuple[Digest, ...] = ()
     validation: tuple[DataFile, ...] = ()
     threads: int = 1
+    correction: Digest | None = None
 
     def __post_init__(self) -> None:
         if len(self.data) + len(self.validation) > MAX_FILES or len(self.software) > 64:
@@ -104,8 +106,13 @@ class Provenance:
             raise ValueError("provenance has checkpoints out of range")
         if not 1 <= self.threads <= MAX_COUNT or (self.states and len(self.states) != len(self.checkpoints)):
             raise ValueError("provenance has states that are not those of its checkpoints")
-        for digest in (*self.checkpoints, *self.states):
+        for digest in (*self.checkpoints, *self.states, *((self.correction,) if self.correction else ())):
             check_digest(digest, "checkpoint digest")
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the states are named that a segment of the training begins with."""
+        return len(self.states) > 1
 
     def step_of(self, checkpoint: int) -> int:
         """After how many steps the checkpoint was taken."""

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 class Tally:
@@ -11,7 +12,7 @@ class Tally:
     __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        if not bounds or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if not bounds or any(a >= b for a, b in pairwise(bounds)):
             raise ValueError("a tally's bounds have to ascend")
         self.bounds = tuple(bounds)
         self.counts = [0] * (len(bounds) + 1)

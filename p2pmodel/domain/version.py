@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from p2pmodel.domain.ids import ModelId, PatchId, PeerId, VersionId, check_digest, check_peer
-from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.model import Amendment, BlobRef, MergeSpec
 
 
 @dataclass(frozen=True, order=True)
@@ -32,6 +32,8 @@ class VersionNumber:
 BASE_NUMBER = VersionNumber(1, 0, 0)
 RESTORE = MergeSpec("restore@1")
 """Of a candidate that merges nothing, and gives all slots the values of an older version of its chain."""
+AMEND = MergeSpec("amend@1")
+"""Of a candidate that merges nothing, has the values of its parent, and amends the Manifest."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class LeftOut:
 class Candidate:
     """A proposed next version. `patches` are sorted by id; `result` is the safetensors blob of all slots after the
     merge; `alpha` the scale that the proposer found on the exam's tuning split. `weights`: the maintainers' λ of each
-    patch, empty where all are 1; `control`: the mean of the patches' control variates, where they have any."""
+    patch, empty where all are 1; `control`: the mean of the patches' control variates, where they have any;
+    `amendment`: of one that merges nothing and amends the Manifest."""
 
     model: ModelId
     round: int
@@ -64,22 +67,24 @@ class Candidate:
     result: BlobRef
     weights: tuple[float, ...] = ()
     control: BlobRef | None = None
+    amendment: Amendment | None = None
 
     def __post_init__(self) -> None:
         check_digest(self.model, "candidate model")
         check_digest(self.parent, "candidate parent")
         if self.round < 1:
             raise ValueError("rounds count from 1")
-        if self.restores and (self.patches or self.left_out):
-            raise ValueError("a candidate that restores a version settles no patches")
-        if (not self.restores and not self.patches) or list(self.patches) != sorted(set(self.patches)):
+        if self.amends != (self.amendment is not None):
+            raise ValueError("a candidate amends the Manifest when its merge says so, and only then")
+        merges = not (self.restores or self.amends)
+        if not merges and (self.patches or self.left_out or self.control is not None):
+            raise ValueError("a candidate that restores a version or amends the Manifest settles no patches")
+        if (merges and not self.patches) or list(self.patches) != sorted(set(self.patches)):
             raise ValueError("a candidate's patches have to be unique and sorted, at least one")
         for patch in self.patches:
             check_digest(patch, "candidate patch")
         if not isfinite(self.alpha):
             raise ValueError("alpha has to be finite")
-        if self.restores and self.control is not None:
-            raise ValueError("a candidate that restores a version has no control variate")
         if self.weights:
             if len(self.weights) != len(self.patches) or set(self.weights) == {1.0}:
                 raise ValueError("a candidate's weights are one for each patch, and left out where all are 1")
@@ -98,6 +103,10 @@ class Candidate:
     @property
     def restores(self) -> bool:
         return self.merge == RESTORE
+
+    @property
+    def amends(self) -> bool:
+        return self.merge == AMEND
 
 
 @dataclass(frozen=True)

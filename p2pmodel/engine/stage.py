@@ -25,7 +25,7 @@ from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.trial import try_out
 from p2pmodel.tensors import weights
-from p2pmodel.tensors.ia3 import Applier
+from p2pmodel.tensors.ia3 import Applier, find_slots
 
 PAGE_BYTES = 4096
 
@@ -108,6 +108,11 @@ class Stage:
             return StageCache(self.checkpoint.config, span, max_tokens, rewinds)
         except NotImplementedError as error:
             raise InvalidInput(f"A session of this model can't go back: {error}.") from None
+
+    def slot_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all that a vector can be for, by name."""
+        with self._lock:  # a forward has something else in the place of the layers' list
+            return {slot.name: slot.shape for slot in find_slots(self.base)}
 
     def prepare_slots(self, names: frozenset[str]) -> None:
         """From now on, forwards apply vectors of these names. Names of places that are not here are passed over."""

@@ -15,6 +15,9 @@ from p2pmodel.tensors import dense, fish, ia3, lora, weights
 from p2pmodel.tensors.kinds import Applier, Trainee
 from p2pmodel.tensors.weights import Ground
 
+LEARNING_RATES = {"ia3@1": 5e-3, "fish@1": 2e-3, "lora@1": 2e-3, "dense@1": 5e-4}
+"""Where nobody says: the more values are trained, the smaller. scripts/bench/training.py --section kinds tries them."""
+
 
 @dataclass(frozen=True)
 class KindOptions:

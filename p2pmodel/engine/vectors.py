@@ -43,4 +43,4 @@ class SessionVectors:
 
     @cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {slot.name: slot.shape for slot in ia3.find_slots(self._stage.base)}
+        return self._stage.slot_shapes()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.engine.stage import Stage
-from p2pmodel.tensors import ia3, weights
+from p2pmodel.tensors import weights
 
 State = Mapping[str, Tensor]
 
@@ -75,7 +75,7 @@ class VersionTable:
 
     def _vector(self, name: str, tensor: Tensor) -> Tensor:
         if self._shapes is None:
-            self._shapes = {slot.name: slot.shape for slot in ia3.find_slots(self._stage.base)}
+            self._shapes = self._stage.slot_shapes()
         _check(name, tensor, self._shapes.get(name))
         return tensor.detach().to(self._stage.device, copy=True)
 

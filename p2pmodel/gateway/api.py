@@ -60,8 +60,7 @@ class Api:
         call = read(requests.decode(await _body(request)))
         offer = self._answerer.find(call.model)
         async with self._turnstile.admitted(call.request.answers), self._answerer.answer(offer, call.request) as answer:
-            name = f"{offer.name}@{offer.number}"
-            reply = Reply(name, offer.version, chat=chat, scored=call.request.top_logprobs is not None)
+            reply = Reply(offer.title, offer.version, chat=chat, scored=call.request.top_logprobs is not None)
             if call.stream:
                 return await self._stream(request, call, answer, reply)
             pieces = [piece async for piece in answer.pieces]

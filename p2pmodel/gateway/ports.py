@@ -88,7 +88,8 @@ class Answer:
 @dataclass(frozen=True)
 class Offer:
     """A version that can be asked for; `version` is its id. available: whether all its layers are served; chat:
-    whether the tokenizer has a chat template; context: how many tokens prompt and answer have together at most."""
+    whether the tokenizer has a chat template; context: how many tokens prompt and answer have together at most; patch:
+    the id of one that answers are to be given with, though no version has it, or empty."""
 
     name: str
     version: str
@@ -98,16 +99,21 @@ class Offer:
     available: bool
     chat: bool
     context: int
+    patch: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}+{self.patch[:10]}" if self.patch else f"{self.name}@{self.number}"
 
 
 class Answerer(Protocol):
     """Sessions in the swarm, on behalf of HTTP clients."""
 
     def offers(self) -> Sequence[Offer]:
-        """All versions, the head first."""
+        """All versions, the head first, and the head with each patch that waits for its round."""
 
     def find(self, model: str) -> Offer:
-        """Of `name` (its head) or `name@number`. Raises NotFound."""
+        """Of `name` (its head), `name@number`, or `name+patch`. Raises NotFound, InvalidInput."""
 
     def answer(self, offer: Offer, request: Request) -> AbstractAsyncContextManager[Answer]:
         """Begins all answers at once. Leaving it ends those that still run, and their sessions.

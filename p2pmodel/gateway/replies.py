@@ -10,7 +10,7 @@ from p2pmodel.gateway.ports import Offer, Piece, TokenScore, Usage
 
 def model_entry(offer: Offer) -> dict[str, Any]:
     return {
-        "id": f"{offer.name}@{offer.number}",
+        "id": offer.title,
         "object": "model",
         "created": offer.created,
         "owned_by": "p2pmodel",
@@ -22,7 +22,8 @@ def model_entry(offer: Offer) -> dict[str, Any]:
 
 
 def model_list(offers: Sequence[Offer]) -> dict[str, Any]:
-    """The head is known by the model's name alone, and every version, the head too, by name@number."""
+    """The head is known by the model's name alone, and every version, the head too, by name@number; patches by
+    name+patch."""
     entries = []
     for offer in offers:
         entry = model_entry(offer)

@@ -19,6 +19,7 @@ HEADER_SECONDS = 30.0
 STOP_SECONDS = 2.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Answered = Callable[[str, int], None]
 
 
 class HttpServer:
@@ -28,9 +29,13 @@ class HttpServer:
         self._runner, self.url = runner, url
 
     @classmethod
-    async def start(cls, host: str, port: int, routes: Sequence[web.RouteDef]) -> "HttpServer":
-        """Raises Busy when the port is in use, UsageError when the address cannot be listened on."""
-        app = web.Application(middlewares=[_guard(host)], client_max_size=MAX_BODY_BYTES)
+    async def start(
+        cls, host: str, port: int, routes: Sequence[web.RouteDef], answered: Answered = lambda _, __: None
+    ) -> "HttpServer":
+        """answered: is told route and status of every request, `other` where there is no such route.
+
+        Raises Busy when the port is in use, UsageError when the address cannot be listened on."""
+        app = web.Application(middlewares=[_guard(host, answered)], client_max_size=MAX_BODY_BYTES)
         app.add_routes(routes)
         app.on_response_prepare.append(_with_headers)
         runner = web.AppRunner(
@@ -56,7 +61,7 @@ class HttpServer:
         await self._runner.cleanup()
 
 
-def _guard(host: str) -> Any:
+def _guard(host: str, answered: Answered) -> Any:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -75,6 +80,8 @@ def _guard(host: str) -> Any:
         except (ConnectionResetError, TimeoutError):
             log.debug("a client hung up, or did not read")
             raise
+        resource = request.match_info.route.resource
+        answered("other" if resource is None else resource.canonical, response.status)
         return response
 
     return guard

@@ -5,7 +5,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from p2pmodel.gateway.failures import ApiError
 
@@ -17,7 +17,9 @@ MOST_RETRY_SECONDS = 60
 class Turnstile:
     """First come, first served: a request waits until all its answers can be at work together."""
 
-    def __init__(self, at_work: int, waiting: int) -> None:
+    def __init__(self, at_work: int, waiting: int, waited: Callable[[float], None] = lambda _: None) -> None:
+        """waited: is told the seconds that each request waited for its turn."""
+        self._waited = waited
         self._places, self._most_waiting = at_work, waiting
         self._free = at_work
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -35,8 +37,10 @@ class Turnstile:
     @contextlib.asynccontextmanager
     async def admitted(self, count: int) -> AsyncIterator[None]:
         """Raises ApiError: 400 when there can never be room, 429 when too many wait already."""
+        came = time.monotonic()
         await self._enter(count)
         began = time.monotonic()
+        self._waited(began - came)
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """What a record has to satisfy, besides its signature and schema, before it is kept and passed on.
 
-`Rejected.reason` is one word: model, parent, kind, size, duplicate, proposer, round, number, merge, patches,
+`Rejected.reason` is one word: model, parent, kind, size, duplicate, proposer, round, number, merge, patches, amendment,
 maintainer, scores. What is inside the tensors (slots, shapes, finiteness) is checked where they are unpacked.
 """
 
@@ -9,12 +9,15 @@ from math import prod
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, short
-from p2pmodel.domain.model import Manifest
+from p2pmodel.domain.model import Amendment, Manifest
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import Candidate, Verdict, VersionNumber
 
 MAX_FAILED_ROUNDS = 1 << 20
 """How far a candidate's round may be ahead of its parent's, so that nobody can use the numbers up."""
+
+MAX_EXAM_BYTES = 1 << 30
+"""Of an exam that an amendment brings: everybody fetches it."""
 
 _BYTES_EACH = 8  # the widest dtype of a slot
 _OVERHEAD_EACH = 4096  # a slot's entry in the header of a safetensors file
@@ -72,8 +75,9 @@ def check_candidate(
     parent_round: int,
     restorable: Collection[Digest] = (),
 ) -> None:
-    """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. restorable: the
-    values that one may have which restores an older version. Raises Rejected."""
+    """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. manifest: in
+    force at the parent. restorable: the values that one may have which restores an older version, or amends the
+    Manifest. Raises Rejected."""
     if candidate.model != model:
         raise Rejected("model", f"The candidate is for model {short(candidate.model)}, not {short(model)}.")
     if proposer not in manifest.maintainers:
@@ -84,7 +88,11 @@ def check_candidate(
         raise Rejected(
             "number", f"The candidate is numbered {candidate.number}, and has to be {parent_number.next_patch()}."
         )
-    if candidate.restores:
+    if candidate.amendment is not None:
+        _check_amendment(candidate.amendment, manifest)
+        if candidate.result.digest not in restorable:
+            raise Rejected("merge", "The candidate amends the Manifest, and has other values than its parent.")
+    elif candidate.restores:
         if candidate.result.digest not in restorable:
             raise Rejected("merge", "The candidate restores values that no older version of its chain has.")
     elif candidate.merge != manifest.merge:
@@ -103,16 +111,29 @@ def check_candidate(
             raise Rejected("size", f"The candidate's result has {ref.size} bytes; the slots need {room}.")
 
 
+def _check_amendment(amendment: Amendment, manifest: Manifest) -> None:
+    if amendment == manifest.amendment:
+        raise Rejected("amendment", "The candidate amends the Manifest by what it says already.")
+    if not 0 < amendment.exam.size <= MAX_EXAM_BYTES:
+        raise Rejected("size", f"The amendment's exam has {amendment.exam.size} bytes; {MAX_EXAM_BYTES} may be.")
+
+
 def result_limit(manifest: Manifest) -> int:
     """The most bytes that the values of all slots may take."""
     return sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in manifest.slots) + _OVERHEAD_EACH
 
 
-def check_verdict(verdict: Verdict, manifest: Manifest, *, model: ModelId) -> None:
-    """Whether `verdict` counts at all. Raises Rejected."""
+def check_verdict(
+    verdict: Verdict, manifest: Manifest, *, model: ModelId, entitled: Collection[PeerId] = (), known: bool = True
+) -> None:
+    """Whether `verdict` counts at all. entitled: who is a maintainer in other parts of the lineage, or would be by a
+    candidate; known: whether the verdict's candidate is here. Raises Rejected; "parent" when the candidate may still
+    show that its author is entitled."""
     if verdict.model != model:
         raise Rejected("model", f"The verdict is for model {short(verdict.model)}, not {short(model)}.")
-    if verdict.maintainer not in manifest.maintainers:
+    if verdict.maintainer not in manifest.maintainers and verdict.maintainer not in entitled:
+        if not known:
+            raise Rejected("parent", f"{verdict.maintainer} is no maintainer by what is known here of the model.")
         raise Rejected("maintainer", f"{verdict.maintainer} gives a verdict, and is no maintainer of {manifest.name}.")
     if len({score.domain for score in verdict.scores}) != len(verdict.scores):
         raise Rejected("scores", "The verdict scores a domain of the exam twice.")

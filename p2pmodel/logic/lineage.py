@@ -10,14 +10,18 @@ what they signed, or a network that was cut for longer than a round waits. Nobod
 every node has to choose by what the records say alone: the longest chain; of two as long, the one whose version was
 adopted in the higher round where they part (a threshold of maintainers had given the other up); then the lower id.
 `forks` names them, for people to look into.
+
+A version can amend the Manifest: who decides, by which exam, when, and within which limits. It has its parent's values,
+and whatever follows it is judged by what it says, so the chain is verified with the Manifest in force at each link.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.domain.ids import ModelId, VersionId, short
-from p2pmodel.domain.model import Manifest
+from p2pmodel.domain.ids import ModelId, PeerId, VersionId, short
+from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
+from p2pmodel.logic.quorum import electorates
 
 
 def verify_chain(
@@ -28,7 +32,7 @@ def verify_chain(
     Raises Rejected("chain") for a gap, a fork, a number or round out of order, another model, or verdicts too few.
     """
     chain: list[Version] = []
-    parent, number, round = VersionId(model), BASE_NUMBER, 0
+    parent, number, round, result = VersionId(model), BASE_NUMBER, 0, None
     passed: set[VersionId] = set()
     for version, candidate, verdicts in versions:
         if candidate.parent != parent:
@@ -36,19 +40,22 @@ def verify_chain(
             raise Rejected("chain", f"Version {short(version)} {what}: the one before it is {short(parent)}.")
         if version in passed or version == parent:
             raise Rejected("chain", f"Version {short(version)} is in the chain twice.")
-        flaw = _flaw(candidate, model, number, round)
+        flaw = _flaw(candidate, model, number, round, result)
         if flaw:
             raise Rejected("chain", f"Version {short(version)} {flaw}.")
         proof = _accepting(version, candidate, verdicts, manifest)
-        if len(proof) < manifest.threshold:
-            raise Rejected(
-                "chain",
-                f"Version {short(version)} is accepted by {len(proof)} of its maintainers, and "
-                f"{manifest.threshold} have to.",
-            )
+        for electorate in electorates(manifest, candidate):
+            if not electorate.adopts(_who(proof)):
+                accepts = len(_who(proof) & set(electorate.maintainers))
+                raise Rejected(
+                    "chain",
+                    f"Version {short(version)} is accepted by {accepts} of its maintainers, and "
+                    f"{electorate.threshold} have to.",
+                )
         chain.append(Version(version, candidate, proof))
         passed.add(parent)
-        parent, number, round = version, candidate.number, candidate.round
+        manifest = manifest.amended(candidate.amendment)
+        parent, number, round, result = version, candidate.number, candidate.round, candidate.result
     return tuple(chain)
 
 
@@ -67,6 +74,13 @@ def assemble(
     chains = [_back_to_base(tip, adopted) for tip, steps in depth.items() if steps == deepest]
     chains.sort(key=lambda chain: [(-version.candidate.round, version.id) for version in chain])
     return chains[0]
+
+
+def in_force(manifest: Manifest, chain: Iterable[Version | Candidate]) -> Manifest:
+    """The Manifest as the chain's amendments leave it; `chain` begins at the base."""
+    for link in chain:
+        manifest = manifest.amended((link.candidate if isinstance(link, Version) else link).amendment)
+    return manifest
 
 
 def history(
@@ -94,36 +108,47 @@ def _adopted(
     for verdict in verdicts:
         by_version.setdefault(verdict.version, []).append(verdict)
     adopted: dict[VersionId, Version] = {}
+    force = {VersionId(model): manifest}
     # A child's round is higher than its parent's, so one pass in the order of rounds meets parents first.
     for version, candidate in sorted(candidates.items(), key=lambda item: (item[1].round, item[0])):
-        if candidate.parent == model:
-            number, round = BASE_NUMBER, 0
-        elif candidate.parent in adopted:
-            parent = adopted[candidate.parent].candidate
-            number, round = parent.number, parent.round
-        else:
+        if candidate.parent not in force or version in force:
             continue
-        proof = _accepting(version, candidate, by_version.get(version, ()), manifest)
-        if version != model and not _flaw(candidate, model, number, round) and len(proof) >= manifest.threshold:
+        number, round, result = BASE_NUMBER, 0, None
+        if candidate.parent in adopted:
+            parent = adopted[candidate.parent].candidate
+            number, round, result = parent.number, parent.round, parent.result
+        governing = force[candidate.parent]
+        proof = _accepting(version, candidate, by_version.get(version, ()), governing)
+        wanted = all(electorate.adopts(_who(proof)) for electorate in electorates(governing, candidate))
+        if wanted and not _flaw(candidate, model, number, round, result):
             adopted[version] = Version(version, candidate, proof)
+            force[version] = governing.amended(candidate.amendment)
     return adopted
 
 
-def _flaw(candidate: Candidate, model: ModelId, number: VersionNumber, round: int) -> str:
-    """What is wrong with a candidate whose parent has this number and round; empty when nothing is."""
+def _flaw(candidate: Candidate, model: ModelId, number: VersionNumber, round: int, result: BlobRef | None) -> str:
+    """What is wrong with a candidate whose parent has this number, round and result (None: it is the base); empty when
+    nothing is."""
     if candidate.model != model:
         return "belongs to another model"
     if candidate.round <= round:
         return f"is of round {candidate.round}, and its parent of round {round}"
     if candidate.number != number.next_patch():
         return f"is numbered {candidate.number}, and has to be {number.next_patch()}"
+    if candidate.amends and result is not None and candidate.result != result:
+        return "amends the Manifest, and has other values than its parent"
     return ""
+
+
+def _who(proof: Iterable[Verdict]) -> set[PeerId]:
+    return {verdict.maintainer for verdict in proof}
 
 
 def _accepting(
     version: VersionId, candidate: Candidate, verdicts: Iterable[Verdict], manifest: Manifest
 ) -> tuple[Verdict, ...]:
     """One accepting verdict of each maintainer that signed one, by maintainer."""
+    entitled = {peer for electorate in electorates(manifest, candidate) for peer in electorate.maintainers}
     proof: dict[str, Verdict] = {}
     for verdict in verdicts:
         if (
@@ -131,7 +156,7 @@ def _accepting(
             and verdict.version == version
             and verdict.round == candidate.round
             and verdict.model == candidate.model
-            and verdict.maintainer in manifest.maintainers
+            and verdict.maintainer in entitled
         ):
             proof.setdefault(verdict.maintainer, verdict)
     return tuple(proof[maintainer] for maintainer in sorted(proof))

@@ -7,7 +7,7 @@ again after a growing delay, since it may be back.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from p2pmodel.domain.announcement import RECORD_KINDS
@@ -119,6 +119,13 @@ def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch,
     return backlog, tuple(fetches)
 
 
+def sources(backlog: Backlog, fetch: Fetch) -> tuple[PeerId, ...]:
+    """Who is asked for it: the fetch's holder, and where that breaks off all others who said that they have it."""
+    entry = backlog.entries.get(fetch.digest)
+    others = () if entry is None else tuple(peer for peer in entry.holders if peer != fetch.holder)
+    return (fetch.holder, *others)
+
+
 def done(backlog: Backlog, digest: Digest) -> Backlog:
     """It is here, however it came, or it is no longer wanted."""
     entries = dict(backlog.entries)
@@ -147,6 +154,16 @@ def failed(backlog: Backlog, digest: Digest, holder: PeerId, now: float, *, has_
     fresh = failures % len(entry.holders) != 0
     delay = 0.0 if fresh else min(backlog.rules.longest_delay, backlog.rules.first_delay * 2.0 ** min(rounds - 1, 60))
     return _put(backlog, replace(entry, holders=holders, failures=failures, after=now + delay, asking=None))
+
+
+def stir(backlog: Backlog, digests: Collection[Digest], now: float) -> Backlog:
+    """What these failed for may have come: they are due at once, and their delays begin anew."""
+    entries = dict(backlog.entries)
+    for digest in digests:
+        entry = entries.get(digest)
+        if entry is not None:
+            entries[digest] = replace(entry, failures=0, after=min(entry.after, now))
+    return replace(backlog, entries=entries)
 
 
 def lost(backlog: Backlog, holder: PeerId) -> Backlog:

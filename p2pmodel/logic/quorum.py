@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId
-from p2pmodel.domain.version import Verdict
+from p2pmodel.domain.model import Manifest
+from p2pmodel.domain.version import Candidate, Verdict
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,39 @@ class Tally:
     rejects: tuple[PeerId, ...]
     elsewhere: tuple[PeerId, ...]
     silent: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True)
+class Electorate:
+    """Some peers, and how many of them have to accept."""
+
+    maintainers: tuple[PeerId, ...]
+    threshold: int
+
+    def adopts(self, accepts: Collection[PeerId]) -> bool:
+        return len(set(accepts) & set(self.maintainers)) >= self.threshold
+
+
+def electorates(manifest: Manifest, candidate: Candidate) -> tuple[Electorate, ...]:
+    """Who has to accept a candidate, each of them at its threshold. manifest: in force at the candidate's parent.
+
+    The maintainers there; and those who are to decide from now on, when an amendment says that it is others, or another
+    number of them: so nobody is made a maintainer who does not hold the key, and no threshold is set that those who are
+    there can't reach. It is how TUF rotates its root (https://theupdateframework.github.io/specification/, 5.3)."""
+    old = Electorate(manifest.maintainers, manifest.threshold)
+    if candidate.amendment is None:
+        return (old,)
+    new = Electorate(candidate.amendment.maintainers, candidate.amendment.threshold)
+    return (old,) if new == old else (old, new)
+
+
+def double_signers(verdicts: Iterable[Verdict]) -> dict[tuple[PeerId, int], tuple[VersionId, ...]]:
+    """(maintainer, round) -> the versions that it signed in that round, where it is more than one: the proof of its
+    misbehaviour. Sorted."""
+    signed: dict[tuple[PeerId, int], set[VersionId]] = {}
+    for verdict in verdicts:
+        signed.setdefault((verdict.maintainer, verdict.round), set()).add(verdict.version)
+    return {who: tuple(sorted(versions)) for who, versions in sorted(signed.items()) if len(versions) > 1}
 
 
 def proposers(model: ModelId, round: int, maintainers: Collection[PeerId]) -> tuple[PeerId, ...]:

@@ -6,7 +6,7 @@ from enum import Enum
 from p2pmodel.domain.ids import ModelId, PatchId, PeerId, VersionId
 from p2pmodel.domain.model import Manifest, Schedule
 from p2pmodel.domain.version import Verdict
-from p2pmodel.logic.quorum import Vote
+from p2pmodel.logic.quorum import Electorate, Vote
 
 
 class Phase(Enum):
@@ -34,12 +34,14 @@ class RoundRules:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A known candidate. `patches` are those that it settles, merged or left out."""
+    """A known candidate. `patches` are those that it settles, merged or left out; `also`: who has to accept it besides
+    the maintainers, since it would make them decide."""
 
     version: VersionId
     round: int
     proposer: PeerId
     patches: tuple[PatchId, ...]
+    also: Electorate | None = None
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ class ProposalFailed:
 
 @dataclass(frozen=True)
 class CandidateSeen:
-    """A candidate on the state's parent passed `admission.check_candidate`. `patches`: merged and left out."""
+    """A candidate on the state's parent passed `admission.check_candidate`. `patches`: merged and left out; `also`: see
+    Proposal. Verdicts of peers that only the candidate entitles are to be fed again after it."""
 
     version: VersionId
     proposer: PeerId
     patches: tuple[PatchId, ...]
     round: int
+    also: Electorate | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from p2pmodel.domain.ids import PeerId, VersionId
-from p2pmodel.logic.quorum import Vote, is_hopeless, proposers, tally
+from p2pmodel.logic.quorum import Electorate, Vote, is_hopeless, proposers, tally
 from p2pmodel.logic.round_state import (
     Abandon,
     Adopt,
@@ -198,14 +198,18 @@ def _learn(state: RoundState, event: CandidateSeen, here: _Here) -> Outcome:
     if known or event.proposer not in here.rules.maintainers:
         return state, ()
     mine = [c for c in state.candidates if c.proposer == event.proposer]
-    insort(mine, Proposal(event.version, event.round, event.proposer, event.patches), key=lambda c: c.round)
+    proposal = Proposal(event.version, event.round, event.proposer, event.patches, event.also)
+    insort(mine, proposal, key=lambda c: c.round)
     others = [c for c in state.candidates if c.proposer != event.proposer]
     return _decide(replace(state, candidates=(*others, *mine[-KEPT_EACH:])), here)
 
 
 def _count(state: RoundState, event: VerdictSeen, here: _Here) -> Outcome:
     vote = Vote.of(event.verdict)
-    if vote.maintainer not in here.rules.maintainers or event.verdict.model != here.rules.model:
+    entitled = vote.maintainer in here.rules.maintainers or any(
+        c.also and c.version == vote.version and vote.maintainer in c.also.maintainers for c in state.candidates
+    )
+    if not entitled or event.verdict.model != here.rules.model:
         return state, ()
     mine = [v for v in state.votes if v.maintainer == vote.maintainer]
     same = [v for v in mine if (v.round, v.version) == (vote.round, vote.version)]
@@ -241,8 +245,7 @@ def _decide(state: RoundState, here: _Here) -> Outcome:
     """What the known candidates and votes amount to."""
     rules = here.rules
     for candidate in sorted(state.candidates, key=lambda c: (c.round, c.version)):
-        votes = tally(candidate.version, candidate.round, state.votes, rules.maintainers)
-        if len(votes.accepts) >= rules.threshold:
+        if _is_accepted(candidate, state, rules):
             return replace(state, phase=Phase.ADOPTED, since=here.now, adopted=candidate), (Adopt(candidate.version),)
     if state.phase in (Phase.OPEN, Phase.SEALED):
         round = max((c.round for c in state.candidates), default=0)
@@ -253,6 +256,13 @@ def _decide(state: RoundState, here: _Here) -> Outcome:
     if state.phase is Phase.VOTING:
         return _vote(state, here)
     return state, ()
+
+
+def _is_accepted(candidate: Proposal, state: RoundState, rules: RoundRules) -> bool:
+    wanted = [Electorate(rules.maintainers, rules.threshold), *([candidate.also] if candidate.also else [])]
+    return all(
+        each.adopts(tally(candidate.version, candidate.round, state.votes, each.maintainers).accepts) for each in wanted
+    )
 
 
 def _vote(state: RoundState, here: _Here) -> Outcome:

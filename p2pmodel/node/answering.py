@@ -6,7 +6,8 @@ families with inputs and caches of their own need nothing further, and each answ
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,18 +56,23 @@ class Writer:
         self._scanner, self._top_logprobs = StopScanner(stop), top_logprobs
         self._cancelled = threading.Event()
         self._chain: RoutedChain | None = None
-        self.tokens = 0
-        self.reused = 0
+        self.tokens = self.reused = self.failovers = self.bytes_sent = self.bytes_received = 0
+        self.prompt_tokens = ids.shape[1]
+        self.began = self.first = self.latest = 0.0
+        """When it began, and when its first and its latest token came, by the monotonic clock."""
 
     def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         chain: RoutedChain,
+        vectors: Mapping[str, Tensor],
         show: Callable[[Piece], None],
     ) -> None:
-        """Shows pieces, the last of which says how it ended. Raises as `RoutedSession.forward` does."""
+        """Shows pieces, the last of which says how it ended. vectors: see `RemoteCache`. Raises as
+        `RoutedSession.forward` does."""
         self._chain = chain
+        self.began = time.monotonic()
         if self._cancelled.is_set():
             return
         chooser = _Chooser(self._sampling, self._index, self._ids.shape[1], self._top_logprobs)
@@ -77,6 +83,8 @@ class Writer:
         def written(token: int) -> bool:
             """Whether the answer ends with this token."""
             self.tokens += 1
+            self.latest = time.monotonic()
+            self.first = self.first or self.latest
             if self._cancelled.is_set():
                 return True
             last = token in ends or self.tokens == self._max_tokens
@@ -91,7 +99,7 @@ class Writer:
                 show(Piece(self._index, certain, tokens, finish))
             return done
 
-        cache = RemoteCache(chain, self._ids.shape[1] + self._max_tokens)
+        cache = RemoteCache(chain, self._ids.shape[1] + self._max_tokens, vectors=vectors)
         try:
             model.generate(  # type: ignore[operator]
                 input_ids=self._ids,
@@ -107,7 +115,12 @@ class Writer:
         finally:
             cache.close()
             if chain.last is not None:
-                self.reused = chain.last.reused_tokens
+                self.reused, self.failovers = chain.last.reused_tokens, chain.last.failovers
+                self.bytes_sent, self.bytes_received = chain.last.traffic
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
 
     def cancel(self) -> None:
         """The answer ends at once, and its session with it. Blocks for a moment; doing it twice is doing it once."""

@@ -149,15 +149,21 @@ def verify_proof(proof: Proof) -> Proven:
     manifest, _ = records.open_manifest(proof.manifest)
     model = canonical.digest(proof.manifest)
     links: list[tuple[VersionId, Candidate, list[Verdict]]] = []
+    governing = manifest
     for candidate_record, verdict_records in proof.versions:
         candidate, proposer, version = records.open_candidate(candidate_record)
-        if proposer not in manifest.maintainers:
+        if proposer not in governing.maintainers:
             raise Rejected("proposer", f"Version {short(version)} was proposed by {proposer}, who is no maintainer.")
+        governing = governing.amended(candidate.amendment)
         links.append((version, candidate, [records.open_verdict(record) for record in verdict_records]))
     chain = verify_chain(manifest, model, links)
     for at, link in enumerate(chain):
         if link.candidate.restores and link.candidate.result not in _older(manifest, chain[:at]):
             raise Rejected("merge", f"Version {short(link.id)} restores values that no older version has.")
+        if link.candidate.amends and link.candidate.result != _older(manifest, chain[:at])[-1]:
+            raise Rejected(
+                "merge", f"Version {short(link.id)} amends the Manifest, and has other values than its parent."
+            )
     return Proven(manifest, model, chain, chain[-1].candidate.result if chain else None)
 
 

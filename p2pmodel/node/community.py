@@ -53,11 +53,15 @@ class Community:
         await self._gossip.stop()
 
     def keep_rounds(
-        self, key: Key, maintainer: "Maintainer | None", adopted: Callable[[VersionId], Awaitable[None]]
+        self,
+        key: Key,
+        maintainer: "Maintainer | None",
+        adopted: Callable[[VersionId], Awaitable[None]],
+        ask: bool = False,
     ) -> None:
-        """From now on what comes in moves the rounds."""
+        """From now on what comes in moves the rounds. ask: see RoundKeeper."""
         self._keeper = RoundKeeper(
-            self._lineage, key, maintainer, self.announce, adopted, self._ask_everybody, self._metrics
+            self._lineage, key, maintainer, self.announce, adopted, self._ask_everybody, self._metrics, ask
         )
 
     async def run(self) -> None:
@@ -75,11 +79,6 @@ class Community:
     @property
     def gossip(self) -> GossipStats:
         return self._gossip.stats()
-
-    @property
-    def members(self) -> int:
-        """Peers that say they take part, as last read."""
-        return len(self.presences)
 
     @property
     def gossip_identity(self) -> tuple[str, tuple[str, ...]]:

@@ -308,6 +308,7 @@ def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
             states=trained.states,
             validation=_data_files(ready.validation, assignment.licence),
             threads=torch.get_num_threads(),
+            correction=_kept(lineage, ready.correction),
         ),
         control=None if variate is None else _ref(variate),
     )
@@ -319,6 +320,11 @@ def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
     ready.savepoints.forget(keep=trained.states[-1])
     skipped = sum(source.skipped for source in (*ready.sources, *ready.validation))
     return NewPatch(canonical.digest(header), patch, trained, len(file), skipped)
+
+
+def _kept(lineage: Lineage, correction: Mapping[str, Tensor] | None) -> Digest | None:
+    """In the home, for whoever does a part of the training again."""
+    return None if correction is None else lineage.home.objects.put(blob.pack(correction)).digest
 
 
 def _fisher_blob(kind: str, options: TrainingOptions, fisher: Mapping[str, Tensor]) -> bytes:

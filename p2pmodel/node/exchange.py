@@ -45,6 +45,7 @@ class Exchange:
         self._fetcher = BlobFetcher(host, lineage.home.objects.sink)
         self._backlog = Backlog()
         self._refused: dict[Digest, None] = {}
+        self._orphans: set[Digest] = set()
         self._changed = asyncio.Event()
         self._fetches: set[asyncio.Task[None]] = set()
 
@@ -109,7 +110,9 @@ class Exchange:
         try:
             await self._take_in(fetch)
         except Rejected as error:
-            if error.reason == "parent" and fetch.kind != "verdict":
+            if error.reason == "parent":
+                if len(self._orphans) < MAX_REFUSED:
+                    self._orphans.add(fetch.digest)
                 return self._fail(fetch)  # what it stands on may still come
             log.warning("%s %s is refused: %s", fetch.kind, short(fetch.digest), error.message)
             self._observer.on_refused(fetch.kind, error.reason)
@@ -127,7 +130,7 @@ class Exchange:
             self._changed.set()
 
     async def _take_in(self, fetch: Fetch) -> None:
-        objects, sources = self._lineage.home.objects, [fetch.holder]
+        objects, sources = self._lineage.home.objects, propagation.sources(self._backlog, fetch)
         if not objects.has(fetch.digest):
             await self._fetcher.fetch(BlobRef(fetch.digest, fetch.size), sources)
         record = objects.load(fetch.digest)
@@ -138,6 +141,9 @@ class Exchange:
         await asyncio.to_thread(intake.store, self._lineage, fetch.kind, record, refs)
         self._lineage.refresh()
         self._backlog = propagation.done(self._backlog, fetch.digest)
+        if fetch.kind != "patch":  # which nothing stands on
+            self._backlog = propagation.stir(self._backlog, self._orphans, time.monotonic())
+            self._orphans.clear()
         await self._observer.on_record(fetch.kind, fetch.digest)
 
     def _fail(self, fetch: Fetch, *, has_not: bool = False) -> None:

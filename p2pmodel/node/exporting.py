@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, UsageError
 from p2pmodel.domain.ids import VersionId, short
@@ -47,12 +48,15 @@ def export_adapter(opened: OpenedPatch, base: Path, folder: Path, onto: Path | N
     lineage, patch = opened.lineage, opened.patch
     adapter: Mapping[str, Tensor] = blob.unpack(opened.adapter, None, lineage.manifest.limits.max_patch_bytes)
     read_change(lineage, patch.kind, opened.adapter)
-    parent, name = version_state(lineage, patch.parent), _base_name(lineage)
+    parent, name = version_state(lineage, patch.parent), _source(lineage) or str(base.resolve())
+    model = skeleton(read_checkpoint(base))
     if onto is not None:
         _demand_version(onto, lineage, patch.parent)
         name = str(onto)
         if patch.kind == "ia3@1":
             adapter = _relative(adapter, parent)
+        elif patch.kind == "lora@1":
+            adapter = adapters.through_vectors(adapter, model, parent)
     else:
         others = {n: t for n, t in parent.items() if not (patch.kind == "ia3@1" and n.startswith(ia3.PREFIX))}
         if patch.kind in adapters.KINDS.values() and _differs(others):
@@ -63,13 +67,15 @@ def export_adapter(opened: OpenedPatch, base: Path, folder: Path, onto: Path | N
             )
         if patch.kind == "ia3@1":
             adapter = {n: t for n, t in parent.items() if n.startswith(ia3.PREFIX)} | dict(adapter)
-    checkpoint = read_checkpoint(base)
-    files = adapters.write(patch.kind, skeleton(checkpoint), adapter, name)
+    files = adapters.write(patch.kind, model, adapter, name)
     usage = (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\nmodel = PeftModel.from_pretrained(model, "DIR")'
+        f'model = AutoModelForCausalLM.from_pretrained("{_source(lineage) or "BASE"}")\n'
+        'model = PeftModel.from_pretrained(model, "DIR")'
     )
-    files["README.md"] = _card(lineage, patch, opened.id, f"{lineage.manifest.name}, adapter", "peft", usage, name)
+    files["README.md"] = _card(
+        lineage, patch, opened.id, f"{lineage.manifest.name}, adapter", "peft", usage, _source(lineage)
+    )
     with new_folder(folder) as inside:
         for file, raw in files.items():
             (inside / file).write_bytes(raw)
@@ -114,19 +120,19 @@ def export_merged(
         (inside / MARK).write_text(json.dumps(mark, indent=2) + "\n")
         text = _card(
             lineage,
-            opened and opened.patch,
-            opened and opened.id,
+            opened.patch if opened else None,
+            opened.id if opened else None,
             title,
             "transformers",
             usage,
-            _base_name(lineage),
+            _source(lineage) or lineage.manifest.name,
             version,
         )
         (inside / "README.md").write_bytes(text)
     return Exported(folder, tuple(sorted(path.name for path in folder.iterdir())), difference)
 
 
-def skeleton(checkpoint: Checkpoint) -> nn.Module:
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The causal model without its weights: for the names of its modules."""
     with torch.device("meta"):
         return checkpoint.causal_class()(checkpoint.config)
@@ -182,9 +188,10 @@ def _differs(state: Mapping[str, Tensor]) -> bool:
     return any(bool((t != (1 if name.startswith(ia3.PREFIX) else 0)).any()) for name, t in state.items())
 
 
-def _base_name(lineage: Lineage) -> str:
+def _source(lineage: Lineage) -> str:
+    """On a hub, or empty."""
     source = hub.Source.parse(lineage.manifest.source)
-    return source.repository if source else lineage.manifest.name
+    return source.repository if source else ""
 
 
 def _card(
@@ -206,7 +213,9 @@ def _card(
     if patch is not None:
         facts |= {"patch": f"{patch_id}, of kind {patch.kind}", "contributor": patch.contributor}
     files = [file for each in patches for file in each.provenance.data]
-    facts |= {f"trained on {file.name}": f"SHA-256 {file.digest}, {file.licence or 'licence not stated'}" for file in files}
+    facts |= {
+        f"trained on {file.name}": f"SHA-256 {file.digest}, {file.licence or 'licence not stated'}" for file in files
+    }
     licence = (patch.licence if patch and patch.licence else "") or lineage.manifest.licence
     return card(
         title,

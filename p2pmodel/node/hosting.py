@@ -91,6 +91,10 @@ class Hosting:
     def stats(self) -> ChainStats:
         return self._server.stats()
 
+    def gpu_memory(self) -> tuple[int, int]:
+        """Bytes of the GPU that this process holds, and that are free for anybody."""
+        return int(torch.cuda.memory_reserved(self.device.name)), free_bytes(self.device)
+
     @property
     def stages(self) -> Stages:
         return self._stages

@@ -63,15 +63,15 @@ def import_adapter(
         )
     parent = _parent(lineage, adapter.base, version, assume_base)
     state = version_state(lineage, parent)
-    model = skeleton(read_checkpoint(base))
-    values = (
-        adapters.vectors_of(adapter, model, state)
-        if adapter.kind == "ia3@1"
-        else adapters.factors_of(adapter, model)
-    )
+    checkpoint = read_checkpoint(base)
+    model = skeleton(checkpoint)
+    if adapter.kind == "ia3@1":
+        values = adapters.vectors_of(adapter, model, state)
+    else:
+        values = adapters.through_vectors(adapters.factors_of(adapter, model), model, state, back=True)
     raw = blob.pack(values)
     change = read_change(lineage, adapter.kind, raw)
-    options = TrainingOptions()
+    options = TrainingOptions(sequence=min(TrainingOptions.sequence, checkpoint.context))
     sources: tuple[data.Source, ...] = ()
     measured = Measured({name: torch.ones(shape) for name, shape in change.fisher_places}, 0.0, 0.0)
     if files:
@@ -123,7 +123,7 @@ def _parent(lineage: Lineage, named: str, version: VersionId | None, assume_base
     if found is None or version not in (None, found):
         wanted = lineage.manifest.name if version is None else f"{lineage.manifest.name} {lineage.number(version)}"
         raise InvalidInput(
-            f"The adapter is of {named[:96]!r}, which is not known to be {wanted}.",
+            f"The adapter names {named[:96]!r} as its base, and nothing shows that this is {wanted}.",
             "If you know that it is, say --assume-base.",
         )
     return found

@@ -9,6 +9,7 @@ from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import BASE_NUMBER, Candidate
 from p2pmodel.logic import admission
+from p2pmodel.node.continuity import CONTINUED
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.states import read_change, read_masses, version_state
 from p2pmodel.store.index import RecordRow
@@ -37,8 +38,12 @@ def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, .
     if kind == "candidate":
         candidate, proposer, _ = records.open_candidate(record)
         _admit_candidate(lineage, candidate, proposer)
-        return candidate.blobs
-    admission.check_verdict(records.open_verdict(record), lineage.manifest, model=lineage.model)
+        if candidate.amendment is None or candidate.amendment.exam == lineage.manifest.exam:
+            return candidate.blobs
+        return (*candidate.blobs, candidate.amendment.exam)
+    verdict = records.open_verdict(record)
+    known = verdict.version in lineage.candidates
+    admission.check_verdict(verdict, lineage.manifest, model=lineage.model, entitled=lineage.entitled, known=known)
     return ()
 
 
@@ -62,26 +67,36 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
     parent = lineage.candidates.get(candidate.parent)
     if parent is None and candidate.parent != lineage.model:
         raise Rejected("parent", f"The candidate's parent {short(candidate.parent)} is not known here.")
+    restorable = set()
+    if candidate.amends:
+        restorable = {parent.result.digest if parent else _neutral(lineage)}
+    elif candidate.restores:
+        restorable = _restorable(lineage, candidate)
     admission.check_candidate(
         candidate,
-        lineage.manifest,
+        lineage.manifest_at(candidate.parent),
         model=lineage.model,
         proposer=proposer,
         parent_number=parent.number if parent else BASE_NUMBER,
         parent_round=parent.round if parent else 0,
-        restorable=_restorable(lineage, candidate) if candidate.restores else (),
+        restorable=restorable,
     )
 
 
 def _restorable(lineage: Lineage, candidate: Candidate) -> set[Digest]:
     """The values of the versions before the candidate's parent, and of the base."""
-    found = {canonical.digest(blob.pack(version_state(lineage, lineage.model)))}
+    found = {_neutral(lineage)}
     parent = lineage.candidates.get(candidate.parent)
     older = lineage.candidates.get(parent.parent) if parent else None
     while older:
         found.add(older.result.digest)
         older = lineage.candidates.get(older.parent)
     return found - {parent.result.digest} if parent else set()
+
+
+def _neutral(lineage: Lineage) -> Digest:
+    """Of the base's values."""
+    return canonical.digest(blob.pack(version_state(lineage, lineage.model)))
 
 
 def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
@@ -93,7 +108,8 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
     objects, manifest = lineage.home.objects, lineage.manifest
     limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest)
     try:
-        blobs = [objects.load(ref.digest, limit) for ref in refs]
+        tensors = records.open_candidate(record)[0].blobs if kind == "candidate" else refs
+        blobs = [objects.load(ref.digest, limit) for ref in tensors]
         if kind == "patch":
             check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
         elif kind == "candidate":
@@ -120,7 +136,7 @@ def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
         raise Rejected(
             "parent",
             "The patch was trained on another version than the head, and can't be merged any more.",
-            "Train it again on the head: p2pmodel train",
+            "Move it with: p2pmodel rebase PATCH --onto head; or train it again.",
         )
     for raw_blob in opened.raw.blobs:
         lineage.home.objects.put(raw_blob)
@@ -131,6 +147,8 @@ def check_tensors(
     lineage: Lineage, patch: Patch, adapter: bytes, fisher: bytes, control_variate: bytes | None = None
 ) -> None:
     """A patch's blobs against the Manifest. Raises Rejected."""
+    if control_variate is not None and patch.kind not in CONTINUED:
+        raise Rejected("schema", f"Patches of kind {patch.kind} have no control variate, but this one has.")
     change = read_change(lineage, patch.kind, adapter)
     read_masses(lineage, patch.kind, change, fisher)
     if control_variate is not None:

@@ -4,6 +4,7 @@ A view of the store that any process of the home may open; nothing here imports 
 enters through `p2pmodel.node.intake`.
 """
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
-from p2pmodel.logic.lineage import assemble, history
+from p2pmodel.logic.lineage import assemble, history, in_force
 from p2pmodel.store.home import Home
 from p2pmodel.store.index import RecordRow
 from p2pmodel.wire import records
@@ -29,13 +30,15 @@ class Lineage:
         self.home, self.model = home, model
         record = home.objects.load(model, records.MAX_MANIFEST_BYTES + RECORD_OVERHEAD)
         self.record = BlobRef(model, len(record))
-        self.manifest: Manifest = records.open_manifest(record)[0]
+        self.founding: Manifest = records.open_manifest(record)[0]
+        self.manifest = self.founding
         self.patches: dict[PatchId, Patch] = {}
         self.candidates: dict[VersionId, Candidate] = {}
         self.proposers: dict[VersionId, PeerId] = {}
         self.verdicts: dict[Digest, Verdict] = {}
         self.versions: tuple[Version, ...] = ()
         self._read: set[Digest] = set()
+        self._blobs: dict[Digest, tuple[BlobRef, ...]] = {}
         self.refresh()
 
     @classmethod
@@ -53,14 +56,17 @@ class Lineage:
             self._read.add(row.record.digest)
             raw = self.home.objects.load(row.record.digest)
             if row.kind == "patch":
-                self.patches[row.record.digest] = records.open_patch(raw)
+                patch = self.patches[row.record.digest] = records.open_patch(raw)
+                self._blobs[row.record.digest] = patch.blobs
             elif row.kind == "candidate":
                 candidate, proposer, version = records.open_candidate(raw)
                 self.candidates[version], self.proposers[version] = candidate, proposer
+                self._blobs[row.record.digest] = (candidate.result,)
             elif row.kind == "verdict":
                 self.verdicts[row.record.digest] = records.open_verdict(raw)
         if any(row.kind in ("candidate", "verdict") for row in new):
-            self.versions = assemble(self.manifest, self.model, self.candidates, self.verdicts.values())
+            self.versions = assemble(self.founding, self.model, self.candidates, self.verdicts.values())
+            self.manifest = in_force(self.founding, self.versions)
 
     def knows(self, record: Digest) -> bool:
         return record in self._read
@@ -69,8 +75,13 @@ class Lineage:
         return tuple(self._read - {self.model})
 
     def inventory(self) -> list[tuple[str, BlobRef]]:
-        """(kind, record) of all that peers may want."""
-        return [(row.kind, row.record) for row in self.home.index.records(self.model) if row.kind != "manifest"]
+        """(kind, record) of all that peers may want, and that this home has with all that belongs to it."""
+        rows = self.home.index.records(self.model)
+        return [(row.kind, row.record) for row in rows if row.kind != "manifest" and self._is_whole(row)]
+
+    def _is_whole(self, row: RecordRow) -> bool:
+        """Whether the record's blobs are here: those of what nobody merged or adopted may have been removed."""
+        return all(self.home.objects.has(ref.digest) for ref in self._blobs.get(row.record.digest, ()))
 
     @property
     def head(self) -> VersionId:
@@ -94,7 +105,21 @@ class Lineage:
 
     def history(self) -> tuple[Version, ...]:
         """Every adopted version, parents before children: `versions`, and what forks left behind."""
-        return history(self.manifest, self.model, self.candidates, self.verdicts.values())
+        return history(self.founding, self.model, self.candidates, self.verdicts.values())
+
+    def manifest_at(self, version: VersionId) -> Manifest:
+        """In force for what follows a version or a candidate that is known here."""
+        chain: list[Candidate] = []
+        while version in self.candidates:
+            chain.append(self.candidates[version])
+            version = chain[-1].parent
+        return in_force(self.founding, reversed(chain))
+
+    @property
+    def entitled(self) -> frozenset[PeerId]:
+        """All that are maintainers in any part of the lineage, or would be by a candidate."""
+        amendments = (candidate.amendment for candidate in self.candidates.values())
+        return frozenset(self.founding.maintainers).union(*(a.maintainers for a in amendments if a is not None))
 
     @property
     def tags(self) -> dict[str, VersionId]:
@@ -119,6 +144,19 @@ class Lineage:
         if name not in self.tags:
             raise NotFound(f"{self.manifest.name} has no tag {name[:64]!r} here.", "See: p2pmodel tag")
         self.home.refs.delete(self._tag_ref(name))
+
+    def decide(self, version: VersionId, accept: bool, reason: str = "") -> None:
+        """What the person behind this home's maintainer says of a candidate; its node signs it."""
+        self.home.refs.set(self._decision_ref(version), json.dumps({"accept": accept, "reason": reason}))
+
+    def decision(self, version: VersionId) -> tuple[bool, str] | None:
+        """(accept, reason) as `decide` has it; None as long as nothing was said."""
+        text = self.home.refs.get(self._decision_ref(version))
+        noted = json.loads(text) if text else None
+        return noted and (bool(noted["accept"]), str(noted["reason"]))
+
+    def _decision_ref(self, version: VersionId) -> str:
+        return f"models/{self.model}/decisions/{version}"
 
     def weigh(self, patch: PatchId, weight: float) -> None:
         """λ of a patch in candidates that this home's maintainer proposes."""
@@ -182,11 +220,13 @@ class Lineage:
 
     def blobs(self) -> Iterator[BlobRef]:
         """All that the lineage's records refer to."""
-        yield self.manifest.exam
+        yield self.founding.exam
         for patch in self.patches.values():
             yield from patch.blobs
         for candidate in self.candidates.values():
             yield from candidate.blobs
+            if candidate.amendment is not None:
+                yield candidate.amendment.exam
 
 
 def known_lineages(home: Home) -> list[Lineage]:

@@ -48,11 +48,10 @@ class Maintainer:
     def __init__(self, lineage: Lineage, me: PeerId, base: Path, observe_merge: Callable[[float], None]) -> None:
         """base: folder of the whole checkpoint. observe_merge is told the seconds of every merge."""
         self.lineage, self.me, self._observe_merge = lineage, me, observe_merge
-        manifest = lineage.manifest
-        self._kind = Kinds(manifest.kinds)
-        suite = Suite.unpack(lineage.home.objects.load(manifest.exam.digest), manifest.exam.size)
-        self._examiner = Examiner(load_whole(base), load_tokenizer(base), self._kind, suite)
-        self._rules = suite.rules
+        self._kind = Kinds(lineage.manifest.kinds)
+        self._model, self._tokenizer = load_whole(base), load_tokenizer(base)
+        self._exam = lineage.manifest.exam
+        self._examiner = self._examiner_of(self._exam)
         self._scores: dict[tuple[str, str], Scores] = {}
         self._stopped = threading.Event()
 
@@ -64,6 +63,8 @@ class Maintainer:
         """Examines the patches one by one on the tuning split, merges those that help, and finds α there.
         None when nothing is left to merge."""
         lineage, manifest = self.lineage, self.lineage.manifest
+        self._follow_exam()
+        rules = self._examiner.suite.rules
         before = version_state(lineage, parent)
         measured = self._examiner.measure(before, "tune")
         tuning = {name: section.score for name, section in measured.items()}
@@ -88,7 +89,7 @@ class Maintainer:
         unit = get_strategy(manifest.merge.strategy).unit(len(sources))
         alpha = unit * search_alpha(
             lambda a: objective(
-                tuning, self._score(apply_update(before, update, unit * a), "tune"), manifest.limits, self._rules
+                tuning, self._score(apply_update(before, update, unit * a), "tune"), manifest.limits, rules
             )
         )
         result, control = blob.pack(apply_update(before, update, alpha)), mean_control(lineage, sources)
@@ -110,10 +111,14 @@ class Maintainer:
     def examine(self, version: VersionId) -> Verdict:
         """Recomputes the merge and examines the result on the deciding split."""
         candidate = self.lineage.candidates[version]
+        self._follow_exam()
         try:
             scores = self._examine(candidate)
         except Rejected as error:
             return self._verdict(candidate, version, error.message, ())
+        if candidate.amends:
+            # Its values are its parent's; whether it is wanted is for people to say.
+            return self._verdict(candidate, version, "", ())
         if candidate.restores:
             # Who goes back knows something that the exam does not: people decide, not scores.
             agreed = self.lineage.agrees(candidate)
@@ -122,13 +127,19 @@ class Maintainer:
             )
         parent, new = ({s.domain: getattr(s, name) for s in scores} for name in ("parent", "candidate"))
         return self._verdict(
-            candidate, version, why_reject(parent, new, self.lineage.manifest.limits, self._rules), scores
+            candidate,
+            version,
+            why_reject(parent, new, self.lineage.manifest.limits, self._examiner.suite.rules),
+            scores,
         )
 
     def _examine(self, candidate: Candidate) -> tuple[DomainScore, ...]:
         lineage, manifest = self.lineage, self.lineage.manifest
         if candidate.number != lineage.number(candidate.parent).next_patch():
             raise Rejected("chain", f"The candidate is numbered {candidate.number}, which does not follow its parent.")
+        if candidate.amendment is not None:
+            self._examiner_of(candidate.amendment.exam)
+            return ()
         before = version_state(lineage, candidate.parent)
         if candidate.restores:
             limit = candidate.result.size
@@ -179,6 +190,18 @@ class Maintainer:
             self._scores[key] = self._examiner.score(state, "tune" if split == "tune" else "test")
             log.debug("exam (%s): mean %.4f nats per byte", split, mean(self._scores[key]))
         return self._scores[key]
+
+    def _examiner_of(self, exam: BlobRef) -> Examiner:
+        """Raises Rejected for an exam that cannot be used."""
+        suite = Suite.unpack(self.lineage.home.objects.load(exam.digest), exam.size)
+        return Examiner(self._model, self._tokenizer, self._kind, suite)
+
+    def _follow_exam(self) -> None:
+        """An amendment may have brought another exam since."""
+        if self.lineage.manifest.exam != self._exam:
+            self._exam = self.lineage.manifest.exam
+            self._examiner = self._examiner_of(self._exam)
+            self._scores.clear()
 
     def _demand_running(self) -> None:
         if self._stopped.is_set():

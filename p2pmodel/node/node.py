@@ -62,6 +62,7 @@ class NodeOptions:
     port: int = 0
     http: tuple[str, int] | None = None
     maintain: bool = False
+    ask: bool = False
     threads: int | None = None
 
 
@@ -165,6 +166,7 @@ async def _start(
         await service.start()
         stack.push_async_callback(service.stop)
     await community.start(contacts)
+    _note_head(home, lineage)
     base = await in_daemon(_base, home, lineage, options, say)
     maintainer = await _maintainer(lineage, base, home, community, metrics) if base and options.maintain else None
     if maintainer:
@@ -184,7 +186,7 @@ async def _start(
         say(f"adopted {lineage.manifest.name} {lineage.number(version)} ({short(version)})")
         await attendance.renew()
 
-    community.keep_rounds(key, maintainer, adopted)
+    community.keep_rounds(key, maintainer, adopted, options.ask)
     attendance = Attendance(key, host, lineage, directory, community, hosting, roles=_roles(options, hosting))
     await attendance.renew()
     stack.push_async_callback(attendance.leave)
@@ -204,6 +206,13 @@ async def _start(
     gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
     mover = _mover(options, lineage, host, attendance, hosting, say) if hosting else None
     return Node(community, attendance, gauges, host, mover, _serving(lineage, hosting, options))
+
+
+def _note_head(home: Home, lineage: Lineage) -> None:
+    """What came while the node was away is served from the start."""
+    result = lineage.result(lineage.head)
+    if result is None or home.objects.has(result.digest):
+        home.refs.set(f"models/{lineage.model}/head", lineage.head)
 
 
 def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str], None]) -> Path | None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from p2pmodel.domain.errors import InvalidInput
-from p2pmodel.domain.ids import VersionId
+from p2pmodel.domain.ids import PatchId, VersionId
+from p2pmodel.domain.patch import Patch
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.states import patch_file_state, patch_state, version_state
 from p2pmodel.tensors import ia3
@@ -20,23 +21,39 @@ def private_vectors(lineage: Lineage, patch: str) -> tuple[VersionId, dict[str, 
     for kinds that are folded into weights, which no session can carry.
     """
     path = Path(patch)
-    if path.is_file():
-        noun = bundle.open_bundle(path.read_bytes()).patch
-        if noun.model != lineage.model:
-            raise InvalidInput(f"{path} is a patch of another model than {lineage.manifest.name}.")
-        state = patch_file_state(lineage, path)
-    else:
-        noun = lineage.patches[lineage.find_patch(patch)]
-        state = patch_state(lineage, noun)
-    if not noun.kind.startswith("ia3@"):
+    if not path.is_file():
+        return vectors_of_known(lineage, lineage.find_patch(patch))
+    noun = bundle.open_bundle(path.read_bytes()).patch
+    if noun.model != lineage.model:
+        raise InvalidInput(f"{path} is a patch of another model than {lineage.manifest.name}.")
+    _demand_vectors(noun)
+    return _begin(lineage, noun, patch_file_state(lineage, path))
+
+
+def vectors_of_known(lineage: Lineage, patch: PatchId) -> tuple[VersionId, dict[str, Tensor]]:
+    """The same, of a patch that is in the home."""
+    noun = lineage.patches[patch]
+    _demand_vectors(noun)
+    return _begin(lineage, noun, patch_state(lineage, noun))
+
+
+def carries(patch: Patch) -> bool:
+    """Whether a session can carry what the patch changes."""
+    return patch.kind.startswith("ia3@")
+
+
+def _demand_vectors(patch: Patch) -> None:
+    if not carries(patch):
         raise InvalidInput(
-            f"A patch of kind {noun.kind} changes weights, which are on other machines.",
+            f"A patch of kind {patch.kind} changes weights, which are on other machines.",
             "Only ia3 patches can be used before they are merged; try it alone with: p2pmodel eval --patch",
         )
+
+
+def _begin(lineage: Lineage, patch: Patch, state: Mapping[str, Tensor]) -> tuple[VersionId, dict[str, Tensor]]:
     vectors = {name: tensor for name, tensor in state.items() if name.startswith(ia3.PREFIX)}
     # With every slot carried along, any version will do, and the head is the one that is served for sure.
-    only_vectors = len(vectors) == len(state)
-    return lineage.head if only_vectors else noun.parent, vectors
+    return lineage.head if len(vectors) == len(state) else patch.parent, vectors
 
 
 def trainable_vectors(lineage: Lineage, version: VersionId) -> Mapping[str, Tensor]:

@@ -8,12 +8,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.version import Verdict
 from p2pmodel.logic import round_state, rounds
+from p2pmodel.logic.quorum import electorates
 from p2pmodel.node import intake
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.telemetry.metrics import Metrics
@@ -39,8 +42,11 @@ class RoundKeeper:
         adopted: Adopted,
         find_missing: Callable[[], Awaitable[None]],
         metrics: Metrics,
+        ask: bool = False,
     ) -> None:
-        """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here."""
+        """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here. ask:
+        whether a person decides on what the exam accepts; on amendments people always decide."""
+        self._ask, self._asked = ask, dict[VersionId, Verdict]()
         self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
         self._announce, self._adopted, self._find_missing = announce, adopted, find_missing
         self._rules = round_state.RoundRules.from_manifest(lineage.manifest, lineage.model)
@@ -88,18 +94,32 @@ class RoundKeeper:
         for version, candidate in self._lineage.candidates.items():
             if candidate.parent == self._head:
                 patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
-                self._advance(
-                    round_state.CandidateSeen(version, self._lineage.proposers[version], patches, candidate.round)
-                )
+                wanted = electorates(self._lineage.manifest, candidate)
+                also = wanted[1] if len(wanted) > 1 else None
+                proposer = self._lineage.proposers[version]
+                self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also))
+                for verdict in self._lineage.verdicts.values() if also else ():
+                    if verdict.version == version:
+                        self._advance(round_state.VerdictSeen(verdict))
 
     async def _move_head(self) -> None:
         before, self._head = self._head, self._lineage.head
         number, last = self._lineage.number(self._head), self._lineage.versions[-1].candidate.round
         log.info("version %s (%s) is adopted in round %d", number, short(self._head), last)
         await self._adopted(self._head)
-        self._count_adopted()
+        self._count_adopted(before)
+        self._rules = round_state.RoundRules.from_manifest(self._lineage.manifest, self._lineage.model)
+        self._asked.clear()
         self.state = rounds.follow(self.state, self._head, last, time.monotonic())
         self._feed_all()
+
+    def _count_adopted(self, before: VersionId) -> None:
+        """The versions that came since `before`, and what became of their patches."""
+        versions = [version.id for version in self._lineage.versions]
+        for version in self._lineage.versions[versions.index(before) + 1 if before in versions else 0 :]:
+            self._metrics.rounds.labels("adopted").inc()
+            self._metrics.patches.labels("merged").inc(len(version.candidate.patches))
+            self._metrics.patches.labels("left_out").inc(len(version.candidate.left_out))
 
     def _advance(self, event: round_state.Event) -> None:
         self.state, effects = rounds.advance(self.state, event, time.monotonic(), self._rules, self._me)
@@ -127,6 +147,8 @@ class RoundKeeper:
     async def _tick(self) -> None:
         while True:
             self._advance(round_state.Tick())
+            for version in list(self._asked):
+                await self._hear_decision(version)
             await asyncio.sleep(TICK_SECONDS)
 
     async def _labour(self) -> None:
@@ -157,7 +179,21 @@ class RoundKeeper:
         if any(patch not in self._lineage.patches for patch in candidate.patches):
             await self._find_missing()
         verdict = await asyncio.to_thread(self._maintainer.examine, task.version)
-        if rounds.may_sign(self.state, task.version, time.monotonic(), self._rules):
+        if verdict.accept and (candidate.amends or (self._ask and not candidate.restores)):
+            self._asked[task.version] = verdict
+            log.warning("version %s waits for your word: p2pmodel round approve %s", *[short(task.version)] * 2)
+            await self._hear_decision(task.version)
+        else:
+            await self._sign(verdict)
+
+    async def _hear_decision(self, version: VersionId) -> None:
+        decision = self._lineage.decision(version)
+        if decision is not None:
+            accept, reason = decision
+            await self._sign(replace(self._asked.pop(version), accept=accept, reason=reason))
+
+    async def _sign(self, verdict: Verdict) -> None:
+        if rounds.may_sign(self.state, verdict.version, time.monotonic(), self._rules):
             await self._publish("verdict", self._key.sign("verdict", verdict))
 
     async def _publish(self, kind: str, record: bytes) -> None:

@@ -79,8 +79,9 @@ class Service:
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         self._lineage.refresh()
         patch = Digest(request.record)
-        if ("candidate", patch) in {(kind, record.digest) for kind, record in self._lineage.inventory()}:
-            await self._community.publish("candidate", patch)
+        kinds = {record.digest: kind for kind, record in self._lineage.inventory()}
+        if kinds.get(patch) in ("candidate", "verdict"):
+            await self._community.publish(kinds[patch], patch)
             return pb.PublishReply(patch=patch, model=self._lineage.model, round=self._community.round.round)
         if patch not in self._lineage.patches:
             raise NotFound(

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, UsageError
-from p2pmodel.domain.ids import VersionId
+from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.swarm import Lease, Presence
-from p2pmodel.engine.head import load_head
+from p2pmodel.engine.head import NO_VECTORS, load_head
 from p2pmodel.gateway.access import Keys, is_loopback
 from p2pmodel.gateway.api import Api
 from p2pmodel.gateway.feed import Feed
@@ -28,13 +28,19 @@ from p2pmodel.gateway.turnstile import Turnstile
 from p2pmodel.logic.routing import coverage
 from p2pmodel.node.answering import Writer
 from p2pmodel.node.client import SwarmClient
+from p2pmodel.node.gauges import show_swarm
+from p2pmodel.node.metering import metered, request_counter
 from p2pmodel.node.overview import Overview, requests_view
+from p2pmodel.node.private import carries, vectors_of_known
 from p2pmodel.node.threads import use_threads
+from p2pmodel.telemetry.gateway import GatewayMetrics
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 4.0
 LEARN_SECONDS = 15.0
+MOST_PATCHES = 100
+"""That are listed as models."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +73,18 @@ async def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with contextlib.AsyncExitStack() as stack:
-        feed, turnstile = Feed(), Turnstile(options.answers, options.waiting)
+        feed, metrics = Feed(), GatewayMetrics()
+        turnstile = Turnstile(options.answers, options.waiting, metrics.wait_seconds.observe)
+        metrics.at_work.set_function(lambda: turnstile.at_work)
+        metrics.waiting.set_function(lambda: turnstile.waiting)
         client = await asyncio.to_thread(SwarmClient.connect, options.home, options.peers, options.model, options.base)
         stack.push_async_callback(asyncio.to_thread, client.close)
-        gateway = Gateway(client, options.answers, options.codec)
+        gateway = Gateway(client, options.answers, options.codec, metrics)
         stack.callback(gateway.close)
         await gateway.look()
         feed.begin(lambda: gateway.status(turnstile))
-        routes = [*Api(gateway, turnstile, keys).routes(), *Pages(feed, None, chat=True).routes()]
-        server = await HttpServer.start(options.host, options.port, routes)
+        routes = [*Api(gateway, turnstile, keys).routes(), *Pages(feed, metrics.exposition, chat=True).routes()]
+        server = await HttpServer.start(options.host, options.port, routes, request_counter(metrics))
         stack.push_async_callback(server.stop)
         offer = gateway.offers()[0]
         say(f"serving {offer.name}@{offer.number} at {server.url}/v1, chat at {server.url}/chat")
@@ -100,9 +109,9 @@ async def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
 class Gateway:
     """Implements `gateway.ports.Answerer`."""
 
-    def __init__(self, client: SwarmClient, answers: int, codec: str) -> None:
+    def __init__(self, client: SwarmClient, answers: int, codec: str, metrics: GatewayMetrics) -> None:
         """answers: how many may be at work at once, each in a thread. Raises InvalidInput for an unknown codec."""
-        self._client, self._codec = client, codec
+        self._client, self._codec, self._metrics = client, codec, metrics
         client.chain(client.lineage.head, codec)
         self._model = load_head(client.checkpoint, client)
         self._vocabulary = int(client.checkpoint.config.get_text_config().vocab_size)
@@ -117,6 +126,8 @@ class Gateway:
     async def look(self) -> None:
         """Raises Unreachable."""
         self._leases, self._presences = await asyncio.to_thread(self._client.look)
+        lineage = self._client.lineage
+        show_swarm(self._metrics, lineage, self._leases, lineage.head, len(self._presences))
 
     async def keep_up(self) -> None:
         """Follows who serves what, and which versions are adopted, until cancelled."""
@@ -141,13 +152,22 @@ class Gateway:
         known = [*(version.id for version in reversed(lineage.versions)), VersionId(lineage.model)]
         offers = [self._offer(version) for version in known]
         first = next((offer for offer in offers if offer.available), offers[0])
-        return [replace(first, head=True), *(offer for offer in offers if offer is not first)]
+        waiting = [p for p, noun in lineage.patches.items() if noun.parent == lineage.head and carries(noun)]
+        patched = [replace(first, patch=patch) for patch in waiting[:MOST_PATCHES]]
+        return [replace(first, head=True), *(offer for offer in offers if offer is not first), *patched]
 
     def find(self, model: str) -> Offer:
+        model, plus, patch = model.partition("+")
         name, _, version = model.partition("@")
         lineage = self._client.lineage
         if name != lineage.manifest.name and name != lineage.model:
             raise NotFound(f"There is no model {name[:64]!r} here.", f"There is: {lineage.manifest.name}.")
+        if plus:
+            if version:
+                raise InvalidInput("A patch has a version of its own to begin from.", f"Ask for {name}+{patch[:64]}.")
+            found = lineage.find_patch(patch[:64])
+            begins, _ = vectors_of_known(lineage, found)
+            return replace(self._offer(begins), patch=found)
         if not version or version == "head":
             return self.offers()[0]
         return self._offer(lineage.find_version(version[:64]))
@@ -174,9 +194,7 @@ class Gateway:
             usage.completion = sum(writer.tokens for writer in writers)
             usage.cached = sum(writer.reused for writer in writers[:: request.choices])
 
-        works = [
-            loop.run_in_executor(self._pool, self._write, writer, VersionId(offer.version), show) for writer in writers
-        ]
+        works = [loop.run_in_executor(self._pool, self._write, writer, offer, show) for writer in writers]
         for work in works:
             work.add_done_callback(queue.put_nowait)
         try:
@@ -189,8 +207,11 @@ class Gateway:
                 if not work.cancelled() and (error := work.exception()) is not None:
                     log.info("an answer ended: %s", error)
 
-    def _write(self, writer: Writer, version: VersionId, show: Callable[[Piece], None]) -> None:
-        writer.run(self._model, self._client.tokenizer, self._client.chain(version, self._codec), show)
+    def _write(self, writer: Writer, offer: Offer, show: Callable[[Piece], None]) -> None:
+        vectors = vectors_of_known(self._client.lineage, PatchId(offer.patch))[1] if offer.patch else NO_VECTORS
+        chain = self._client.chain(VersionId(offer.version), self._codec)
+        with metered(writer, self._metrics):
+            writer.run(self._model, self._client.tokenizer, chain, vectors, show)
 
     def _writer(self, number: int, ids: Tensor, request: Request) -> Writer:
         room = self._client.room(ids)

@@ -42,8 +42,8 @@ class HostedStage:
 
 @dataclass(eq=False, slots=True)
 class Seat:
-    """The handle of a session. token_bytes: what a step of one token of all its rows measures; 0 where it trains. codec:
-    its name; row_bytes: what it makes of one hidden state."""
+    """The handle of a session. token_bytes: what a step of one token of all its rows measures; 0 where it trains.
+    codec: its name; row_bytes: what it makes of one hidden state."""
 
     hosted: HostedStage
     handle: Any

@@ -63,6 +63,8 @@ def patch_file_state(lineage: Lineage, path: Path) -> dict[str, Tensor]:
 def round_mean(lineage: Lineage, version: VersionId, kind: str) -> dict[str, Tensor] | None:
     """The mean of the control variates of the version's patches of the kind, by trained parameter; None where it has
     none. Raises NotFound when it is not on this machine."""
+    while version != lineage.model and lineage.version(version).candidate.amends:
+        version = lineage.version(version).candidate.parent  # whose values it has
     ref = None if version == lineage.model else lineage.version(version).candidate.control
     if ref is None or kind not in variates.KINDS:
         return None

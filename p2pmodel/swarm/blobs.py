@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected, Unreachable
 from p2pmodel.domain.ids import Digest, PeerId, check_digest, short
@@ -21,6 +22,9 @@ CHUNK_BYTES = 256 << 10
 STALL_SECONDS = 10.0
 SLOWEST_BYTES_PER_SECOND = 32 << 10
 """A transfer slower than this on the whole is broken off by both sides: a trickle of bytes holds no stream for long."""
+
+MAX_BREAKS = 64
+"""So often is a transfer taken up, from whichever source."""
 
 _MAX_MESSAGE_BYTES = 1024
 
@@ -79,6 +83,7 @@ class BlobServer:
                     return
                 await channel.write(chunk, STALL_SECONDS)
                 self.bytes_sent += len(chunk)
+        self.sent += 1
 
 
 class BlobFetcher:
@@ -92,7 +97,8 @@ class BlobFetcher:
 
     async def fetch(self, ref: BlobRef, sources: Sequence[PeerId]) -> None:
         """Returns when the blob is verified and visible. Sources are tried in turn, each from the byte where the one
-        before broke off; if what they sent together is wrong, each alone, since one liar spoils the others' bytes.
+        before broke off, and again while that brings more than a trickle; if what they sent together is wrong, each
+        alone, since one liar spoils the others' bytes.
 
         Raises Unreachable when none of them has it, whole and right; StorageError from the sink.
         """
@@ -108,13 +114,29 @@ class BlobFetcher:
             "Try again when more peers are there.",
         )
 
+    async def describe(self, digest: Digest, limit: int, sources: Sequence[PeerId]) -> BlobRef:
+        """With the size that the first source says it has, for digests that came without one. Raises Rejected("size")
+        when that is over `limit` bytes, Unreachable when no source has it."""
+        for source in dict.fromkeys(source for source in sources if source != self._host.peer):
+            try:
+                async with open_channel(self._host, source, PROTOCOL) as channel:
+                    await channel.send(BlobRequest(digest, 0))
+                    header = await channel.receive(BlobHeader, _MAX_MESSAGE_BYTES, STALL_SECONDS)
+            except (PeerFailed, Rejected) as error:
+                log.info("Blob %s: %s", short(digest), error)
+                continue
+            if not 0 <= header.size <= limit:
+                raise Rejected("size", f"Blob {short(digest)} has {header.size} bytes, and at most {limit} are taken.")
+            return BlobRef(digest, header.size)
+        raise Unreachable(f"Blob {short(digest)} cannot be had from any of these peers.", "Try again later.")
+
     async def _attempt(self, ref: BlobRef, sources: Sequence[PeerId]) -> set[PeerId] | None:
         """None when the blob is there; else the peers whose bytes make up a wrong one: none when it is incomplete."""
         sink = self._make_sink(ref.digest, ref.size)
-        received, contributors = 0, set[PeerId]()
+        received, contributors, fruitless = 0, set[PeerId](), 0
         try:
-            for source in sources:
-                if received == ref.size:
+            for source in islice(cycle(sources), MAX_BREAKS):
+                if received == ref.size or fruitless == len(sources):
                     break
                 before = received
                 try:
@@ -124,10 +146,12 @@ class BlobFetcher:
                             received += len(chunk)
                 except (PeerFailed, Rejected) as error:
                     log.info("Blob %s: %s", short(ref.digest), error)
+                fruitless = 0 if received - before >= CHUNK_BYTES else fruitless + 1
                 if received > before:
                     contributors.add(source)
             if received == ref.size:
                 await _to_the_end(sink.finish)
+                self.received += 1
                 return None
         except Rejected as error:
             log.warning("Blob %s of %s: %s", short(ref.digest), ", ".join(sorted(contributors)), error)

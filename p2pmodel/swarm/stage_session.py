@@ -19,10 +19,10 @@ OUTBOX_BYTES = 8 << 20
 @dataclass(frozen=True)
 class ChainStats:
     """sessions: open now; the others are totals since the start. frames, tokens: through the runner; gradients: of
-    micro-batches; step_seconds:
-    spent in it; bytes: of the frames, with their headers; failed: sessions refused, or ended by an error; phases: seconds
-    of a forward by what it was of, `decode`, `prefill` or `training`, and of a `backward`; queued: seconds from when a step
-    was read to when it was taken up; together: sessions in a forward. Tallies go on growing."""
+    micro-batches; step_seconds: spent in it; bytes: of the frames, with their headers; failed: sessions refused, or
+    ended by an error; phases: seconds of a forward by what it was of, `decode`, `prefill` or `training`, and of a
+    `backward`; queued: seconds from when a step was read to when it was taken up; together: sessions in a forward.
+    Tallies go on growing."""
 
     sessions: int
     opened: int

@@ -1,6 +1,7 @@
 """Makes metrics, and knows what was made: their documentation is written from it.
 
-Names are `p2pmodel_…` in base units; counters end in `_total`. A label's values are listed, or what bounds them is said.
+Names are `p2pmodel_…` in base units; counters end in `_total`. A label's values are listed, or what bounds them
+is said.
 """
 
 import platform
@@ -69,9 +70,9 @@ class Families:
         self.registry = CollectorRegistry()
         self.made: list[Family] = []
         ProcessCollector(registry=self.registry)
-        self.info("p2pmodel_build", "Version of p2pmodel and of Python.", {"version": "of p2pmodel", "python": "its version"}).info(
-            {"version": __version__, "python": platform.python_version()}
-        )
+        self.info(
+            "p2pmodel_build", "Version of p2pmodel and of Python.", {"version": "of p2pmodel", "python": "its version"}
+        ).info({"version": __version__, "python": platform.python_version()})
 
     def counter(self, name: str, help: str, labels: Labels = NO_LABELS) -> Counter:
         """name: without `_total`."""

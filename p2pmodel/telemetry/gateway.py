@@ -26,12 +26,12 @@ class GatewayMetrics(SwarmView):
         self.at_work = self.gauge("p2pmodel_answers_at_work", "Answers that are being made.")
         self.waiting = self.gauge("p2pmodel_answers_waiting", "Answers that wait for their turn.")
         self.wait_seconds = self.histogram(
-            "p2pmodel_wait_seconds", "Time that a request waited for its turn, before anything was computed.", WAIT_SECONDS
+            "p2pmodel_wait_seconds",
+            "Time that a request waited for its turn, before anything was computed.",
+            WAIT_SECONDS,
         )
         self.first_token_seconds = self.histogram(
-            "p2pmodel_first_token_seconds",
-            "Time from an answer's turn to its first token.",
-            FIRST_TOKEN_SECONDS,
+            "p2pmodel_first_token_seconds", "Time from an answer's turn to its first token.", FIRST_TOKEN_SECONDS
         )
         self.output_token_seconds = self.histogram(
             "p2pmodel_output_token_seconds",

@@ -1,13 +1,13 @@
 """A node's metrics. docs/metrics.md is written from them.
 
-No label ever holds the id of a peer, a request or a patch: every label takes one of a few values, so that a scrape stays
-small in a swarm of any size.
+No label ever holds the id of a peer, a request or a patch: every label takes one of a few values, so that a scrape
+stays small in a swarm of any size.
 """
 
 from collections.abc import Iterable
 
-from p2pmodel.domain.version import DomainScore
 from p2pmodel.domain.bounds import FORWARD_SECONDS, MERGE_SECONDS, QUEUE_SECONDS, SESSIONS
+from p2pmodel.domain.version import DomainScore
 from p2pmodel.telemetry.swarm_view import SwarmView
 
 DIRECTIONS = ("received", "sent")
@@ -29,7 +29,8 @@ class Metrics(SwarmView):
         super().__init__()
         direction = {"direction": DIRECTIONS}
         self.served_round = self.gauge(
-            "p2pmodel_served_round", "Round that made the newest version that this node serves or holds; 0 for the base."
+            "p2pmodel_served_round",
+            "Round that made the newest version that this node serves or holds; 0 for the base.",
         )
         self.peers_connected = self.gauge("p2pmodel_peers_connected", "Peers that this node has a connection to.")
         self.clock_offset = self.gauge(
@@ -54,14 +55,16 @@ class Metrics(SwarmView):
         self.children_memory = self.gauge(
             "p2pmodel_child_resident_memory_bytes", "Resident memory of a child process.", {"process": CHILDREN}
         )
-        self.children_cpu = self.gauge(
-            "p2pmodel_child_cpu_seconds", "CPU time of the child process that runs now.", {"process": CHILDREN}
+        self.children_cpu = self.counter(
+            "p2pmodel_child_cpu_seconds", "CPU time of a child process, of those before it too.", {"process": CHILDREN}
         )
 
     def _hosting(self) -> None:
         self.layers_hosted = self.gauge("p2pmodel_layers_hosted", "Layers that this node serves.")
         self.span = self.gauge(
-            "p2pmodel_hosted_span", "First layer that this node serves, and the one behind the last.", {"end": ("first", "behind")}
+            "p2pmodel_hosted_span",
+            "First layer that this node serves, and the one behind the last.",
+            {"end": ("first", "behind")},
         )
         self.layer_seconds = self.gauge(
             "p2pmodel_layer_seconds", "Time of one hosted layer for one token of one session, as the lease says it."
@@ -94,9 +97,7 @@ class Metrics(SwarmView):
             "The same in memory, as measured on this model; what is kept of ended sessions gives way to new ones.",
             {"state": ("promised", "retained", "free")},
         )
-        self.graph_bytes = self.gauge(
-            "p2pmodel_graph_bytes", "Memory of micro-batches that wait for their gradients."
-        )
+        self.graph_bytes = self.gauge("p2pmodel_graph_bytes", "Memory of micro-batches that wait for their gradients.")
         self.gradients = self.counter("p2pmodel_gradients", "Micro-batches whose gradients this node answered.")
         self.activation_bytes = self.counter(
             "p2pmodel_activation_bytes", "Frames of activation streams, with their headers.", {"direction": DIRECTIONS}
@@ -124,14 +125,11 @@ class Metrics(SwarmView):
             {"kind": "patch, candidate, verdict", "reason": REASON},
         )
         self.repaired = self.counter(
-            "p2pmodel_records_repaired",
-            "Records that gossip did not bring, found by asking a peer what it has.",
+            "p2pmodel_records_repaired", "Records that gossip did not bring, found by asking a peer what it has."
         )
 
     def _rounds(self) -> None:
-        self.patches = self.counter(
-            "p2pmodel_patches", "Patches, by what became of them.", {"outcome": PATCH_OUTCOMES}
-        )
+        self.patches = self.counter("p2pmodel_patches", "Patches, by what became of them.", {"outcome": PATCH_OUTCOMES})
         self.rounds = self.counter(
             "p2pmodel_rounds",
             "Rounds, by how they ended; misbehaviour: a maintainer signed two candidates of one.",

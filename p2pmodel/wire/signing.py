@@ -71,6 +71,18 @@ class Key:
         body = canonical.encode(noun)
         return canonical.encode(Signed(kind, body, self.peer, self._private.sign(_message(kind, body))))
 
+    def sign_envelope(self, payload_type: str, payload: bytes) -> bytes:
+        """The signature of a DSSE envelope around the payload; never valid for a record, nor a record's for it."""
+        return self._private.sign(_envelope(payload_type, payload))
+
+
+def verify_envelope(peer: PeerId, payload_type: str, payload: bytes, signature: bytes) -> None:
+    """Raises Rejected("signature")."""
+    try:
+        public_key(peer).verify(signature, _envelope(payload_type, payload))
+    except InvalidSignature:
+        raise Rejected("signature", f"The signature of the envelope is not that of {peer}.") from None
+
 
 def public_key(peer: PeerId) -> Ed25519PublicKey:
     """Raises Rejected("signature") when the id is not that of an Ed25519 key."""
@@ -101,3 +113,9 @@ def open_record(record: bytes, kind: str, noun: type[T], limit: int) -> tuple[T,
 
 def _message(kind: str, body: bytes) -> bytes:
     return b"p2pmodel/1/" + kind.encode() + b"\x00" + body
+
+
+def _envelope(payload_type: str, payload: bytes) -> bytes:
+    """DSSE's pre-authentication encoding (https://github.com/secure-systems-lab/dsse/blob/master/protocol.md)."""
+    name = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(name), name, len(payload), payload)

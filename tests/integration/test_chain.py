@@ -268,7 +268,7 @@ def test_gradients_run_back_while_others_go_forward(swarm: Swarm) -> None:
     chunk, count = 1 << 18, 12
     for n in range(count):
         if n == count // 2:
-            session.send_state(np.float32([100]).data)
+            session.send_state(np.full(1, 100, np.float32).data)
         session.send(np.full(chunk, n, np.float32).data, n, 100)
     for n in range(count):
         _, body = session.receive()

@@ -1,6 +1,7 @@
 """Two rounds with control variates, on the starter model: what a version carries, and what contributors do with it."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from p2pmodel.tensors import control
 from p2pmodel.wire import canonical
 from tests.lineages import begin
 
-OPTIONS = {"steps": 6, "batch": 2, "sequence": 64, "fisher_examples": 2, "learning_rate": 0.02, "checkpoint_every": 6}
+TEXT = (starter.DOMAINS / "xml.txt").read_text()[:3000]
+OPTIONS = {"steps": 6, "batch": 4, "sequence": 64, "fisher_examples": 2, "learning_rate": 0.02, "checkpoint_every": 6}
 
 
 @pytest.fixture
@@ -28,9 +30,10 @@ def homes(tmp_path: Path) -> tuple[Lineage, Lineage]:
     """The maintainer's, and a contributor's with all of its records."""
     exam = tmp_path / "exam"
     exam.mkdir()
-    lines = (starter.EXAM / "xml.tune.jsonl").read_text().splitlines()[:2]
+    # What they are examined on is what they learn from, so that every patch helps.
+    rows = "".join(json.dumps({"text": TEXT[at : at + 500]}) + "\n" for at in range(0, len(TEXT), 500))
     for split in ("tune", "test"):
-        (exam / f"xml.{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (exam / f"xml.{split}.jsonl").write_text(rows)
     (exam / "exam.toml").write_text('[[domain]]\nname = "xml"\ntune = "xml.tune.jsonl"\ntest = "xml.test.jsonl"\n')
     mine = begin(tmp_path / "maintainer", exam)
     other = Home.open(tmp_path / "contributor")
@@ -50,9 +53,9 @@ def give(lineage: Lineage, source: Lineage) -> None:
         lineage.refresh()
 
 
-def contribute(lineage: Lineage, data: str, output: Path, **more: object) -> Assignment:
+def contribute(lineage: Lineage, output: Path, **more: object) -> Assignment:
     text = output.with_suffix(".txt")
-    text.write_bytes((starter.DOMAINS / f"{data}.txt").read_bytes()[:40_000])
+    text.write_text(TEXT)
     assignment = _assignment(lineage, starter.MODEL, {"data": [text], **OPTIONS, **more})
     train_patch(assignment, output, lambda step: None)
     take_in(lineage, output.read_bytes())
@@ -67,20 +70,22 @@ def adopt(lineage: Lineage, round: int) -> None:
     assert proposal is not None
     for raw in proposal.blobs:
         lineage.home.objects.put(raw)
-    for kind, noun in (("candidate", proposal.candidate), ("verdict", None)):
-        if noun is None:
-            version = canonical.digest(canonical.encode(proposal.candidate))
-            noun = maintainer.examine(version)
-            assert noun.accept, noun.reason
-        record = lineage.home.key.sign(kind, noun)
-        store(lineage, kind, record, needed_blobs(lineage, kind, record))
-        lineage.refresh()
+    _sign(lineage, "candidate", proposal.candidate)
+    verdict = maintainer.examine(canonical.digest(canonical.encode(proposal.candidate)))
+    assert verdict.accept, verdict.reason
+    _sign(lineage, "verdict", verdict)
+
+
+def _sign(lineage: Lineage, kind: str, noun: object) -> None:
+    record = lineage.home.key.sign(kind, noun)
+    store(lineage, kind, record, needed_blobs(lineage, kind, record))
+    lineage.refresh()
 
 
 @pytest.mark.timeout(300)
 def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
     mine, other = homes
-    first = [contribute(x, "xml", tmp_path / f"{n}.p2patch", control=True, seed=n) for n, x in enumerate(homes)]
+    first = [contribute(x, tmp_path / f"{n}.p2patch", control=True, seed=n) for n, x in enumerate(homes)]
     assert all(assignment.mean is None for assignment in first)
     give(mine, other)
     adopt(mine, 1)
@@ -96,7 +101,7 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
         load = mine.home.objects.load
         own.append(control.read(load(patch.control.digest), load(patch.adapter.digest), 1 << 20))
     for slot, value in mean.items():
-        expected = sum(variate[slot] for variate in own) / len(own)
+        expected = torch.stack([variate[slot] for variate in own]).mean(0)
         assert float((value - expected).norm()) <= 0.01 * float(expected.norm())
 
     # Who took part knows its own; a newcomer measures it; both correct their gradients, and say so without being told.
@@ -106,14 +111,15 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
     joined = Lineage.create(newcomer, mine.home.objects.load(mine.model))
     give(joined, mine)
     for name, lineage in (("known", other), ("new", joined)):
-        assignment = contribute(lineage, "xml", tmp_path / f"{name}.p2patch", seed=7)
+        assignment = contribute(lineage, tmp_path / f"{name}.p2patch", seed=7)
         assert assignment.mean is not None
         assert assignment.options.control
         patch = next(p for p in lineage.patches.values() if p.parent == lineage.head)
         assert patch.control is not None
         assert patch.provenance.recipe.continued == (name == "known")
-    uncorrected = contribute(mine, "xml", tmp_path / "without.p2patch", seed=7, control=False)
-    assert uncorrected.mean is None
+    without = _assignment(other, starter.MODEL, {"data": [tmp_path / "new.txt"], "control": False})
+    assert without.mean is None
+    assert not without.options.control
     give(mine, other)
     give(mine, joined)
     adopt(mine, 2)
@@ -125,7 +131,7 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
 
 def test_a_mean_that_is_not_the_patches_is_refused(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
     mine, _ = homes
-    contribute(mine, "xml", tmp_path / "a.p2patch", control=True)
+    contribute(mine, tmp_path / "a.p2patch", control=True)
     maintainer = Maintainer(mine, mine.home.key.peer, starter.MODEL, lambda seconds: None)
     proposal = maintainer.propose(1, mine.head, tuple(mine.patches))
     assert proposal is not None

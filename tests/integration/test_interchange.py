@@ -7,23 +7,30 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from p2pmodel import starter
-from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.domain.ids import VersionId
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.patch import Patch, Provenance, Recipe
+from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.interchange import adapters
+from p2pmodel.engine.interchange.folding import fold
+from p2pmodel.engine.trainees import KindOptions, new_trainee
 from p2pmodel.node.exporting import MARK, export_adapter, export_merged
 from p2pmodel.node.founding import Founding, found
 from p2pmodel.node.importing import FLAT, import_adapter
+from p2pmodel.node.intake import check_tensors
 from p2pmodel.node.lineage import Lineage
 from p2pmodel.node.patchbook import OpenedPatch, open_patch
-from p2pmodel.node.states import patch_file_state, version_state
+from p2pmodel.node.states import patch_file_state, read_change, version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, lora
 from p2pmodel.tensors.kinds import Kinds
-from p2pmodel.wire import bundle
-from tests.lineages import add_patch, adopt
+from p2pmodel.wire import bundle, canonical
+from tests.families import save_small
+from tests.lineages import add_patch_of, adopt
 from tests.training_support import PROSE, byte_tokenizer, small_model
 
 TOKENS = torch.arange(3, 27)[None] * 7 % 257
@@ -32,15 +39,15 @@ KINDS = ("ia3@1", "lora@1", "fish@1")
 
 def small_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=256, eos_token_id=256)
+    config = GPT2Config(
+        vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=256, eos_token_id=256
+    )
     return GPT2LMHeadModel(config)
 
 
 def small_opt() -> PreTrainedModel:
     """With biases on everything."""
     torch.manual_seed(0)
-    from transformers import OPTConfig, OPTForCausalLM
-
     config = OPTConfig(
         vocab_size=257, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.2,
@@ -73,19 +80,19 @@ def lineage(base: Path, tmp_path: Path) -> Lineage:
 
 def grown(lineage: Lineage) -> VersionId:
     """A version whose vectors and weights are not the base's."""
-    return adopt(lineage, [add_patch(lineage, lineage.home.key, seed=1, size=0.02)])
+    chance = torch.Generator().manual_seed(1)
+    state = {
+        n: t + 0.02 * torch.randn(t.shape, generator=chance) for n, t in version_state(lineage, lineage.head).items()
+    }
+    patch = add_patch_of(lineage, lineage.home.key, {n: t for n, t in state.items() if n.startswith("ia3:")})
+    return adopt(lineage, [patch], state=state)
 
 
 def new_patch(lineage: Lineage, kind: str, parent: VersionId) -> OpenedPatch:
-    from p2pmodel.domain.patch import Patch, Provenance, Recipe
-    from p2pmodel.engine.data import Blocks
-    from p2pmodel.engine.trainees import KindOptions, new_trainee
-    from p2pmodel.domain.model import BlobRef
-    from p2pmodel.wire import canonical
 
     model = AutoModelForCausalLM.from_pretrained(lineage.home.path.parent / "base")
     state = version_state(lineage, parent)
-    trainee = new_trainee(model, kind, state, Blocks.join([]) if False else None, KindOptions(rank=3, alpha=5.0), 0)  # type: ignore[arg-type]
+    trainee = new_trainee(model, kind, state, None, KindOptions(rank=3, alpha=5.0), 0)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainee.parameters.values():
@@ -118,8 +125,6 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def state_of(opened: OpenedPatch) -> dict[str, torch.Tensor]:
-    from p2pmodel.node.states import read_change
-
     parent = version_state(opened.lineage, opened.patch.parent)
     return read_change(opened.lineage, opened.patch.kind, opened.adapter).applied_to(parent)
 
@@ -174,13 +179,44 @@ def test_a_whole_checkpoint_computes_what_the_version_and_the_patch_do(
         export_merged(at_base, base, tmp_path / "fp32", opened.patch.parent)
 
 
-def test_what_peft_has_no_place_for_is_said(at_base: Lineage, base: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_what_peft_has_no_place_for_is_said() -> None:
+    for kind in ("dense@1", "fish@1"):
+        with pytest.raises(InvalidInput, match=f"no adapter for patches of kind {kind}"):
+            adapters.write(kind, small_model(), {}, "base")
 
+
+def some_state(model: PreTrainedModel, kinds: Kinds) -> dict[str, torch.Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    state = kinds.initial(kinds.find_slots(model.base_model))
+    return {name: t + 0.02 * torch.randn(t.shape, generator=chance) for name, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2", "gemma2", "phi3", "gpt_neox", "bloom", "deepseek_v3", "gpt_oss", "mixtral"]
+)
+def test_vectors_and_weights_fold_in_many_families(family: str, tmp_path: Path) -> None:
+    save_small(family, tmp_path)
+    kinds, model = Kinds(("ia3@1", "dense@1")), load_whole(tmp_path)
+    state = some_state(model, kinds)
+    tokens = TOKENS % 96
+    with torch.no_grad():
+        before = model(tokens).logits
+        assert fold(model, kinds, state) < 1e-4
+        assert not torch.allclose(model(tokens).logits, before, atol=1e-3)
+
+
+def test_a_vector_over_a_weight_that_layers_share_is_not_folded() -> None:
+    kinds, model = Kinds(("ia3@1",)), small_model()
+    layers: Any = model.model.layers
+    layers[1].self_attn.k_proj.weight = layers[0].self_attn.k_proj.weight
+    with pytest.raises(InvalidInput, match="other layers of the model use the same weight"):
+        fold(model, kinds, some_state(model, kinds))
+
+
+def test_a_lora_with_a_control_variate_is_refused(at_base: Lineage) -> None:
     opened = new_patch(at_base, "lora@1", at_base.head)
-    with pytest.raises(InvalidInput, match="no adapter for patches of kind dense@1"):
-        adapters.write("dense@1", small_model(), {}, "base")
-    assert replace(opened, adapter=b"") != opened
+    with pytest.raises(Rejected, match="have no control variate"):
+        check_tensors(at_base, opened.patch, opened.adapter, opened.adapter, b"control")
 
 
 def trained(config: Any, base: Path, folder: Path) -> torch.Tensor:
@@ -267,7 +303,7 @@ def test_adapters_that_cannot_be_patches_are_refused_in_one_sentence(
     refused("has no adapter_config.json")
     trained(LoraConfig(r=2, target_modules=targets(base)["target_modules"]), base, adapter)
     edited(adapter, base_model_name_or_path="somebody/else")
-    refused("'somebody/else', which is not known to be tiny")
+    refused("names 'somebody/else' as its base, and nothing shows that this is tiny")
     import_adapter(at_base, base, adapter, tmp_path / "a.p2patch", assume_base=True)
     edited(adapter, base_model_name_or_path=str(base), use_dora=True)
     refused("DoRA")
@@ -280,7 +316,7 @@ def test_adapters_that_cannot_be_patches_are_refused_in_one_sentence(
     renamed = {name.replace("layers.0", "layers.9").replace("h.0.", "h.9."): t for name, t in held.items()}
     (adapter / adapters.WEIGHTS).write_bytes(blob.pack(renamed))
     refused("no linear layer with a slot")
-    (adapter / adapters.WEIGHTS).write_bytes(blob.pack(dict(held) | {"base_model.model.lm_head.weight": torch.ones(2, 2)}))
+    (adapter / adapters.WEIGHTS).write_bytes(blob.pack({**held, "base_model.model.lm_head.weight": torch.ones(2, 2)}))
     refused("nothing of a patch")
     (adapter / adapters.WEIGHTS).write_bytes(b"\x1f\x8b" + bytes(100))
     refused("cannot be used")

@@ -24,7 +24,7 @@ from p2pmodel.domain.errors import Unreachable
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.head import RemoteApplier, load_head
-from p2pmodel.node import inference
+from p2pmodel.node import connecting, inference
 from p2pmodel.node.client import Answer, Sampling, SwarmClient
 from p2pmodel.tensors.kinds import get_kind
 
@@ -291,7 +291,7 @@ def test_an_answer_goes_on_when_lost_layers_come_back(
 
 
 def test_an_answer_whose_layers_are_lost_ends_and_names_them(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert inference.PATIENCE_SECONDS <= 15.0
+    assert connecting.PATIENCE_SECONDS <= 15.0
     monkeypatch.setattr(inference, "PATIENCE_SECONDS", SHORT_PATIENCE)
     began = 0.0
 

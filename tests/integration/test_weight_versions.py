@@ -108,7 +108,8 @@ def adopt_round(lineage: Lineage, home: Home, number: int) -> VersionId:
     waiting = tuple(p for p, patch in lineage.patches.items() if patch.parent == lineage.head)
     proposal = maintainer.propose(number, lineage.head, waiting)
     assert proposal is not None
-    home.objects.put(proposal.result)
+    for part in proposal.blobs:
+        home.objects.put(part)
     record = home.key.sign("candidate", proposal.candidate)
     intake.store(lineage, "candidate", record, intake.needed_blobs(lineage, "candidate", record))
     lineage.refresh()

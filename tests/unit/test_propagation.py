@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pmodel.domain.ids import Digest, PeerId
-from p2pmodel.logic.propagation import Backlog, BacklogRules, Fetch, done, due, failed, lost, next_due, want
+from p2pmodel.logic.propagation import Backlog, BacklogRules, Fetch, done, due, failed, lost, next_due, stir, want
 from p2pmodel.wire import canonical
 
 PEERS = [PeerId(f"12D3KooW{'A' * 43}{letter}") for letter in "BCDEFGHJKL"]
@@ -177,3 +177,13 @@ def test_everything_that_one_living_peer_has_arrives(
             break
         now = max(now, next_due(backlog) or now)
     assert arrived == reachable
+
+
+def test_what_waited_for_something_that_has_come_is_due_at_once() -> None:
+    backlog = wanting((RECORDS[0], A), kind="candidate")
+    for _ in range(3):
+        backlog, fetches = due(backlog, 1000.0, 8)
+        backlog = failed(backlog, RECORDS[0], fetches[0].holder, 1000.0)
+        backlog = stir(backlog, RECORDS[:2], 1000.0)
+    assert due(backlog, 1000.0, 8)[1]
+    assert RECORDS[1] not in backlog

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from p2pmodel.domain.errors import UsageError
-from p2pmodel.telemetry import logs
+from p2pmodel.domain.bounds import FORWARD_SECONDS
+from p2pmodel.domain.errors import InvalidInput, UsageError
+from p2pmodel.domain.tally import Tally
+from p2pmodel.telemetry import document, logs
+from p2pmodel.telemetry.families import Growth
+from p2pmodel.telemetry.gateway import GatewayMetrics
 from p2pmodel.telemetry.metrics import Metrics
 
-ALLOWED_LABELS = {"direction", "outcome", "kind", "reason", "le", "version", "python", "number"}
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+ALLOWED_LABELS = {
+    *("direction", "outcome", "kind", "reason", "le", "version", "python", "number", "layer", "end", "phase", "state"),
+    *("statistic", "codec", "process", "section", "of", "route", "status"),
+}
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def scrape(metrics: Metrics) -> str:
@@ -35,8 +42,8 @@ def test_a_scrape_shows_what_was_counted() -> None:
     metrics.layers_covered.set(5)
     metrics.activation_bytes.labels("sent").inc(1024)
     metrics.merge_seconds.observe(0.4)
-    metrics.set_head("1.0.0")
-    metrics.set_head("1.0.1")
+    metrics.set_head("1.0.0", 0)
+    metrics.set_head("1.0.1", 1)
     found = samples(scrape(metrics))
     assert found["p2pmodel_tokens_processed_total", ()] == 3
     assert found["p2pmodel_layers_covered", ()] == 5
@@ -48,17 +55,64 @@ def test_a_scrape_shows_what_was_counted() -> None:
     ]
 
 
-def test_every_metric_is_named_by_the_rules_and_documented() -> None:
-    families = [f for f in text_string_to_metric_families(scrape(Metrics())) if not f.name.startswith("process_")]
-    assert len(families) >= 12
-    document = DOCUMENT.read_text()
+@pytest.mark.parametrize("made", [Metrics, GatewayMetrics])
+def test_every_metric_is_named_by_the_rules_and_documented(made: type[Metrics | GatewayMetrics]) -> None:
+    metrics = made()
+    described = {family.name: family for family in metrics.made}
+    found = text_string_to_metric_families(metrics.exposition().decode())
+    families = [family for family in found if not family.name.startswith("process_")]
+    assert len(families) == len(described)
     for family in families:
         assert family.name.startswith("p2pmodel_")
         assert family.documentation.endswith(".")
         assert not re.search(r"_(ms|millis|kb|mb|minutes)(_|$)", family.name)
         assert {label for sample in family.samples for label in sample.labels} <= ALLOWED_LABELS
-        name = family.name + ("_total" if family.type == "counter" else "")
-        assert f"`{name}" in document
+        kind = described[family.name + ("_total" if family.type == "counter" else "")].kind
+        assert family.type == ("gauge" if kind == "info" else kind)
+
+
+def test_the_page_of_metrics_is_up_to_date_and_no_released_metric_is_gone() -> None:
+    document.main(DOCS, check=True)
+
+
+def test_a_released_metric_cannot_be_changed_unsaid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document.main(tmp_path, check=False)
+    released = tmp_path / document.RELEASED
+    assert "p2pmodel_patches_total counter outcome" in released.read_text().split("\n")
+    gone = "p2pmodel_gone_total counter outcome"
+    released.write_text(released.read_text() + gone + "\n")
+    with pytest.raises(InvalidInput, match="p2pmodel_gone_total"):
+        document.main(tmp_path, check=False)
+    monkeypatch.setitem(document.DEPRECATED, gone, "since 9.9: use p2pmodel_patches_total")
+    document.main(tmp_path, check=False)
+    document.main(tmp_path, check=True)
+    assert gone in released.read_text()
+    assert gone in (tmp_path / document.DOCUMENT).read_text()
+
+
+def test_a_tally_is_shown_as_a_histogram() -> None:
+    metrics, tally = Metrics(), Tally(FORWARD_SECONDS)
+    metrics.forward_seconds.follow({"decode": tally})
+    for value in (0.0005, 0.0006, 99.0):
+        tally.add(value)
+    found = samples(scrape(metrics))
+
+    def bucket(le: str) -> float:
+        return found["p2pmodel_forward_seconds_bucket", (("le", le), ("phase", "decode"))]
+
+    assert (bucket("0.0005"), bucket("0.001"), bucket("10.0"), bucket("+Inf")) == (1, 2, 2, 3)
+    assert found["p2pmodel_forward_seconds_count", (("phase", "decode"),)] == tally.count == 3
+    assert found["p2pmodel_forward_seconds_count", (("phase", "prefill"),)] == 0
+
+
+def test_totals_of_others_become_counters_and_may_begin_anew() -> None:
+    metrics, growth = Metrics(), Growth()
+    for total in (3, 5, 5, 2):
+        growth.carry(metrics.tokens, total)
+        growth.carry(metrics.blob_bytes.labels("sent"), 10 * total)
+    found = samples(scrape(metrics))
+    assert found["p2pmodel_tokens_processed_total", ()] == 7
+    assert found["p2pmodel_blob_bytes_total", (("direction", "sent"),)] == 70
 
 
 def test_two_nodes_in_one_process_count_apart() -> None:

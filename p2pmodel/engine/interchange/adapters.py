@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.engine.weights import read_json
@@ -46,7 +47,7 @@ class PeftAdapter:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def write(kind: str, model: nn.Module, adapter: Mapping[str, Tensor], base: str) -> dict[str, bytes]:
+def write(kind: str, model: PreTrainedModel, adapter: Mapping[str, Tensor], base: str) -> dict[str, bytes]:
     """The files, by name. model: the causal model, on any device; adapter: slot values of `ia3@1` against `base`, or
     what the blob of a `lora@1` patch holds. Raises InvalidInput for what peft has no place for."""
     found = _ia3(model, adapter) if kind == "ia3@1" else _lora(model, adapter) if kind == "lora@1" else None
@@ -101,7 +102,7 @@ def read(folder: Path, limit: int) -> PeftAdapter:
     return PeftAdapter(kind, str(settings.get("base_model_name_or_path") or ""), settings, tensors)
 
 
-def vectors_of(adapter: PeftAdapter, model: nn.Module, parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vectors_of(adapter: PeftAdapter, model: PreTrainedModel, parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What an `ia3@1` blob holds: the parent's vectors times the adapter's, which came on top of them. parent: state of
     the version that the adapter was trained on. Raises InvalidInput for modules without a slot."""
     prefix = base_path(model)
@@ -126,7 +127,7 @@ def vectors_of(adapter: PeftAdapter, model: nn.Module, parent: Mapping[str, Tens
     return found
 
 
-def factors_of(adapter: PeftAdapter, model: nn.Module) -> dict[str, Tensor]:
+def factors_of(adapter: PeftAdapter, model: PreTrainedModel) -> dict[str, Tensor]:
     """What a `lora@1` blob holds. Raises InvalidInput for modules without a slot, and factors that do not fit."""
     prefix, modules = base_path(model), dict(model.named_modules())
     scales = {path: _scale(adapter.settings, path, parts) for path, parts in adapter.tensors.items()}
@@ -137,7 +138,9 @@ def factors_of(adapter: PeftAdapter, model: nn.Module) -> dict[str, Tensor]:
     for path, parts in adapter.tensors.items():
         module = modules.get(path) if path.startswith(prefix) else None
         if module is None or ia3.widths(module) == (0, 0) or parts.keys() != {"lora_A", "lora_B"}:
-            raise InvalidInput(f"The adapter changes {path[:96]!r}, which is no linear layer with a slot in this model.")
+            raise InvalidInput(
+                f"The adapter changes {path[:96]!r}, which is no linear layer with a slot in this model."
+            )
         a, b = parts["lora_A"], parts["lora_B"]
         if (a.shape[1], b.shape[0]) != ia3.widths(module) or a.shape[0] != b.shape[1]:
             raise InvalidInput(f"The adapter's factors of {path[:96]!r} do not fit the model's layer.")
@@ -150,13 +153,36 @@ def factors_of(adapter: PeftAdapter, model: nn.Module) -> dict[str, Tensor]:
     return found | {lora.SCALE: torch.tensor([scale], dtype=torch.float64)}
 
 
-def base_path(model: nn.Module) -> str:
+def through_vectors(
+    held: Mapping[str, Tensor], model: PreTrainedModel, vectors: Mapping[str, Tensor], *, back: bool = False
+) -> dict[str, Tensor]:
+    """LoRA's factors for a checkpoint into which these vectors are folded, from those for the weights below the
+    vectors, or the way back. model: the causal one. Raises InvalidInput where a vector of zeros hides a weight."""
+    modules = dict(model.base_model.named_modules())
+    found = dict(held)
+    for name, factor in held.items():
+        slot, _, part = name.rpartition("#")
+        path = slot.removeprefix(weights.PREFIX).removesuffix(".weight")
+        if not slot:
+            continue
+        inputs_last = not hasattr(modules[path], "nf")
+        vector = vectors.get((ia3.IN if (f"#{part}" == lora.A) == inputs_last else ia3.OUT) + path)
+        if vector is None:
+            continue
+        if back and bool((vector == 0).any()):
+            raise InvalidInput(f"The version has zeros over {path[:96]!r}, which hide what the adapter changes.")
+        scale = vector.double().reciprocal() if back else vector.double()
+        found[name] = (factor.double() * (scale if f"#{part}" == lora.A else scale[:, None])).float()
+    return found
+
+
+def base_path(model: PreTrainedModel) -> str:
     """Of the base model below the causal one, with a dot at its end; empty when they are the same."""
     path = next(name for name, module in model.named_modules() if module is model.base_model)
     return f"{path}." if path else ""
 
 
-def _ia3(model: nn.Module, vectors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _ia3(model: PreTrainedModel, vectors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     prefix, modules = base_path(model), dict(model.named_modules())
     tensors: dict[str, Tensor] = {}
     targets: dict[str, bool] = {}
@@ -179,7 +205,7 @@ def _ia3(model: nn.Module, vectors: Mapping[str, Tensor]) -> tuple[dict[str, Any
     return settings, tensors
 
 
-def _lora(model: nn.Module, held: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _lora(model: PreTrainedModel, held: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Factors of a smaller rank are filled up with zeros, so that one scale does for all."""
     prefix, modules = base_path(model), dict(model.named_modules())
     slots = sorted(name.removesuffix(lora.A) for name in held if name.endswith(lora.A))

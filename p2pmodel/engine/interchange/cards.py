@@ -7,14 +7,7 @@ HUB_LICENCES = {"GPL-3.0-only": "gpl-3.0", "GPL-3.0-or-later": "gpl-3.0", "LGPL-
 
 
 def card(
-    title: str,
-    *,
-    base: str,
-    licence: str,
-    datasets: Sequence[str],
-    library: str,
-    facts: Mapping[str, str],
-    usage: str,
+    title: str, *, base: str, licence: str, datasets: Sequence[str], library: str, facts: Mapping[str, str], usage: str
 ) -> bytes:
     """base: hub id or folder; licence: SPDX identifier or empty; datasets: names of files or of hub datasets; facts: by
     what they are, for people."""

@@ -1,8 +1,8 @@
 """A state of slots folded into a model's own weights, so that any program computes with it.
 
-A vector on a linear layer's output scales the rows of its weight and its bias; one on its input the columns. That is the
-same function up to rounding wherever the layer is linear and its weight is its own. Families are many, so the claim is
-tested on the model itself before anything is written.
+A vector on a linear layer's output scales the rows of its weight and its bias; one on its input the columns. That is
+the same function up to rounding wherever the layer is linear and its weight is its own. Families are many, so the claim
+is tested on the model itself before anything is written.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,153 @@
+"""`p2pmodel round`."""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from p2pmodel.cli import options
+from p2pmodel.cli.output import emit, printable
+from p2pmodel.domain.errors import P2PModelError
+from p2pmodel.domain.ids import short
+
+if TYPE_CHECKING:
+    from p2pmodel.node.lineage import Lineage
+    from p2pmodel.node.roundview import CandidateView, RoundView
+
+app = typer.Typer(no_args_is_help=True, help="Look at the round on the head, and decide as a maintainer.")
+
+POLL_SECONDS = 1.0
+
+CandidateText = Annotated[str, typer.Argument(metavar="CANDIDATE", help="Id of a candidate, or the beginning of it.")]
+
+
+@app.command()
+def show(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
+    """Patches and candidates on the head, who said what of them, and who signed twice."""
+    from p2pmodel.node.roundview import look
+
+    lineage = _lineage(home, model)
+    view, phase = look(lineage), _phase(lineage)
+    emit({**vars(view), "phase": phase}, _text(view, phase), json)
+
+
+@app.command()
+def watch(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
+    """Show the round again whenever it changes, until Ctrl-C."""
+    from p2pmodel.node.roundview import look
+
+    lineage, last = _lineage(home, model), ""
+    while True:
+        lineage.refresh()
+        view, phase = look(lineage), _phase(lineage)
+        if (text := _text(view, phase)) != last:
+            emit({**vars(view), "phase": phase}, text + "\n", json)
+            last = text
+        time.sleep(POLL_SECONDS)
+
+
+@app.command()
+def approve(
+    candidate: CandidateText, model: options.Model = None, home: options.Home = None, json: options.Json = False
+) -> None:
+    """Let this home's maintainer accept a candidate: what `join --ask` waits for, and every amendment."""
+    _decide(candidate, model, home, json, True, "")
+
+
+@app.command()
+def reject(
+    candidate: CandidateText,
+    reason: Annotated[str, typer.Option("--reason", help="What everybody will read.")],
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Let this home's maintainer reject a candidate that waits for its word."""
+    _decide(candidate, model, home, json, False, reason)
+
+
+@app.command()
+def weigh(
+    weights: Annotated[list[str], typer.Argument(metavar="PATCH=λ…", help="Ids of patches; 0 leaves one out.")],
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Say how much patches count in candidates that this home's maintainer proposes; 1 is what all begin with."""
+    from p2pmodel.cli.merging import parse_weights
+
+    lineage = _lineage(home, model)
+    given = {lineage.find_patch(text): weight for text, weight in parse_weights(weights).items()}
+    for patch, weight in given.items():
+        lineage.weigh(patch, weight)
+    emit(
+        {"weights": given},
+        "\n".join(f"patch {short(patch)} counts {weight:g}" for patch, weight in given.items()),
+        json,
+    )
+
+
+def _decide(text: str, model: str | None, home: options.Home, json: bool, accept: bool, reason: str) -> None:
+    from p2pmodel.control.client import ControlClient
+    from p2pmodel.node.amending import decide, find_candidate
+
+    lineage = _lineage(home, model)
+    version = find_candidate(lineage, text)
+    with ControlClient.connect(lineage.home.control_socket) as client:
+        record = decide(lineage, version, accept, reason)
+        if record is not None:
+            client.publish(record)
+    word = "approved" if accept else "rejected"
+    emit({"id": version, "decision": word}, f"version {short(version)} is {word} by this home", json)
+
+
+def _lineage(home: options.Home, model: str | None) -> "Lineage":
+    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.store.home import Home
+
+    return local_lineage(Home.open(home), model)
+
+
+def _phase(lineage: "Lineage") -> str:
+    """`round 3, voting`, as the node of this home says; empty when none runs."""
+    from p2pmodel.control.client import ControlClient
+
+    try:
+        with ControlClient.connect(lineage.home.control_socket) as client:
+            models = [model for model in client.status().models if model.id == lineage.model]
+    except P2PModelError:
+        return ""
+    return f"round {models[0].round.number}, {models[0].round.phase}" if models else ""
+
+
+def _text(view: "RoundView", phase: str) -> str:
+    lines = [
+        f"head         {view.name} {view.number} ({short(view.head)})",
+        f"round        {phase or 'no node runs on this home; what follows is in its store'}",
+        f"decide       {view.threshold} of {len(view.maintainers)} maintainers"
+        + (", of which this home is one" if view.maintains else ""),
+        f"patches      {', '.join(short(patch) for patch in view.patches) or 'none'}",
+    ]
+    for candidate in view.candidates:
+        lines += ["", *_candidate_lines(candidate)]
+    for liar in view.double_signers:
+        versions = " and ".join(short(version) for version in liar.versions)
+        lines += [
+            "",
+            f"SIGNED TWICE {liar.maintainer} in round {liar.round}: {versions}",
+            f"proof        verdicts {', '.join(short(digest) for digest in liar.verdicts)}",
+        ]
+    lines += [f"\nFORK         {', '.join(short(version) for version in siblings)}" for siblings in view.forks]
+    return "\n".join(lines)
+
+
+def _candidate_lines(candidate: "CandidateView") -> list[str]:
+    lines = [
+        f"candidate    {short(candidate.version)} of round {candidate.round}, by {candidate.proposer}",
+        f"             {candidate.what}",
+    ]
+    lines += [f"needs        {e.threshold} of {', '.join(e.maintainers)}" for e in candidate.electorates[1:]]
+    lines += [f"  accepts    {peer}" for peer in candidate.accepts]
+    lines += [f"  rejects    {peer}: {printable(reason)}" for peer, reason in candidate.rejects]
+    lines += [f"  silent     {peer}" for peer in candidate.silent]
+    return lines + ([f"this home    {candidate.decision}"] if candidate.decision else [])

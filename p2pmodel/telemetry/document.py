@@ -1,0 +1,101 @@
+"""Writes docs/metrics.md from the metrics themselves: `python -m p2pmodel.telemetry.document docs`, or with `--check`.
+
+Beside it docs/metrics-released.txt has what was ever released, a line a metric: name, type, labels. A line may be
+added; one that is changed or taken out has to be named in DEPRECATED first.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.telemetry.families import Families, Family
+from p2pmodel.telemetry.gateway import GatewayMetrics
+from p2pmodel.telemetry.metrics import Metrics
+from p2pmodel.telemetry.swarm_view import SwarmView
+
+DOCUMENT, RELEASED = "metrics.md", "metrics-released.txt"
+
+DEPRECATED: dict[str, str] = {}
+"""Released lines that hold no longer, and since which version, with what to use instead."""
+
+_HEAD = """\
+# Metrics
+
+<!-- Written by `python -m p2pmodel.telemetry.document docs`; a test fails when it is out of date. -->
+
+`p2pmodel join --http 9100` and `p2pmodel serve` have `/metrics`, in Prometheus' text format, on 127.0.0.1 unless told
+otherwise ([monitoring.md](monitoring.md)). Names, units and meanings stay as they are once released
+([metrics-released.txt](metrics-released.txt)): what goes is deprecated first. No label holds the id of a peer, a
+request or a patch. Histograms have `_bucket`, `_sum` and `_count`. A label's values that are listed are there from the
+start, at 0.
+"""
+
+_TAIL = """
+`process_cpu_seconds_total`, `process_resident_memory_bytes`, `process_open_fds` and the others of that family are the
+Prometheus client's own, of the node or gateway itself; its two child processes are in `p2pmodel_child_…`. How busy a
+GPU is, beyond this node's own forwards (`rate(p2pmodel_step_seconds_total[1m])` is the share of the time that they
+take), is for the vendor's exporter to say.
+"""
+
+
+def document() -> str:
+    """The page."""
+    common, node, gateway = SwarmView().made, Metrics().made, GatewayMetrics().made
+    names = {family.name for family in common}
+    sections = (
+        ("Of nodes and gateways", common),
+        ("Of nodes", [family for family in node if family.name not in names]),
+        ("Of gateways", [family for family in gateway if family.name not in names]),
+    )
+    parts = [_HEAD]
+    for title, families in sections:
+        parts.append(f"\n## {title}\n\n| Metric | Type | Labels | What it tells |\n|---|---|---|---|\n")
+        parts += [f"| `{x.name}` | {x.kind} | {_labels(x)} | {x.help} |\n" for x in families]
+    if DEPRECATED:
+        parts.append("\n## Deprecated\n\n" + "".join(f"- `{name}`: {why}\n" for name, why in DEPRECATED.items()))
+    return "".join([*parts, _TAIL])
+
+
+def signatures(families: Sequence[Families]) -> list[str]:
+    """A line a metric, sorted: name, type, labels."""
+    found = {" ".join((x.name, x.kind, *sorted(x.labels))) for one in families for x in one.made}
+    return sorted(found)
+
+
+def current() -> list[str]:
+    return signatures((Metrics(), GatewayMetrics()))
+
+
+def broken_promises(released: Sequence[str]) -> list[str]:
+    """Released lines that no metric keeps, and that are not deprecated."""
+    return sorted(set(released) - set(current()) - set(DEPRECATED))
+
+
+def _labels(family: Family) -> str:
+    def values(given: Sequence[str] | str) -> str:
+        return given if isinstance(given, str) else ", ".join(f"`{value}`" for value in given)
+
+    return "; ".join(f"`{label}`: {values(given)}" for label, given in family.labels.items())
+
+
+def main(folder: Path, *, check: bool) -> None:
+    """Raises InvalidInput when a released metric is gone; with `check`, also when the page is out of date."""
+    path, released = folder / DOCUMENT, folder / RELEASED
+    lines = released.read_text(encoding="utf-8").split("\n")[:-1] if released.exists() else []
+    if broken := broken_promises(lines):
+        raise InvalidInput(f"Released metrics are changed or gone: {'; '.join(broken)}.", "Deprecate them first.")
+    texts = {path: document(), released: "".join(f"{line}\n" for line in sorted({*lines, *current()}))}
+    for file, text in texts.items():
+        if check and (not file.exists() or file.read_text(encoding="utf-8") != text):
+            raise InvalidInput(f"{file} is out of date.", "Run: python -m p2pmodel.telemetry.document docs")
+        if not check:
+            file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
+    try:
+        main(Path(arguments[0] if arguments else "docs"), check="--check" in sys.argv)
+    except InvalidInput as error:
+        sys.exit(str(error))
