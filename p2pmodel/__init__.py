@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from p2pmodel.node.distributed import DistributedModelForCausalLM as DistributedModelForCausalLM
+    from p2pmodel.node.asking.distributed import DistributedModelForCausalLM as DistributedModelForCausalLM
 
 __version__ = "0.1.0"
 __all__ = ["DistributedModelForCausalLM", "__version__"]
@@ -12,7 +12,7 @@ __all__ = ["DistributedModelForCausalLM", "__version__"]
 def __getattr__(name: str) -> Any:
     """torch and transformers are loaded only by those who ask for them."""
     if name == "DistributedModelForCausalLM":
-        from p2pmodel.node.distributed import DistributedModelForCausalLM
+        from p2pmodel.node.asking.distributed import DistributedModelForCausalLM
 
         return DistributedModelForCausalLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,10 +11,10 @@ from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import BlobRef, Schedule
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict, VersionNumber
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.intake import needed_blobs, store
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.intake import needed_blobs, store
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
 from p2pmodel.wire import canonical

@@ -44,8 +44,8 @@ def amend(
 
     from p2pmodel.control.client import ControlClient
     from p2pmodel.engine.exams import Suite
-    from p2pmodel.node.amending import propose
-    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.node.rounds.amending import propose
     from p2pmodel.store.home import Home
 
     folder = Home.open(home)

@@ -19,7 +19,7 @@ def gc(
     json: options.Json = False,
 ) -> None:
     """Remove what no version needs: patches that were left out, candidates that nobody adopted, loose ends."""
-    from p2pmodel.node.retention import collect_garbage
+    from p2pmodel.node.lineages.retention import collect_garbage
     from p2pmodel.store.home import Home
 
     done = collect_garbage(Home.open(home), keep_days, dry_run=dry_run)

@@ -13,7 +13,7 @@ from p2pmodel.domain.version import BASE_NUMBER
 
 if TYPE_CHECKING:
     from p2pmodel.domain.version import Version
-    from p2pmodel.node.lineage import Lineage
+    from p2pmodel.node.lineages.lineage import Lineage
 
 identity = typer.Typer(no_args_is_help=True, help="This home's key.")
 
@@ -41,7 +41,7 @@ def status(
 
         return watching.watch(home)
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.reporting import status_data, status_text
+    from p2pmodel.node.watching.reporting import status_data, status_text
     from p2pmodel.store.home import Home
 
     with ControlClient.connect(Home.open(home).control_socket) as client:
@@ -56,7 +56,7 @@ def log(
     json: options.Json = False,
 ) -> None:
     """The versions of a model, the newest first: their patches, verdicts and exam losses."""
-    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.store.home import Home
 
     lineage = local_lineage(Home.open(home), model)
@@ -145,7 +145,7 @@ def _contributor(lineage: "Lineage", patch: PatchId) -> str:
 
 def doctor(home: options.Home = None, json: options.Json = False) -> None:
     """What works on this machine, what does not, and what to do about it."""
-    from p2pmodel.node.checkup import examine_machine
+    from p2pmodel.node.machine.checkup import examine_machine
 
     findings = examine_machine(home)
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}

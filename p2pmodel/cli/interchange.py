@@ -34,9 +34,9 @@ def export(
     """Write a patch for other programs: an adapter of peft, or a whole checkpoint of transformers."""
     if (peft is None) == (merged is None) or (onto and not peft) or (dtype and not merged):
         raise UsageError("A patch is exported with --peft DIR (and --onto), or with --merged DIR (and --dtype).")
-    from p2pmodel.node.bases import find_base
-    from p2pmodel.node.exporting import export_adapter, export_merged
-    from p2pmodel.node.patchbook import open_patch
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.patches.exporting import export_adapter, export_merged
+    from p2pmodel.node.patches.patchbook import open_patch
 
     opened = open_patch(home, patch)
     lineage = opened.lineage
@@ -77,9 +77,9 @@ def import_(
     json: options.Json = False,
 ) -> None:
     """Make a patch of an adapter that was trained with peft: (IA)³ or LoRA, in safetensors."""
-    from p2pmodel.node.bases import find_base
-    from p2pmodel.node.discovery import local_lineage
-    from p2pmodel.node.importing import FLAT, import_adapter
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.node.patches.importing import FLAT, import_adapter
     from p2pmodel.store.home import Home
 
     lineage = local_lineage(Home.open(home), model)
@@ -121,9 +121,9 @@ def export_version(
     json: options.Json = False,
 ) -> None:
     """Write a version as a whole checkpoint that transformers loads, with its values in the weights."""
-    from p2pmodel.node.bases import find_base
-    from p2pmodel.node.discovery import local_lineage
-    from p2pmodel.node.exporting import export_merged
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.node.patches.exporting import export_merged
     from p2pmodel.store.home import Home
 
     lineage = local_lineage(Home.open(home), model)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:  # it loads torch
-    from p2pmodel.node.testing import SuiteReport
+    from p2pmodel.node.versions.testing import SuiteReport
 
 
 def junit(report: "SuiteReport") -> bytes:

@@ -12,7 +12,7 @@ from p2pmodel.domain.ids import short
 from p2pmodel.domain.model import MergeSpec
 
 if TYPE_CHECKING:
-    from p2pmodel.node.blending import Blend
+    from p2pmodel.node.patches.blending import Blend
 
 SHOWN = 20
 
@@ -44,7 +44,7 @@ def merge(
     """Merge patches into one, on this machine: to look at, to evaluate, to export, or to publish."""
     given = parse_weights(weights or ())
     spec = None if strategy is None else parse_strategy(strategy)
-    from p2pmodel.node.blending import blend
+    from p2pmodel.node.patches.blending import blend
     from p2pmodel.store.home import Home
 
     result = blend(Home.open(home), patches, output, spec, given, alpha, base, explain)

@@ -67,7 +67,7 @@ def create(
     from p2pmodel import starter
     from p2pmodel.domain.errors import InvalidInput
     from p2pmodel.domain.model import Limits, Schedule
-    from p2pmodel.node import founding, hub
+    from p2pmodel.node.lineages import founding, hub
     from p2pmodel.store.home import Home
 
     folder, merge = Home.open(home), parse_strategy(strategy)
@@ -115,7 +115,7 @@ def show(
     json: options.Json = False,
 ) -> None:
     """The Manifest: what a model is, and who decides."""
-    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.store.home import Home
 
     lineage = local_lineage(Home.open(home), model)
@@ -142,7 +142,7 @@ def show(
 @app.command("list")
 def list_models(home: options.Home = None, json: options.Json = False) -> None:
     """The lineages that this home knows."""
-    from p2pmodel.node.lineage import known_lineages
+    from p2pmodel.node.lineages.lineage import known_lineages
     from p2pmodel.store.home import Home
 
     known = known_lineages(Home.open(home))

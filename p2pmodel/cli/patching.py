@@ -14,7 +14,7 @@ from p2pmodel.domain.ids import short
 from p2pmodel.domain.patch import DataFile, Patch
 
 if TYPE_CHECKING:
-    from p2pmodel.node.auditing import Audit
+    from p2pmodel.node.patches.auditing import Audit
 
 app = typer.Typer(no_args_is_help=True, help="Publish patches, look at them, check them, and take them elsewhere.")
 app.command()(interchange.export)
@@ -29,8 +29,8 @@ def publish(
 ) -> None:
     """Announce a patch to the swarm, through the node that runs on this home."""
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.intake import take_in
-    from p2pmodel.node.lineage import Lineage
+    from p2pmodel.node.lineages.intake import take_in
+    from p2pmodel.node.lineages.lineage import Lineage
     from p2pmodel.store.home import Home
     from p2pmodel.wire.bundle import open_bundle
 
@@ -57,7 +57,7 @@ def show(
 ) -> None:
     """What a patch changes, and what it was trained on."""
     from p2pmodel.cli.recipes import recipe_of
-    from p2pmodel.node.patchbook import open_patch, read_patch
+    from p2pmodel.node.patches.patchbook import open_patch, read_patch
 
     if recipe_only + statement + croissant > 1:
         raise UsageError("--recipe, --statement and --croissant are three things to print.", "Ask for one at a time.")
@@ -147,12 +147,12 @@ def audit(
     json: options.Json = False,
 ) -> None:
     """Do some of a patch's training again, on its data, and compare; a difference ends with status 6."""
-    from p2pmodel.node.auditing import audit as examine
-    from p2pmodel.node.bases import find_base
     from p2pmodel.node.evidence import find_in, in_folder, in_home
-    from p2pmodel.node.finding import SwarmFinder
-    from p2pmodel.node.patchbook import open_patch
-    from p2pmodel.node.savepoints import MAX_KEPT_BYTES
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.lineages.finding import SwarmFinder
+    from p2pmodel.node.patches.auditing import audit as examine
+    from p2pmodel.node.patches.patchbook import open_patch
+    from p2pmodel.node.patches.savepoints import MAX_KEPT_BYTES
 
     opened = open_patch(home, patch)
     folder = opened.lineage.home
@@ -197,7 +197,7 @@ def _audited(patch: str, report: "Audit") -> str:
 @app.command()
 def verify(patch: PatchText, home: options.Home = None, json: options.Json = False) -> None:
     """Check a patch as every peer does: signature, digests, parent, slots, shapes, values, limits."""
-    from p2pmodel.node.patchbook import verify_patch
+    from p2pmodel.node.patches.patchbook import verify_patch
 
     entry = verify_patch(home, patch)
     emit(
@@ -211,8 +211,8 @@ def verify(patch: PatchText, home: options.Home = None, json: options.Json = Fal
 @app.command("list")
 def list_patches(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
     """The patches that this home knows, and what became of them."""
-    from p2pmodel.node.discovery import local_lineage
-    from p2pmodel.node.patchbook import entries
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.node.patches.patchbook import entries
     from p2pmodel.store.home import Home
 
     known = entries(local_lineage(Home.open(home), model))

@@ -53,7 +53,7 @@ def infer(
     """Continue a text with the swarm's model; the answer is streamed as it is made."""
     if patch is not None and version != "head":
         raise UsageError("--patch and --version exclude each other.", "A patch names its own parent version.")
-    from p2pmodel.node.client import Sampling, SwarmClient
+    from p2pmodel.node.asking.client import Sampling, SwarmClient
     from p2pmodel.tensors.codecs import DEFAULT_CODEC
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -94,7 +94,7 @@ def evaluate(
     """Measure a version's or a patch's loss on a text of your own: nats per token and per byte."""
     if patch is not None and version != "head":
         raise UsageError("--patch and --version exclude each other.", "A patch names its own parent version.")
-    from p2pmodel.node.evaluating import evaluate_files
+    from p2pmodel.node.patches.evaluating import evaluate_files
 
     result = evaluate_files(home, model, base, version, patch, data)
     emit(

@@ -11,7 +11,7 @@ from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 
 if TYPE_CHECKING:
-    from p2pmodel.node.lineage import Lineage
+    from p2pmodel.node.lineages.lineage import Lineage
 
 SHOWN_SLOTS = 8
 
@@ -40,10 +40,10 @@ def rebase(
     json: options.Json = False,
 ) -> None:
     """Move a patch to a newer version, without its data: by merging, weighted by what each depends on."""
-    from p2pmodel.node.bases import find_base
-    from p2pmodel.node.discovery import local_lineage
-    from p2pmodel.node.patchbook import open_patch
-    from p2pmodel.node.rebasing import rebase as move
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.node.patches.patchbook import open_patch
+    from p2pmodel.node.patches.rebasing import rebase as move
 
     opened = open_patch(home, patch)
     folder = opened.lineage.home

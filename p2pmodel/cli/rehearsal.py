@@ -26,10 +26,10 @@ from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.model import Schedule
 from p2pmodel.domain.swarm import Span
 from p2pmodel.domain.version import VersionNumber
-from p2pmodel.node.client import Answer, Sampling, SwarmClient
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.intake import take_in
-from p2pmodel.node.lineage import Lineage
+from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.intake import take_in
+from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.store.home import Home
 from p2pmodel.wire.bundle import open_bundle
 

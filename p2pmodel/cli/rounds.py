@@ -11,8 +11,8 @@ from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import short
 
 if TYPE_CHECKING:
-    from p2pmodel.node.lineage import Lineage
-    from p2pmodel.node.roundview import CandidateView, RoundView
+    from p2pmodel.node.lineages.lineage import Lineage
+    from p2pmodel.node.rounds.roundview import CandidateView, RoundView
 
 app = typer.Typer(no_args_is_help=True, help="Look at the round on the head, and decide as a maintainer.")
 
@@ -24,7 +24,7 @@ CandidateText = Annotated[str, typer.Argument(metavar="CANDIDATE", help="Id of a
 @app.command()
 def show(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
     """Patches and candidates on the head, who said what of them, and who signed twice."""
-    from p2pmodel.node.roundview import look
+    from p2pmodel.node.rounds.roundview import look
 
     lineage = _lineage(home, model)
     view, phase = look(lineage), _phase(lineage)
@@ -34,7 +34,7 @@ def show(model: options.Model = None, home: options.Home = None, json: options.J
 @app.command()
 def watch(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
     """Show the round again whenever it changes, until Ctrl-C."""
-    from p2pmodel.node.roundview import look
+    from p2pmodel.node.rounds.roundview import look
 
     lineage, last = _lineage(home, model), ""
     while True:
@@ -89,7 +89,7 @@ def weigh(
 
 def _decide(text: str, model: str | None, home: options.Home, json: bool, accept: bool, reason: str) -> None:
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.amending import decide, find_candidate
+    from p2pmodel.node.rounds.amending import decide, find_candidate
 
     lineage = _lineage(home, model)
     version = find_candidate(lineage, text)
@@ -102,7 +102,7 @@ def _decide(text: str, model: str | None, home: options.Home, json: bool, accept
 
 
 def _lineage(home: options.Home, model: str | None) -> "Lineage":
-    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.store.home import Home
 
     return local_lineage(Home.open(home), model)

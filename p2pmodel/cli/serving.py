@@ -35,8 +35,8 @@ def serve(
     """Serve the swarm's model to programs that speak OpenAI's API, with a chat page and the status page."""
     import uvloop
 
-    from p2pmodel.node.serving import ServeOptions
-    from p2pmodel.node.serving import serve as run
+    from p2pmodel.node.serving.serving import ServeOptions
+    from p2pmodel.node.serving.serving import serve as run
     from p2pmodel.tensors.codecs import DEFAULT_CODEC
 
     uvloop.run(

@@ -35,8 +35,8 @@ def examine(
     if junit_file is not None and not junit_file.resolve().parent.is_dir():
         raise UsageError(f"The folder of {junit_file} does not exist.", "Make it first.")
     from p2pmodel.cli.junit import junit
-    from p2pmodel.node.testing import run_suite
-    from p2pmodel.node.threads import use_threads
+    from p2pmodel.node.machine.threads import use_threads
+    from p2pmodel.node.versions.testing import run_suite
 
     use_threads(threads)
     report = run_suite(home, model, base, subject, suite)

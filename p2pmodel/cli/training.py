@@ -13,8 +13,8 @@ from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 
 if TYPE_CHECKING:
-    from p2pmodel.node.contributing import Assignment, Estimate, NewPatch
-    from p2pmodel.node.lineage import Lineage
+    from p2pmodel.node.lineages.lineage import Lineage
+    from p2pmodel.node.patches.contributing import Assignment, Estimate, NewPatch
 
 PLACES = ("through_swarm", "peers", "codec")
 DATA, PATCH, STEPS, MERGING, RUN = "Data", "Patch", "Training", "For merging", "Running"
@@ -188,10 +188,10 @@ def train(
     from p2pmodel.cli.recipes import read_recipe
     from p2pmodel.cli.training_display import TrainingDisplay, demand_plots
     from p2pmodel.cli.training_display import plot as draw
-    from p2pmodel.node.bases import find_base
-    from p2pmodel.node.contributing import ALONE, Workplace, estimate, train_patch
-    from p2pmodel.node.discovery import local_lineage
-    from p2pmodel.node.threads import use_threads
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.node.machine.threads import use_threads
+    from p2pmodel.node.patches.contributing import ALONE, Workplace, estimate, train_patch
     from p2pmodel.store.home import Home
 
     chosen = (read_recipe(recipe) if recipe else {}) | given
@@ -203,8 +203,8 @@ def train(
     folder = Home.open(home)
     with ExitStack() as stack:
         if through_swarm:
-            from p2pmodel.node.apprentice import DEFAULT_CODEC, ThroughSwarm
-            from p2pmodel.node.client import SwarmClient
+            from p2pmodel.node.asking.client import SwarmClient
+            from p2pmodel.node.patches.apprentice import DEFAULT_CODEC, ThroughSwarm
 
             client = stack.enter_context(SwarmClient.connect(home, tuple(peers or ()), model, base))
             lineage, place = client.lineage, client.checkpoint.path
@@ -230,10 +230,10 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
     """chosen: by parameter; what is not there is the kind's or the trainer's default."""
     import dataclasses
 
-    from p2pmodel.engine.recipes import TrainingOptions
-    from p2pmodel.engine.trainees import LEARNING_RATES, KindOptions
-    from p2pmodel.node.contributing import Assignment
-    from p2pmodel.node.states import round_mean
+    from p2pmodel.engine.training.recipes import TrainingOptions
+    from p2pmodel.engine.training.trainees import LEARNING_RATES, KindOptions
+    from p2pmodel.node.lineages.states import round_mean
+    from p2pmodel.node.patches.contributing import Assignment
 
     names = {"dtype": "precision", "validation_blocks": "held_out_blocks"}
     values = {names.get(name, name): value for name, value in chosen.items()}

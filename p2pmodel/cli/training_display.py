@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from p2pmodel.domain.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from p2pmodel.engine.training import Step, Trained
+    from p2pmodel.engine.training.loop import Step, Trained
 
 _BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40

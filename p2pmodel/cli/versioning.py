@@ -12,7 +12,7 @@ from p2pmodel.domain.ids import short
 from p2pmodel.domain.version import BASE_NUMBER, DomainScore
 
 if TYPE_CHECKING:
-    from p2pmodel.node.lineage import Lineage
+    from p2pmodel.node.lineages.lineage import Lineage
 
 app = typer.Typer(no_args_is_help=True, help="Check versions, and write them for other programs.")
 app.command("export")(interchange.export_version)
@@ -106,7 +106,7 @@ def diff(
     json: options.Json = False,
 ) -> None:
     """What lies between two versions: slots by how much they changed, and the exam."""
-    from p2pmodel.node.comparing import compare
+    from p2pmodel.node.versions.comparing import compare
 
     lineage = _lineage(home, model)
     a, b = lineage.find_version(before), lineage.find_version(after)
@@ -148,8 +148,8 @@ def checkout(
     json: options.Json = False,
 ) -> None:
     """Write a version into a folder, bit for bit, with its proof. What this home serves does not change."""
-    from p2pmodel.node.bases import find_base
-    from p2pmodel.node.checkout import check_out
+    from p2pmodel.node.lineages.bases import find_base
+    from p2pmodel.node.versions.checkout import check_out
 
     lineage = _lineage(home, model)
     chosen = lineage.find_version(version)
@@ -174,7 +174,7 @@ def deps(
     json: options.Json = False,
 ) -> None:
     """What a version needs to run, and whether it is here; what is missing ends with status 3."""
-    from p2pmodel.node.needs import needs_of, needs_of_folder
+    from p2pmodel.node.versions.needs import needs_of, needs_of_folder
 
     if Path(version).is_dir():
         needs = needs_of_folder(Path(version))
@@ -230,7 +230,7 @@ def rollback(
 ) -> None:
     """Propose a new version with the values of an old one; maintainers adopt it who agreed to it."""
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.rollback import agree_to, propose
+    from p2pmodel.node.versions.rollback import agree_to, propose
 
     lineage = _lineage(home, model)
     chosen = lineage.find_version(version)
@@ -263,7 +263,7 @@ def verify(
     json: options.Json = False,
 ) -> None:
     """Prove a version from the Manifest on, offline: every signature, number, threshold, and the values' digests."""
-    from p2pmodel.node.checkout import verify_folder, verify_version
+    from p2pmodel.node.versions.checkout import verify_folder, verify_version
 
     if Path(version).is_dir():
         proven, here = verify_folder(Path(version)), None
@@ -281,7 +281,7 @@ def verify(
 
 
 def _lineage(home: Path | None, model: str | None) -> "Lineage":
-    from p2pmodel.node.discovery import local_lineage
+    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.store.home import Home
 
     return local_lineage(Home.open(home), model)

@@ -10,14 +10,14 @@ from p2pmodel import __version__
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence
 from p2pmodel.node.community import Community
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.neighbours import Neighbours
+from p2pmodel.node.hosting.neighbours import Neighbours
+from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.signing import Key
 
 if TYPE_CHECKING:
-    from p2pmodel.node.hosting import Hosting
+    from p2pmodel.node.hosting.hosting import Hosting
 
 log = logging.getLogger(__name__)
 

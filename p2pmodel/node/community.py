@@ -13,9 +13,9 @@ from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.swarm import Presence
 from p2pmodel.gossip.link import GossipLink, GossipStats
 from p2pmodel.logic.round_state import RoundState
-from p2pmodel.node.exchange import Exchange
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.roundkeeper import RoundKeeper
+from p2pmodel.node.lineages.exchange import Exchange
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.rounds.roundkeeper import RoundKeeper
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.directory import Directory
@@ -25,7 +25,7 @@ from p2pmodel.wire import records
 from p2pmodel.wire.signing import Key
 
 if TYPE_CHECKING:
-    from p2pmodel.node.maintaining import Maintainer
+    from p2pmodel.node.rounds.maintaining import Maintainer
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from p2pmodel.domain.swarm import Lease, Span
 from p2pmodel.logic.placement import Supply
 from p2pmodel.logic.relocation import CONFIRM_SECONDS, Move, Residence, look, still_good
 from p2pmodel.node.attendance import Attendance
-from p2pmodel.node.hosting import Hosting, release_memory
-from p2pmodel.node.stages import HostedStage
+from p2pmodel.node.hosting.hosting import Hosting, release_memory
+from p2pmodel.node.hosting.stages import HostedStage
 
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = 300.0

@@ -19,17 +19,17 @@ from p2pmodel.gateway.pages import Pages
 from p2pmodel.gateway.server import HttpServer
 from p2pmodel.logic.placement import choose_span
 from p2pmodel.node.attendance import Attendance
-from p2pmodel.node.bases import Part, find_base, open_base
 from p2pmodel.node.community import Community
-from p2pmodel.node.contacts import remember_contacts
-from p2pmodel.node.device import Device, choose_device
-from p2pmodel.node.discovery import bootstrap_peers, local_lineage, swarm_lineage
-from p2pmodel.node.gauges import Gauges
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.overview import NodeView
+from p2pmodel.node.lineages.bases import Part, find_base, open_base
+from p2pmodel.node.lineages.contacts import remember_contacts
+from p2pmodel.node.lineages.discovery import bootstrap_peers, local_lineage, swarm_lineage
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.machine.device import Device, choose_device
+from p2pmodel.node.machine.threads import in_daemon, use_threads
 from p2pmodel.node.service import Service
-from p2pmodel.node.threads import in_daemon, use_threads
-from p2pmodel.node.traffic import Traffic
+from p2pmodel.node.watching.gauges import Gauges
+from p2pmodel.node.watching.overview import NodeView
+from p2pmodel.node.watching.traffic import Traffic
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobServer
 from p2pmodel.swarm.directory import Directory
@@ -38,9 +38,9 @@ from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from p2pmodel.node.hosting import Hosting
-    from p2pmodel.node.maintaining import Maintainer
+    from p2pmodel.node.hosting.hosting import Hosting
     from p2pmodel.node.moving import Mover
+    from p2pmodel.node.rounds.maintaining import Maintainer
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str
 
 
 async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Community, metrics: Metrics) -> "Maintainer":
-    from p2pmodel.node.maintaining import Maintainer  # loads transformers, as hosting does
+    from p2pmodel.node.rounds.maintaining import Maintainer  # loads transformers, as hosting does
 
     if home.key.peer not in lineage.manifest.maintainers:
         raise UsageError(
@@ -244,7 +244,7 @@ async def _hosting(
     base: Path,
     say: Callable[[str], None],
 ) -> "Hosting":
-    from p2pmodel.node.hosting import Hosting
+    from p2pmodel.node.hosting.hosting import Hosting
 
     span = await _span(options, lineage.manifest.layers, directory, host, say)
     checkpoint = await asyncio.to_thread(open_base, lineage, base, say)

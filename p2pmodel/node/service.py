@@ -12,15 +12,15 @@ from p2pmodel.domain.swarm import Lease
 from p2pmodel.logic.routing import coverage
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.traffic import Traffic
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.watching.traffic import Traffic
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
-    from p2pmodel.node.hosting import Hosting
+    from p2pmodel.node.hosting.hosting import Hosting
 
 
 class Service:

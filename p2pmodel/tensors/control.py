@@ -13,6 +13,9 @@ from p2pmodel.tensors import blob, fourbit
 from p2pmodel.tensors.blob import Tensors
 from p2pmodel.tensors.changes import Places
 
+CONTINUED = ("ia3@1", "fish@1", "dense@1")
+"""Kinds whose parameters mean the same in the next round; LoRA begins with new factors."""
+
 
 def write(gradient: Mapping[str, Tensor], error: Mapping[str, Tensor] | None = None) -> tuple[bytes, dict[str, Tensor]]:
     """(the blob, the error of its rounding). gradient: by parameter, float32; error: what the blob before left over."""

@@ -32,9 +32,9 @@ from p2pmodel.engine.data import load, split
 from p2pmodel.engine.evaluation import evaluate
 from p2pmodel.engine.exams import Examiner, Suite
 from p2pmodel.engine.exams.screening import screen
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.engine.training import train
+from p2pmodel.engine.training.loop import train
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.logic.judgement import mean
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.merging import BUILT_IN, Contribution, apply_update, get_strategy

@@ -23,16 +23,16 @@ import torch
 from p2pmodel import starter
 from p2pmodel.domain.ids import Digest
 from p2pmodel.engine import data
-from p2pmodel.engine.auditing import replay_segment
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.node.auditing import OTHER, Audit, audit
-from p2pmodel.node.contributing import Assignment, train_patch
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.patchbook import OpenedPatch, open_patch
-from p2pmodel.node.states import version_state
+from p2pmodel.engine.training.auditing import replay_segment
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.patches.auditing import OTHER, Audit, audit
+from p2pmodel.node.patches.contributing import Assignment, train_patch
+from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
 from p2pmodel.wire import canonical

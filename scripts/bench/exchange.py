@@ -25,9 +25,9 @@ from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch, Provenance, Recipe
-from p2pmodel.node.intake import take_in
-from p2pmodel.node.lineage import Lineage, known_lineages
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.intake import take_in
+from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.lineages.states import version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
 from p2pmodel.wire import bundle, canonical

@@ -20,8 +20,8 @@ from typing import Any
 from measuring import START_SECONDS, heading, row
 
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
-from p2pmodel.node.client import Answer, Sampling, SwarmClient
-from p2pmodel.node.threads import use_threads
+from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
+from p2pmodel.node.machine.threads import use_threads
 
 SPANS = ("0:3", "3:6")
 GOAL_SECONDS = 2.0

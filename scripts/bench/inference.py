@@ -36,8 +36,8 @@ from p2pmodel.cli.rehearsal import split_layers
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.head import load_head
 from p2pmodel.engine.steps import NOTHING
-from p2pmodel.node.client import Answer, Sampling, SwarmClient
-from p2pmodel.node.inference import RoutedChain
+from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
+from p2pmodel.node.asking.inference import RoutedChain
 
 SESSIONS = (1, 2, 8)
 PROMPT_TOKENS = 8

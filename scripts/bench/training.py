@@ -34,12 +34,12 @@ from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.head import load_head, using_vectors
-from p2pmodel.engine.losses import row_nats
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.sensitivity import fisher_of
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.engine.training import train
-from p2pmodel.node.client import SwarmClient
+from p2pmodel.engine.training.loop import train
+from p2pmodel.engine.training.losses import row_nats
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.sensitivity import fisher_of
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.node.asking.client import SwarmClient
 from p2pmodel.tensors import blob, compact, fish, ia3, weights
 from p2pmodel.tensors.kinds import Kinds, Trainee, get_kind
 

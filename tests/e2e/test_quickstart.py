@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from p2pmodel.domain.swarm import Span
-from p2pmodel.node.lineage import known_lineages
+from p2pmodel.node.lineages.lineage import known_lineages
 from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
 

@@ -14,16 +14,16 @@ from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.patch import Patch
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import load, split
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.engine.training import mean_gradient
-from p2pmodel.node.auditing import MISSING, NEAR, OTHER, SAME, Audit, audit
-from p2pmodel.node.contributing import ESTIMATING_STEPS, Assignment, train_patch
+from p2pmodel.engine.training.loop import mean_gradient
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.node.evidence import in_folder
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.patchbook import OpenedPatch, open_patch
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.patches.auditing import MISSING, NEAR, OTHER, SAME, Audit, audit
+from p2pmodel.node.patches.contributing import ESTIMATING_STEPS, Assignment, train_patch
+from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical

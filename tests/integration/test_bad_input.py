@@ -14,8 +14,8 @@ import pytest_asyncio
 from p2pmodel.domain.errors import P2PModelError, Rejected, Unreachable
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.engine.exams import Suite
-from p2pmodel.node.checkout import verify_folder
-from p2pmodel.node.intake import take_in
+from p2pmodel.node.lineages.intake import take_in
+from p2pmodel.node.versions.checkout import verify_folder
 from p2pmodel.store.home import Home
 from p2pmodel.swarm import blobs
 from p2pmodel.swarm.blobs import BlobFetcher, BlobHeader, BlobRequest, BlobServer

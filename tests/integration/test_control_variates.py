@@ -11,11 +11,11 @@ from p2pmodel import starter
 from p2pmodel.cli.training import _assignment
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.version import VersionNumber
-from p2pmodel.node.contributing import Assignment, train_patch
-from p2pmodel.node.intake import needed_blobs, store, take_in
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
-from p2pmodel.node.states import round_mean
+from p2pmodel.node.lineages.intake import needed_blobs, store, take_in
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import round_mean
+from p2pmodel.node.patches.contributing import Assignment, train_patch
+from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import control
 from p2pmodel.wire import canonical

@@ -10,12 +10,12 @@ from p2pmodel import starter
 from p2pmodel.cli.app import app
 from p2pmodel.domain.errors import InvalidInput, NotFound, NotRunning, Rejected, UsageError
 from p2pmodel.domain.model import Amendment
-from p2pmodel.node.amending import decide, find_candidate, next_round, propose
-from p2pmodel.node.intake import needed_blobs, store
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
-from p2pmodel.node.roundview import look
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.intake import needed_blobs, store
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.rounds.amending import decide, find_candidate, next_round, propose
+from p2pmodel.node.rounds.maintaining import Maintainer
+from p2pmodel.node.rounds.roundview import look
 from p2pmodel.store.home import Home
 from p2pmodel.wire.signing import Key
 from tests.lineages import add_patch, begin, grow

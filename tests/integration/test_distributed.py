@@ -15,12 +15,12 @@ from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.domain.errors import NotRunning
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.evaluation import attached
-from p2pmodel.engine.training import TrainingOptions
-from p2pmodel.node.apprentice import ThroughSwarm
-from p2pmodel.node.bases import find_base
-from p2pmodel.node.client import Sampling, SwarmClient
-from p2pmodel.node.contributing import ALONE, Assignment, estimate, train_patch
-from p2pmodel.node.states import patch_file_state
+from p2pmodel.engine.training.loop import TrainingOptions
+from p2pmodel.node.asking.client import Sampling, SwarmClient
+from p2pmodel.node.lineages.bases import find_base
+from p2pmodel.node.lineages.states import patch_file_state
+from p2pmodel.node.patches.apprentice import ThroughSwarm
+from p2pmodel.node.patches.contributing import ALONE, Assignment, estimate, train_patch
 from p2pmodel.tensors.kinds import get_kind
 
 pytestmark = pytest.mark.timeout(240)

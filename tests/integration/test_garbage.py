@@ -10,13 +10,13 @@ import torch
 from p2pmodel.domain.errors import StorageError, UsageError
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.version import LeftOut
-from p2pmodel.engine.resuming import Progress
-from p2pmodel.node.checkout import verify_version
-from p2pmodel.node.continuity import bequeath, inherited
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.retention import DAY, collect_garbage
-from p2pmodel.node.savepoints import Savepoints
-from p2pmodel.node.states import patch_state, version_state
+from p2pmodel.engine.training.resuming import Progress
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.retention import DAY, collect_garbage
+from p2pmodel.node.lineages.states import patch_state, version_state
+from p2pmodel.node.patches.continuity import bequeath, inherited
+from p2pmodel.node.patches.savepoints import Savepoints
+from p2pmodel.node.versions.checkout import verify_version
 from p2pmodel.store.fsck import fsck
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key

@@ -12,7 +12,7 @@ from p2pmodel.engine.checkpoint import read_checkpoint
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.versions import VersionTable
-from p2pmodel.node.stages import HostedStage, Stages
+from p2pmodel.node.hosting.stages import HostedStage, Stages
 from p2pmodel.starter import MODEL
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical

@@ -168,7 +168,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from p2pmodel.domain.model import BlobRef, ModelFile
-from p2pmodel.node import hub
+from p2pmodel.node.lineages import hub
 source = hub.Source.parse(sys.argv[1])
 listing = hub.list_files(source)
 files = [ModelFile(n, BlobRef(listing.digests[n], s)) for n, s in listing.sizes.items() if n in listing.digests]

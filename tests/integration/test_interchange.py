@@ -17,14 +17,14 @@ from p2pmodel.domain.patch import Patch, Provenance, Recipe
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.interchange import adapters
 from p2pmodel.engine.interchange.folding import fold
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.node.exporting import MARK, export_adapter, export_merged
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.importing import FLAT, import_adapter
-from p2pmodel.node.intake import check_tensors
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.patchbook import OpenedPatch, open_patch
-from p2pmodel.node.states import patch_file_state, read_change, version_state
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.intake import check_tensors
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import patch_file_state, read_change, version_state
+from p2pmodel.node.patches.exporting import MARK, export_adapter, export_merged
+from p2pmodel.node.patches.importing import FLAT, import_adapter
+from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, lora
 from p2pmodel.tensors.kinds import Kinds

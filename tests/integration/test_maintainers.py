@@ -17,12 +17,12 @@ from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import Schedule
 from p2pmodel.domain.version import Verdict
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.node.contributing import Assignment, train_patch
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.intake import store
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.states import patch_file_state, version_state
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.intake import store
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import patch_file_state, version_state
+from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.store.home import Home
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key

@@ -8,9 +8,9 @@ import pytest
 
 from p2pmodel import starter
 from p2pmodel.engine.exams import Suite
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.wire.signing import Key
 from tests.lineages import add_patch, add_patch_of, adopt, begin
 
@@ -40,7 +40,7 @@ def test_patches_are_examined_one_by_one_and_clear_ones_on_few_cases(
     ruined = add_patch(lineage, Key.generate(), 2, size=5.0)
     useless = add_patch(lineage, Key.generate(), 3, size=0.0)
     maintainer = Maintainer(lineage, lineage.home.key.peer, starter.MODEL, lambda seconds: None)
-    with caplog.at_level(logging.INFO, logger="p2pmodel.node.maintaining"):
+    with caplog.at_level(logging.INFO, logger="p2pmodel.node.rounds.maintaining"):
         proposal = maintainer.propose(2, lineage.head, tuple(sorted((good, ruined, useless))))
     assert proposal is not None
     assert proposal.candidate.patches == (good,)

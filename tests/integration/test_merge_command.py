@@ -11,8 +11,8 @@ from p2pmodel.cli.app import app
 from p2pmodel.cli.merging import parse_strategy, parse_weights
 from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, Rejected, UsageError
 from p2pmodel.domain.ids import PatchId
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.states import patch_file_state, patch_state, version_state
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import patch_file_state, patch_state, version_state
 from p2pmodel.tensors.merging import BUILT_IN
 from p2pmodel.wire import bundle
 from p2pmodel.wire.signing import Key

@@ -24,8 +24,8 @@ from p2pmodel.domain.errors import Unreachable
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.head import RemoteApplier, load_head
-from p2pmodel.node import connecting, inference
-from p2pmodel.node.client import Answer, Sampling, SwarmClient
+from p2pmodel.node.asking import connecting, inference
+from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
 from p2pmodel.tensors.kinds import get_kind
 
 pytestmark = pytest.mark.timeout(240)

@@ -16,7 +16,7 @@ from p2pmodel.domain.ids import ModelId, PeerId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Hop, Route, Span
 from p2pmodel.engine.checkpoint import read_checkpoint
 from p2pmodel.engine.stage import load_stage
-from p2pmodel.node.client import Sampling, SwarmClient
+from p2pmodel.node.asking.client import Sampling, SwarmClient
 from p2pmodel.starter import MODEL
 from p2pmodel.swarm.chain_client import ChainClient
 from p2pmodel.swarm.host import PeerHost

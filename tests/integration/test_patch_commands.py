@@ -13,10 +13,10 @@ from p2pmodel import starter
 from p2pmodel.cli.app import app
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest
-from p2pmodel.node.finding import SwarmFinder
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.lineage import Lineage, known_lineages
-from p2pmodel.node.patchbook import open_patch
+from p2pmodel.node.lineages.finding import SwarmFinder
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.patches.patchbook import open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobServer
 from p2pmodel.swarm.host import PeerHost

@@ -8,15 +8,15 @@ import torch
 from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import VersionId
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.trainees import KindOptions
-from p2pmodel.node.contributing import Assignment, train_patch
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.intake import check_patch_file, take_in
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.patchbook import OpenedPatch, open_patch
-from p2pmodel.node.rebasing import rebase
-from p2pmodel.node.states import patch_change, patch_file_state, version_state
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.trainees import KindOptions
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.intake import check_patch_file, take_in
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import patch_change, patch_file_state, version_state
+from p2pmodel.node.patches.contributing import Assignment, train_patch
+from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
+from p2pmodel.node.patches.rebasing import rebase
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.changes import NOT_HELD
 from p2pmodel.tensors.rebase import factored, moved

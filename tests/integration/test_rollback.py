@@ -13,11 +13,11 @@ from p2pmodel.cli.app import app
 from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.domain.errors import NotRunning, Rejected, UsageError
 from p2pmodel.domain.version import RESTORE
-from p2pmodel.node.intake import needed_blobs
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
-from p2pmodel.node.rollback import agree_to, propose
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.intake import needed_blobs
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.rounds.maintaining import Maintainer
+from p2pmodel.node.versions.rollback import agree_to, propose
 from p2pmodel.store.home import Home
 from p2pmodel.wire.signing import Key
 from tests.factories import candidate as some_candidate

@@ -19,14 +19,14 @@ from p2pmodel import starter
 from p2pmodel.cli.app import app
 from p2pmodel.domain.errors import P2PModelError, Rejected
 from p2pmodel.domain.ids import Digest
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.resuming import Progress
-from p2pmodel.node import continuity, savepoints
-from p2pmodel.node.contributing import Assignment, train_patch
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.intake import check_patch_file, take_in
-from p2pmodel.node.lineage import Lineage, known_lineages
-from p2pmodel.node.savepoints import Savepoints
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.resuming import Progress
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.intake import check_patch_file, take_in
+from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.patches import continuity, savepoints
+from p2pmodel.node.patches.contributing import Assignment, train_patch
+from p2pmodel.node.patches.savepoints import Savepoints
 from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, control

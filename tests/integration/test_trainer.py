@@ -9,13 +9,13 @@ from transformers import LlamaForCausalLM
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import Digest
-from p2pmodel.engine import training
 from p2pmodel.engine.data import Blocks, Parts
-from p2pmodel.engine.pace import measure
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.resuming import MemoryKeeper, Progress
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.engine.training import Step, Trained, replay
+from p2pmodel.engine.training import loop as training
+from p2pmodel.engine.training.loop import Step, Trained, replay
+from p2pmodel.engine.training.pace import measure
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.resuming import MemoryKeeper, Progress
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.tensors.blob import pack, unpack
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.wire import canonical

@@ -12,7 +12,7 @@ from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.engine.data import Parts
 from p2pmodel.engine.evaluation import Scorer, attached, evaluate
 from p2pmodel.engine.exams import Examiner, Suite, search_alpha
-from p2pmodel.engine.recipes import TrainingOptions
+from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy

@@ -14,8 +14,8 @@ from p2pmodel.cli.app import app
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, P2PModelError, Rejected, StorageError
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.version import LeftOut
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.states import version_state
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical

@@ -19,13 +19,14 @@ from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.runner import Runner, StageSession
 from p2pmodel.engine.stage import Stage, load_stage
-from p2pmodel.engine.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.engine.versions import MAX_FOLDED, VersionTable, stack_states, weights_key
-from p2pmodel.node import hosting, intake
-from p2pmodel.node.founding import Founding, found
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.maintaining import Maintainer
-from p2pmodel.node.states import patch_file_state, patch_state, version_state
+from p2pmodel.node.hosting import hosting
+from p2pmodel.node.lineages import intake
+from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import patch_file_state, patch_state, version_state
+from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.starter import MODEL as STARTER
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact

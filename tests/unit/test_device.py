@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from p2pmodel.cli.options import UNITS, parse_size
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.engine.quantisation import require_library
-from p2pmodel.node.device import DTYPES, Device, choose_device, free_bytes
+from p2pmodel.node.machine.device import DTYPES, Device, choose_device, free_bytes
 
 
 def test_the_cpu_computes_in_fp32_unless_it_is_told() -> None:

@@ -10,8 +10,8 @@ import pytest
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence, Span
 from p2pmodel.logic.round_state import Phase, Proposal, RoundState
-from p2pmodel.node.lineage import Lineage
-from p2pmodel.node.overview import Overview
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.watching.overview import Overview
 from p2pmodel.wire.signing import Key
 from tests.lineages import begin, grow
 

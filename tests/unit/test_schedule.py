@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pmodel.engine.schedule import FINAL_RATE, SCHEDULES, rate
+from p2pmodel.engine.training.schedule import FINAL_RATE, SCHEDULES, rate
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 300), st.floats(0, 1))

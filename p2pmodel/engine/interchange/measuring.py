@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from p2pmodel.engine.data import Parts
-from p2pmodel.engine.losses import row_nats
-from p2pmodel.engine.recipes import TrainingOptions
-from p2pmodel.engine.sensitivity import fisher_of
-from p2pmodel.engine.trainees import KindOptions, new_trainee
-from p2pmodel.engine.training import frozen
+from p2pmodel.engine.training.loop import frozen
+from p2pmodel.engine.training.losses import row_nats
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.engine.training.sensitivity import fisher_of
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.tensors import lora
 from p2pmodel.tensors.changes import Places
 from p2pmodel.tensors.kinds import Trainee

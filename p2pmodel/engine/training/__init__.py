@@ -1,0 +1,1 @@
+"""Training a patch: data in, values, Fisher and checkpoints out."""

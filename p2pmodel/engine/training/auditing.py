@@ -1,0 +1,59 @@
+"""A part of a training done again, from the state that it is said to have begun in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from p2pmodel.engine.data import Blocks
+from p2pmodel.engine.training.loop import Run, frozen
+from p2pmodel.engine.training.recipes import TrainingOptions
+from p2pmodel.tensors import blob
+from p2pmodel.tensors.kinds import Trainee
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Blobs of the adapter before and after, and of the optimiser after: what the training names the digests of."""
+
+    before: bytes
+    after: bytes
+    state: bytes
+
+
+def replay_segment(
+    model: PreTrainedModel,
+    trainee: Trainee,
+    blocks: Blocks,
+    options: TrainingOptions,
+    state: bytes,
+    steps: range,
+    correction: Mapping[str, Tensor] | None = None,
+) -> Replayed:
+    """state: the optimiser's blob after `steps.start` steps. Raises InvalidInput for one that is of something else."""
+    with frozen(model, trainee):
+        run = Run(model, trainee, blocks, blocks[:0], options, correction or {})
+        run.optimiser.load(state)
+        before = blob.pack(trainee.adapter())
+        for number, batch in islice(run.batches(steps.start), len(steps)):
+            run.step(number, batch)
+        return Replayed(before, blob.pack(trainee.adapter()), run.optimiser.save())
+
+
+def distance(claimed: bytes, found: bytes, before: bytes) -> float:
+    """How far two adapters are from each other, as a share of how far the training went from `before` on; infinite for
+    adapters of different things."""
+    a, b, start = (blob.unpack(raw, None, len(raw)) for raw in (claimed, found, before))
+    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (a, b, start)]
+    if not shapes[0] == shapes[1] == shapes[2]:
+        return float("inf")
+    apart = _norm(a, b)
+    return apart / moved if (moved := _norm(a, start)) else (float("inf") if apart else 0.0)
+
+
+def _norm(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    parts = [(a[name].double() - b[name].double()).square().sum() for name in a]
+    return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

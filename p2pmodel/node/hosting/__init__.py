@@ -1,0 +1,1 @@
+"""Spans of layers that this machine serves."""

@@ -1,0 +1,175 @@
+"""A span of layers on this machine: loaded, measured, served, and leased; and another one after a move."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import threading
+import time
+
+import torch
+
+from p2pmodel.domain.errors import UsageError
+from p2pmodel.domain.ids import PeerId, VersionId
+from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Span
+from p2pmodel.engine.checkpoint import Checkpoint
+from p2pmodel.engine.memory import measure_cache
+from p2pmodel.engine.runner import Runner
+from p2pmodel.engine.stage import load_stage
+from p2pmodel.engine.versions import VersionTable
+from p2pmodel.node.hosting.stages import HostedStage, Stages, scaled_bytes
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.machine.device import DTYPES, Device, cached_tokens, free_bytes, graph_bytes
+from p2pmodel.node.machine.threads import in_daemon
+from p2pmodel.swarm.chain_server import ChainServer, ChainStats
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.tensors import weights
+
+log = logging.getLogger(__name__)
+
+KEPT_VERSIONS = 2
+"""The head and what came before it, for the sessions that began there."""
+SPARE_MEMORY = 1.2
+"""How many times the size of a span's weights has to be free for it to be loaded beside another one."""
+
+
+class Hosting:
+    """Made by `start`; holds the threads that compute. moving: the span that is being loaded, as the lease says it."""
+
+    def __init__(
+        self, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, device: Device, first: HostedStage
+    ) -> None:
+        self.device = device
+        self.moving: Span | None = None
+        self._lineage, self._checkpoint = lineage, checkpoint
+        self._stages = Stages(first)
+        self._adopting = threading.Lock()
+        self._server = ChainServer(host, self._stages)
+        self._server.start()
+
+    @classmethod
+    async def start(
+        cls, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device
+    ) -> "Hosting":
+        """Loads the span's tensors at the head's values; returns when it can serve."""
+        versions = (lineage.model, lineage.served_head)
+        first = await asyncio.to_thread(_load, lineage, checkpoint, span, device, versions)
+        return cls(host, lineage, checkpoint, device, first)
+
+    @property
+    def span(self) -> Span:
+        return self._stages.current.span
+
+    @property
+    def layer_seconds(self) -> float:
+        return self._stages.current.layer_seconds
+
+    def adopt(self, version: VersionId) -> None:
+        """Serves the version from the next session on, beside those before it; nothing is reloaded."""
+        with self._adopting:
+            _adopt(self._stages.current.versions, self._lineage, version)
+
+    def lease(self, peer: PeerId, *, leaving: bool = False, delays: tuple[tuple[PeerId, float], ...] = ()) -> Lease:
+        """The newest version first."""
+        stage = self._stages.current
+        return Lease(
+            peer=peer,
+            model=self._lineage.model,
+            span=stage.span,
+            dtype=self.device.dtype,
+            versions=tuple(reversed(stage.versions.versions)),
+            layer_seconds=stage.layer_seconds,
+            queue=self._stages.busy,
+            leaving=leaving,
+            expires=time.time() + LEASE_SECONDS,
+            delays=delays,
+            moving=self.moving,
+        )
+
+    @property
+    def stats(self) -> ChainStats:
+        return self._server.stats()
+
+    def gpu_memory(self) -> tuple[int, int]:
+        """Bytes of the GPU that this process holds, and that are free for anybody."""
+        return int(torch.cuda.memory_reserved(self.device.name)), free_bytes(self.device)
+
+    @property
+    def stages(self) -> Stages:
+        return self._stages
+
+    @property
+    def cached_tokens(self) -> int:
+        """Positions of KV cache that open sessions have been promised."""
+        return self._stages.cached_tokens
+
+    def has_room_for(self, span: Span) -> bool:
+        """Whether there is memory to load `span` beside what is hosted now."""
+        return free_bytes(self.device) > SPARE_MEMORY * scaled_bytes(self._stages.current, span)
+
+    async def load(self, span: Span) -> HostedStage:
+        """Another span, at the versions of the current one, while that one serves."""
+        versions = self._stages.current.versions.versions
+        return await in_daemon(_load, self._lineage, self._checkpoint, span, self.device, versions)
+
+    async def take(self, stage: HostedStage) -> HostedStage:
+        """The lease names `stage` from now on. The one before, which is returned, still takes sessions: others may have
+        read the lease before."""
+
+        def swap() -> HostedStage:
+            with self._adopting:
+                for version in self._stages.current.versions.versions:
+                    if version not in stage.versions.versions:  # adopted while it was being loaded
+                        _adopt(stage.versions, self._lineage, version)
+                self.moving = None
+                return self._stages.take(stage)
+
+        return await asyncio.to_thread(swap)
+
+    async def retire(self, stage: HostedStage) -> None:
+        """No new session begins there; returns when the last one that runs has ended."""
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._stages.retire(stage, lambda: _tell(loop, ended))
+        await ended.wait()
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._server.stop)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the node stops, and its loop is closed
+        loop.call_soon_threadsafe(event.set)
+
+
+def release_memory() -> None:
+    """Of what was dropped: a stage's modules and hooks refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load(
+    lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device, versions: tuple[VersionId, ...]
+) -> HostedStage:
+    if device.scheme and any(slot.name.startswith(weights.PREFIX) for slot in lineage.manifest.slots):
+        raise UsageError(
+            f"{lineage.manifest.name} takes patches of its weights, which can't be folded into {device.scheme}.",
+            "Use --dtype bf16.",
+        )
+    stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme)
+    table = VersionTable(stage)
+    for version in versions:
+        _adopt(table, lineage, version)
+    # Of what is free beside another stage, where there is one: each keeps to its own share.
+    runner = Runner(
+        stage, lineage.model, table, max_cached_tokens=cached_tokens(device, stage), max_graph_bytes=graph_bytes(device)
+    )
+    return HostedStage(stage, runner, table, measure_cache(stage).typical)
+
+
+def _adopt(table: VersionTable, lineage: Lineage, version: VersionId) -> None:
+    table.put(version, {} if version == lineage.model else version_state(lineage, version))
+    for old in table.versions[: -KEPT_VERSIONS - 1]:
+        if old != lineage.model:
+            table.drop(old)

@@ -1,0 +1,113 @@
+"""Which lineage a user means, and how its Manifest comes from peers."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from p2pmodel import starter
+from p2pmodel.domain.errors import InvalidInput, NotFound, PeerFailed, Rejected
+from p2pmodel.domain.ids import PeerId, short
+from p2pmodel.domain.swarm import LineageOffer
+from p2pmodel.node.lineages import bases, hub
+from p2pmodel.node.lineages.lineage import Lineage, find_lineage, known_lineages
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.blobs import BlobFetcher
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.swarm.sync import lineages
+from p2pmodel.wire import records
+from p2pmodel.wire.signing import RECORD_OVERHEAD
+
+log = logging.getLogger(__name__)
+
+
+def bootstrap_peers(addresses: Sequence[str]) -> tuple[PeerId, ...]:
+    return tuple(PeerId(address.rsplit("/p2p/", 1)[-1]) for address in addresses)
+
+
+def local_lineage(home: Home, text: str | None, say: bases.Say = lambda _: None) -> Lineage:
+    """Of a name, an id, a checkpoint's folder or a hub id, without asking anybody; None is the starter model.
+
+    A folder that no known lineage is based on begins one, with this home's key as its maintainer, and the starter's
+    exam standing in for its own until a Manifest is made on purpose.
+    """
+    if text is None:
+        return _lineage_of_folder(home, starter.MODEL, starter.NAME, starter.LICENCE)
+    if Path(text).is_dir():
+        folder = Path(text)
+        return _lineage_of_folder(home, folder, _name_of(folder.resolve().name), "")
+    if hub.Source.parse(text):
+        return _lineage_of_hub(home, text, say)
+    return find_lineage(home, text)
+
+
+def _lineage_of_hub(home: Home, text: str, say: bases.Say) -> Lineage:
+    found = bases.found_on_hub(text, known_lineages(home), say)
+    if isinstance(found, Lineage):
+        return found
+    from p2pmodel.node.lineages import founding  # loads transformers, which most commands can do without
+
+    name = _name_of(found.source.repository.split("/")[1])
+    return founding.found_from_hub(home, found, founding.Founding(name, (home.key.peer,), 1, starter.EXAM))
+
+
+def _name_of(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)[:64]
+
+
+def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lineage:
+    for lineage in known_lineages(home):
+        if bases.is_base_of(folder, lineage.manifest):
+            return lineage
+    from p2pmodel.node.lineages import founding  # loads transformers, which most commands can do without
+
+    return founding.found(home, folder, founding.Founding(name, (home.key.peer,), 1, starter.EXAM, licence=licence))
+
+
+async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:
+    """The lineage that the user means, among those that the peers take part in. Raises NotFound with what they
+    offer."""
+    return await _choose(home, host, await _offers(host, peers), text)
+
+
+async def _offers(host: PeerHost, peers: Sequence[PeerId]) -> dict[str, tuple[LineageOffer, list[PeerId]]]:
+    offers: dict[str, tuple[LineageOffer, list[PeerId]]] = {}
+    for peer in peers:
+        try:
+            for offer in await lineages(host, peer):
+                offers.setdefault(offer.model, (offer, []))[1].append(peer)
+        except PeerFailed as error:
+            log.debug("%s", error)
+    return offers
+
+
+async def _choose(
+    home: Home, host: PeerHost, offers: dict[str, tuple[LineageOffer, list[PeerId]]], text: str | None
+) -> Lineage:
+    folder = starter.MODEL if text is None else Path(text)
+    by_files = folder.is_dir()
+    source = None if by_files or text is None else hub.Source.parse(text)
+    by_name = not by_files and source is None and text is not None
+    found = []
+    for model, (offer, holders) in sorted(offers.items()):
+        if by_name and offer.name != text and not (text and len(text) >= 4 and model.startswith(text)):
+            continue
+        lineage = await _with_manifest(home, host, offer, holders)
+        if by_files and not bases.is_base_of(folder, lineage.manifest):
+            continue
+        if source is None or bases.has_source(lineage, source):
+            found.append(lineage)
+    if len(found) == 1:
+        return found[0]
+    offered = ", ".join(f"{o.name} ({short(o.model)})" for o, _ in offers.values()) or "none at all"
+    wanted = "the starter model" if text is None else repr(text)
+    if found:
+        raise InvalidInput(f"Several models of these peers match {wanted}.", f"Name one by its id: {offered}.")
+    raise NotFound(f"These peers have no model {wanted}.", f"They have: {offered}; name one with --model.")
+
+
+async def _with_manifest(home: Home, host: PeerHost, offer: LineageOffer, holders: Sequence[PeerId]) -> Lineage:
+    if not home.objects.has(offer.model):
+        if offer.manifest.digest != offer.model or offer.manifest.size > records.MAX_MANIFEST_BYTES + RECORD_OVERHEAD:
+            raise Rejected("schema", f"{holders[0]} offers a Manifest that is not the model's.")
+        await BlobFetcher(host, home.objects.sink).fetch(offer.manifest, holders)
+    return Lineage.create(home, home.objects.load(offer.model))

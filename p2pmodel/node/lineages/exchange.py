@@ -1,0 +1,158 @@
+"""Brings in the records of a lineage that this node hears of, by gossip or by asking peers what they have.
+
+What to fetch next, and from whom, is `p2pmodel.logic.propagation`'s to say.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from typing import Protocol
+
+from p2pmodel.domain.announcement import RECORD_KINDS
+from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected, StorageError, Unreachable
+from p2pmodel.domain.ids import Digest, PeerId, short
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.logic import propagation
+from p2pmodel.logic.propagation import Backlog, Fetch
+from p2pmodel.node.lineages import intake
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.swarm.blobs import BlobFetcher
+from p2pmodel.swarm.host import PeerHost
+from p2pmodel.swarm.sync import missing
+
+log = logging.getLogger(__name__)
+
+PARALLEL_FETCHES = 8
+MAX_REFUSED = 10_000
+IDLE_SECONDS = 1.0
+
+
+class Observer(Protocol):
+    """Who wants to know what comes in and what does not."""
+
+    async def on_record(self, kind: str, digest: Digest) -> None: ...
+
+    def on_refused(self, kind: str, reason: str) -> None: ...
+
+
+class Exchange:
+    def __init__(
+        self, host: PeerHost, lineage: Lineage, observer: Observer, *, kinds: Collection[str] = RECORD_KINDS
+    ) -> None:
+        """kinds: the kinds of records that this peer has a use for."""
+        self._host, self._lineage, self._observer, self._kinds = host, lineage, observer, kinds
+        self._fetcher = BlobFetcher(host, lineage.home.objects.sink)
+        self._backlog = Backlog()
+        self._refused: dict[Digest, None] = {}
+        self._orphans: set[Digest] = set()
+        self._changed = asyncio.Event()
+        self._fetches: set[asyncio.Task[None]] = set()
+
+    @property
+    def bytes_received(self) -> int:
+        return self._fetcher.bytes_received
+
+    @property
+    def blobs_received(self) -> int:
+        return self._fetcher.received
+
+    def hear(self, kind: str, record: BlobRef, holder: PeerId) -> None:
+        """A peer says that it has a record."""
+        if kind not in self._kinds or record.digest in self._refused or self._lineage.knows(record.digest):
+            return
+        if record.size > intake.record_limit(self._lineage, kind):
+            self._observer.on_refused(kind, "size")
+            return
+        self._backlog = propagation.want(self._backlog, record.digest, kind, holder, record.size, time.monotonic())
+        self._changed.set()
+
+    async def ask(self, peer: PeerId) -> int:
+        """Asks a peer for all that is not here; returns how many records it named. Raises PeerFailed."""
+        known = [*self._lineage.known_records(), *self._refused]
+        try:
+            named = await missing(self._host, peer, self._lineage.model, known)
+        except Rejected as error:
+            raise PeerFailed(error.message, peer) from None
+        for kind, ref in named:
+            self.hear(kind, ref, peer)
+        return len(named)
+
+    async def run(self) -> None:
+        """Fetches, until cancelled."""
+        while True:
+            self._changed.clear()
+            self._begin_fetches()
+            wake = propagation.next_due(self._backlog)
+            patience = IDLE_SECONDS if wake is None else min(IDLE_SECONDS, max(0.02, wake - time.monotonic()))
+            try:
+                await asyncio.wait_for(self._changed.wait(), patience)
+            except TimeoutError:
+                continue
+
+    async def settle(self, seconds: float) -> None:
+        """Fetches until nothing is left to fetch at once, or time is up."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._begin_fetches()
+            if not self._fetches:
+                return
+            await asyncio.wait(self._fetches, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+
+    def _begin_fetches(self) -> None:
+        self._backlog, fetches = propagation.due(self._backlog, time.monotonic(), PARALLEL_FETCHES)
+        for fetch in fetches:
+            task = asyncio.create_task(self._fetch(fetch))
+            self._fetches.add(task)
+            task.add_done_callback(self._fetches.discard)
+
+    async def _fetch(self, fetch: Fetch) -> None:
+        try:
+            await self._take_in(fetch)
+        except Rejected as error:
+            if error.reason == "parent":
+                if len(self._orphans) < MAX_REFUSED:
+                    self._orphans.add(fetch.digest)
+                return self._fail(fetch)  # what it stands on may still come
+            log.warning("%s %s is refused: %s", fetch.kind, short(fetch.digest), error.message)
+            self._observer.on_refused(fetch.kind, error.reason)
+            self._refuse(fetch.digest)
+        except StorageError as error:
+            log.error("%s", error)
+            self._fail(fetch)
+        except Unreachable as error:
+            log.info("%s %s: %s", fetch.kind, short(fetch.digest), error.message)
+            self._fail(fetch, has_not=True)  # whoever has it will name it again
+        except P2PModelError as error:
+            log.info("%s %s can't be fetched: %s", fetch.kind, short(fetch.digest), error.message)
+            self._fail(fetch)
+        finally:
+            self._changed.set()
+
+    async def _take_in(self, fetch: Fetch) -> None:
+        objects, sources = self._lineage.home.objects, propagation.sources(self._backlog, fetch)
+        if not objects.has(fetch.digest):
+            await self._fetcher.fetch(BlobRef(fetch.digest, fetch.size), sources)
+        record = objects.load(fetch.digest)
+        refs = intake.needed_blobs(self._lineage, fetch.kind, record)
+        for ref in refs:
+            if not objects.has(ref.digest):
+                await self._fetcher.fetch(ref, sources)
+        await asyncio.to_thread(intake.store, self._lineage, fetch.kind, record, refs)
+        self._lineage.refresh()
+        self._backlog = propagation.done(self._backlog, fetch.digest)
+        if fetch.kind != "patch":  # which nothing stands on
+            self._backlog = propagation.stir(self._backlog, self._orphans, time.monotonic())
+            self._orphans.clear()
+        await self._observer.on_record(fetch.kind, fetch.digest)
+
+    def _fail(self, fetch: Fetch, *, has_not: bool = False) -> None:
+        self._backlog = propagation.failed(self._backlog, fetch.digest, fetch.holder, time.monotonic(), has_not=has_not)
+
+    def _refuse(self, digest: Digest) -> None:
+        """Remembered, so that it is not fetched again from everybody who has it."""
+        self._refused[digest] = None
+        if len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        self._backlog = propagation.done(self._backlog, digest)
+        self._lineage.home.objects.remove(digest)

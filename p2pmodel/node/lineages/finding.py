@@ -1,0 +1,70 @@
+"""Objects of a swarm by digest, for commands that are no nodes: they ask, and keep what they get."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import uvloop
+
+from p2pmodel.domain.errors import P2PModelError
+from p2pmodel.domain.ids import Digest, PeerId, short
+from p2pmodel.node.lineages.contacts import contacts
+from p2pmodel.node.lineages.discovery import bootstrap_peers
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.blobs import BlobFetcher
+from p2pmodel.swarm.host import PeerHost
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class SwarmFinder:
+    """A context manager; it meets the swarm when something is first looked for."""
+
+    def __init__(self, home: Home, peers: Sequence[str], first: PeerId, limit: int) -> None:
+        """peers: addresses to begin with, else those that the home knows; first: who is asked first; limit: bytes of
+        one object."""
+        self._home, self._peers, self._first, self._limit = home, tuple(peers), first, limit
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="finding", daemon=True)
+        self._host: PeerHost | None = None
+        self._unreachable = False
+
+    def __enter__(self) -> "SwarmFinder":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._host is not None:
+            self._await(self._host.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def find(self, digest: Digest) -> bytes | None:
+        """Verified, and from now on in the home; None when nobody has it."""
+        if self._unreachable:
+            return None
+        try:
+            return self._await(self._fetch(digest))
+        except P2PModelError as error:
+            log.warning("%s: %s", short(digest), error)
+            self._unreachable = self._host is None
+            return None
+
+    async def _fetch(self, digest: Digest) -> bytes:
+        addresses = self._peers or await asyncio.to_thread(contacts, self._home)
+        if self._host is None:
+            self._host = await PeerHost.start(None, bootstrap=addresses, client_only=True)
+        sources = tuple(dict.fromkeys((self._first, *bootstrap_peers(addresses), *await self._host.peers())))
+        fetcher = BlobFetcher(self._host, self._home.objects.sink)
+        await fetcher.fetch(await fetcher.describe(digest, self._limit, sources), sources)
+        return await asyncio.to_thread(self._home.objects.load, digest, self._limit)
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

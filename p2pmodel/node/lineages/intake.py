@@ -1,0 +1,175 @@
+"""What a lineage lets in: every record is opened, admitted, and its tensors checked, before it is stored."""
+
+import time
+from collections.abc import Sequence
+
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.ids import Digest, PatchId, PeerId, short
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.version import BASE_NUMBER, Candidate
+from p2pmodel.logic import admission
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import read_change, read_masses, version_state
+from p2pmodel.store.index import RecordRow
+from p2pmodel.tensors import blob, control, variates
+from p2pmodel.tensors.control import CONTINUED
+from p2pmodel.wire import bundle, canonical, records
+from p2pmodel.wire.signing import RECORD_OVERHEAD
+
+
+def record_limit(lineage: Lineage, kind: str) -> int:
+    """The most bytes that a record of the kind may have."""
+    body = {
+        "patch": lineage.manifest.limits.max_header_bytes,
+        "candidate": records.MAX_CANDIDATE_BYTES,
+        "verdict": records.MAX_VERDICT_BYTES,
+    }[kind]
+    return body + RECORD_OVERHEAD
+
+
+def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, ...]:
+    """Admits the record on its own, and names the blobs that have to be here before it is stored. Raises Rejected;
+    with the reason "parent" it may be admitted later, when what it stands on has come."""
+    if kind == "patch":
+        patch = records.open_patch(record, lineage.manifest.limits.max_header_bytes)
+        _admit_patch(lineage, canonical.digest(record), patch)
+        return patch.blobs
+    if kind == "candidate":
+        candidate, proposer, _ = records.open_candidate(record)
+        _admit_candidate(lineage, candidate, proposer)
+        if candidate.amendment is None or candidate.amendment.exam == lineage.manifest.exam:
+            return candidate.blobs
+        return (*candidate.blobs, candidate.amendment.exam)
+    verdict = records.open_verdict(record)
+    known = verdict.version in lineage.candidates
+    admission.check_verdict(verdict, lineage.manifest, model=lineage.model, entitled=lineage.entitled, known=known)
+    return ()
+
+
+def _admit_patch(lineage: Lineage, patch_id: PatchId, patch: Patch) -> None:
+    """A patch on the head takes part in its round; one on an older version belongs to the history. The first patch of a
+    contributor on a parent stands, unless a maintainer's candidate names another."""
+    parents = {lineage.model, *(v.id for v in lineage.versions)}
+    named = any(
+        patch_id in c.patches or any(x.patch == patch_id for x in c.left_out) for c in lineage.candidates.values()
+    )
+    others = (
+        set()
+        if named
+        else {p.contributor for i, p in lineage.patches.items() if p.parent == patch.parent and i != patch_id}
+    )
+    head = patch.parent if patch.parent in parents else lineage.head
+    admission.check_patch(patch, lineage.manifest, head, parents, model=lineage.model, contributors=others)
+
+
+def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -> None:
+    parent = lineage.candidates.get(candidate.parent)
+    if parent is None and candidate.parent != lineage.model:
+        raise Rejected("parent", f"The candidate's parent {short(candidate.parent)} is not known here.")
+    restorable = set()
+    if candidate.amends:
+        restorable = {parent.result.digest if parent else _neutral(lineage)}
+    elif candidate.restores:
+        restorable = _restorable(lineage, candidate)
+    admission.check_candidate(
+        candidate,
+        lineage.manifest_at(candidate.parent),
+        model=lineage.model,
+        proposer=proposer,
+        parent_number=parent.number if parent else BASE_NUMBER,
+        parent_round=parent.round if parent else 0,
+        restorable=restorable,
+    )
+
+
+def _restorable(lineage: Lineage, candidate: Candidate) -> set[Digest]:
+    """The values of the versions before the candidate's parent, and of the base."""
+    found = {_neutral(lineage)}
+    parent = lineage.candidates.get(candidate.parent)
+    older = lineage.candidates.get(parent.parent) if parent else None
+    while older:
+        found.add(older.result.digest)
+        older = lineage.candidates.get(older.parent)
+    return found - {parent.result.digest} if parent else set()
+
+
+def _neutral(lineage: Lineage) -> Digest:
+    """Of the base's values."""
+    return canonical.digest(blob.pack(version_state(lineage, lineage.model)))
+
+
+def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
+    """Checks the tensors of an admitted record and stores it; its blobs, `needed_blobs`, have to be here.
+
+    May run on any thread: the lineage sees the record when it is refreshed. Raises Rejected, and then removes the blobs
+    that nothing else refers to.
+    """
+    objects, manifest = lineage.home.objects, lineage.manifest
+    limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest)
+    try:
+        tensors = records.open_candidate(record)[0].blobs if kind == "candidate" else refs
+        blobs = [objects.load(ref.digest, limit) for ref in tensors]
+        if kind == "patch":
+            check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
+        elif kind == "candidate":
+            if len(blob.unpack(blobs[0], manifest.slots, limit)) != len(manifest.slots):
+                raise Rejected("shape", "The candidate does not give a value for every slot of the model.")
+            for raw in blobs[1:]:
+                variates.read_mean(raw, manifest.kinds, manifest.slots, limit)
+    except Rejected:
+        kept = {ref.digest for ref in tuple(lineage.blobs())}
+        for ref in refs:
+            if ref.digest not in kept:
+                objects.remove(ref.digest)
+        raise
+    stored = objects.put(record)
+    lineage.home.index.add(RecordRow(kind, lineage.model, stored, _round(kind, record), time.time()))
+    return stored
+
+
+def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
+    """Checks a patch file as every peer will, and stores it; publishing is the node's. Raises Rejected."""
+    opened = bundle.open_bundle(raw)
+    refs = needed_blobs(lineage, "patch", opened.raw.header)
+    if opened.patch.parent != lineage.head:
+        raise Rejected(
+            "parent",
+            "The patch was trained on another version than the head, and can't be merged any more.",
+            "Move it with: p2pmodel rebase PATCH --onto head; or train it again.",
+        )
+    for raw_blob in opened.raw.blobs:
+        lineage.home.objects.put(raw_blob)
+    return store(lineage, "patch", opened.raw.header, refs)
+
+
+def check_tensors(
+    lineage: Lineage, patch: Patch, adapter: bytes, fisher: bytes, control_variate: bytes | None = None
+) -> None:
+    """A patch's blobs against the Manifest. Raises Rejected."""
+    if control_variate is not None and patch.kind not in CONTINUED:
+        raise Rejected("schema", f"Patches of kind {patch.kind} have no control variate, but this one has.")
+    change = read_change(lineage, patch.kind, adapter)
+    read_masses(lineage, patch.kind, change, fisher)
+    if control_variate is not None:
+        control.read(control_variate, adapter, lineage.manifest.limits.max_patch_bytes)
+
+
+def check_patch_file(lineage: Lineage, raw: bytes) -> None:
+    """All that a peer checks of a patch, on a patch file. Raises Rejected."""
+    opened = bundle.open_bundle(raw)
+    needed_blobs(lineage, "patch", opened.raw.header)
+    check_tensors(lineage, opened.patch, *opened.raw.blobs)
+
+
+def check_stored_patch(lineage: Lineage, patch: PatchId) -> None:
+    """The same on a patch in the store. Raises Rejected."""
+    record = lineage.home.objects.load(patch)
+    blobs = [lineage.home.objects.load(ref.digest) for ref in needed_blobs(lineage, "patch", record)]
+    check_tensors(lineage, records.open_patch(record, lineage.manifest.limits.max_header_bytes), *blobs)
+
+
+def _round(kind: str, record: bytes) -> int:
+    if kind == "candidate":
+        return records.open_candidate(record)[0].round
+    return records.open_verdict(record).round if kind == "verdict" else 0

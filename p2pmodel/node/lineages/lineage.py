@@ -1,0 +1,249 @@
+"""One model lineage as a home knows it: its Manifest, its records, and the versions that these prove.
+
+A view of the store that any process of the home may open; nothing here imports torch. What is not yet known to be valid
+enters through `p2pmodel.node.lineages.intake`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+from p2pmodel.domain.errors import Busy, InvalidInput, NotFound
+from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, short
+from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.swarm import LineageOffer
+from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
+from p2pmodel.logic.lineage import assemble, history, in_force
+from p2pmodel.store.home import Home
+from p2pmodel.store.index import RecordRow
+from p2pmodel.wire import records
+from p2pmodel.wire.signing import RECORD_OVERHEAD
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LIKE_A_VERSION = re.compile(r"v?[0-9]+(\.[0-9]+)*|[0-9a-f]{4,}")
+
+
+class Lineage:
+    def __init__(self, home: Home, model: ModelId) -> None:
+        """Raises NotFound when the home does not hold the model's Manifest."""
+        self.home, self.model = home, model
+        record = home.objects.load(model, records.MAX_MANIFEST_BYTES + RECORD_OVERHEAD)
+        self.record = BlobRef(model, len(record))
+        self.founding: Manifest = records.open_manifest(record)[0]
+        self.manifest = self.founding
+        self.patches: dict[PatchId, Patch] = {}
+        self.candidates: dict[VersionId, Candidate] = {}
+        self.proposers: dict[VersionId, PeerId] = {}
+        self.verdicts: dict[Digest, Verdict] = {}
+        self.versions: tuple[Version, ...] = ()
+        self._read: set[Digest] = set()
+        self._blobs: dict[Digest, tuple[BlobRef, ...]] = {}
+        self.refresh()
+
+    @classmethod
+    def create(cls, home: Home, record: bytes) -> "Lineage":
+        """Takes a signed Manifest into the home. Raises Rejected when it is none."""
+        records.open_manifest(record)
+        ref = home.objects.put(record)
+        home.index.add(RecordRow("manifest", ref.digest, ref, 0, 0.0))
+        return cls(home, ref.digest)
+
+    def refresh(self) -> None:
+        """Takes in the records that have come since, by whatever process of this home, and proves the versions anew."""
+        new = [row for row in self.home.index.records(self.model) if row.record.digest not in self._read]
+        for row in new:
+            self._read.add(row.record.digest)
+            raw = self.home.objects.load(row.record.digest)
+            if row.kind == "patch":
+                patch = self.patches[row.record.digest] = records.open_patch(raw)
+                self._blobs[row.record.digest] = patch.blobs
+            elif row.kind == "candidate":
+                candidate, proposer, version = records.open_candidate(raw)
+                self.candidates[version], self.proposers[version] = candidate, proposer
+                self._blobs[row.record.digest] = (candidate.result,)
+            elif row.kind == "verdict":
+                self.verdicts[row.record.digest] = records.open_verdict(raw)
+        if any(row.kind in ("candidate", "verdict") for row in new):
+            self.versions = assemble(self.founding, self.model, self.candidates, self.verdicts.values())
+            self.manifest = in_force(self.founding, self.versions)
+
+    def knows(self, record: Digest) -> bool:
+        return record in self._read
+
+    def known_records(self) -> tuple[Digest, ...]:
+        return tuple(self._read - {self.model})
+
+    def inventory(self) -> list[tuple[str, BlobRef]]:
+        """(kind, record) of all that peers may want, and that this home has with all that belongs to it."""
+        rows = self.home.index.records(self.model)
+        return [(row.kind, row.record) for row in rows if row.kind != "manifest" and self._is_whole(row)]
+
+    def _is_whole(self, row: RecordRow) -> bool:
+        """Whether the record's blobs are here: those of what nobody merged or adopted may have been removed."""
+        return all(self.home.objects.has(ref.digest) for ref in self._blobs.get(row.record.digest, ()))
+
+    @property
+    def head(self) -> VersionId:
+        """The newest proven version; the model id while there is none but the base."""
+        return self.versions[-1].id if self.versions else self.model
+
+    @property
+    def served_head(self) -> VersionId:
+        """The newest version whose values this home holds as well, as its node has noted it."""
+        return VersionId(Digest(self.home.refs.get(f"models/{self.model}/head") or self.model))
+
+    def number(self, version: VersionId) -> VersionNumber:
+        """Raises NotFound when the version is none that was adopted here."""
+        return BASE_NUMBER if version == self.model else self.version(version).candidate.number
+
+    def version(self, version: VersionId) -> Version:
+        for known in self.versions:
+            if known.id == version:
+                return known
+        raise NotFound(f"Version {short(version)} of {self.manifest.name} is not known here.", "See: p2pmodel log")
+
+    def history(self) -> tuple[Version, ...]:
+        """Every adopted version, parents before children: `versions`, and what forks left behind."""
+        return history(self.founding, self.model, self.candidates, self.verdicts.values())
+
+    def manifest_at(self, version: VersionId) -> Manifest:
+        """In force for what follows a version or a candidate that is known here."""
+        chain: list[Candidate] = []
+        while version in self.candidates:
+            chain.append(self.candidates[version])
+            version = chain[-1].parent
+        return in_force(self.founding, reversed(chain))
+
+    @property
+    def entitled(self) -> frozenset[PeerId]:
+        """All that are maintainers in any part of the lineage, or would be by a candidate."""
+        amendments = (candidate.amendment for candidate in self.candidates.values())
+        return frozenset(self.founding.maintainers).union(*(a.maintainers for a in amendments if a is not None))
+
+    @property
+    def tags(self) -> dict[str, VersionId]:
+        """This home's own names for versions, sorted."""
+        prefix = self._tag_ref("")
+        names = [name.removeprefix(prefix) for name in self.home.refs.names(prefix)]
+        return {name: VersionId(Digest(self.home.refs.get(prefix + name) or "")) for name in names}
+
+    def tag(self, name: str, version: VersionId, *, move: bool = False) -> None:
+        """Raises InvalidInput for what is no name for a tag, Busy when the tag is there and is not to be moved."""
+        if not _TAG.fullmatch(name) or name in ("head", "base") or _LIKE_A_VERSION.fullmatch(name):
+            raise InvalidInput(
+                f"{name[:64]!r} is no name for a tag.",
+                "Use at most 64 letters, digits, '.', '_' and '-', and nothing that reads like a number or an id.",
+            )
+        if not move and self.tags.get(name) not in (None, version):
+            raise Busy(f"The tag {name} is there already.", "Move it with --force, or delete it first.")
+        self.home.refs.set(self._tag_ref(name), version)
+
+    def untag(self, name: str) -> None:
+        """Raises NotFound."""
+        if name not in self.tags:
+            raise NotFound(f"{self.manifest.name} has no tag {name[:64]!r} here.", "See: p2pmodel tag")
+        self.home.refs.delete(self._tag_ref(name))
+
+    def decide(self, version: VersionId, accept: bool, reason: str = "") -> None:
+        """What the person behind this home's maintainer says of a candidate; its node signs it."""
+        self.home.refs.set(self._decision_ref(version), json.dumps({"accept": accept, "reason": reason}))
+
+    def decision(self, version: VersionId) -> tuple[bool, str] | None:
+        """(accept, reason) as `decide` has it; None as long as nothing was said."""
+        text = self.home.refs.get(self._decision_ref(version))
+        noted = json.loads(text) if text else None
+        return noted and (bool(noted["accept"]), str(noted["reason"]))
+
+    def _decision_ref(self, version: VersionId) -> str:
+        return f"models/{self.model}/decisions/{version}"
+
+    def weigh(self, patch: PatchId, weight: float) -> None:
+        """λ of a patch in candidates that this home's maintainer proposes."""
+        self.home.refs.set(f"models/{self.model}/weights/{patch}", repr(float(weight)))
+
+    def weight_of(self, patch: PatchId) -> float:
+        """What `weigh` has said; else 1."""
+        return float(self.home.refs.get(f"models/{self.model}/weights/{patch}") or 1.0)
+
+    def agree_to_rollback(self, version: VersionId) -> None:
+        """This home's maintainer will accept a candidate on the head of now that restores the version."""
+        self.home.refs.set(f"models/{self.model}/rollback", f"{self.head} {version}")
+
+    def agrees(self, candidate: Candidate) -> bool:
+        """Whether `agree_to_rollback` was said of what the candidate restores."""
+        agreed = (self.home.refs.get(f"models/{self.model}/rollback") or "").split()
+        return agreed == [candidate.parent, self.restored_by(candidate)]
+
+    def restored_by(self, candidate: Candidate) -> VersionId:
+        """The oldest version with the values of a candidate that restores one; the base when no other has them."""
+        same = (version.id for version in self.versions if version.candidate.result == candidate.result)
+        return next(same, VersionId(self.model))
+
+    def _tag_ref(self, name: str) -> str:
+        return f"models/{self.model}/tags/{name}"
+
+    def offer(self) -> LineageOffer:
+        return LineageOffer(self.model, self.manifest.name, self.record, self.head)
+
+    def find_version(self, text: str) -> VersionId:
+        """By number (`1.0.2`), tag, id or the beginning of one, `base` or `head`. Raises NotFound."""
+        if text == "head":
+            return self.head
+        if text == "base":
+            return self.model
+        every = {self.model: BASE_NUMBER, **{v.id: v.candidate.number for v in self.versions}}
+        if (tagged := self.tags.get(text)) in every:
+            return tagged
+        try:
+            wanted = VersionNumber.parse(text)
+        except ValueError:
+            found = [v for v in every if len(text) >= 4 and v.startswith(text)]
+        else:
+            found = [v for v, number in every.items() if number == wanted]
+        if len(found) != 1:
+            known = ", ".join(str(n) for n in every.values())
+            raise NotFound(f"{self.manifest.name} has no version {text}.", f"It has: {known}.")
+        return found[0]
+
+    def find_patch(self, text: str) -> PatchId:
+        """By id or the beginning of one. Raises NotFound."""
+        found = [p for p in self.patches if len(text) >= 4 and p.startswith(text)]
+        if len(found) != 1:
+            what = "is not known here" if not found else "could be several patches"
+            raise NotFound(f"Patch {text} {what}.", "See: p2pmodel patch list")
+        return found[0]
+
+    def result(self, version: VersionId) -> BlobRef | None:
+        """The blob with the values of all slots at the version; None for the base, whose slots are neutral."""
+        return None if version == self.model else self.version(version).candidate.result
+
+    def blobs(self) -> Iterator[BlobRef]:
+        """All that the lineage's records refer to."""
+        yield self.founding.exam
+        for patch in self.patches.values():
+            yield from patch.blobs
+        for candidate in self.candidates.values():
+            yield from candidate.blobs
+            if candidate.amendment is not None:
+                yield candidate.amendment.exam
+
+
+def known_lineages(home: Home) -> list[Lineage]:
+    return [Lineage(home, model) for model in home.index.models()]
+
+
+def find_lineage(home: Home, text: str) -> Lineage:
+    """By name, id, or the beginning of one, among those that the home knows. Raises NotFound, or InvalidInput when
+    several have the name."""
+    found = [
+        x for x in known_lineages(home) if x.manifest.name == text or (len(text) >= 4 and x.model.startswith(text))
+    ]
+    if not found:
+        raise NotFound(
+            f"No model {text!r} is known here.", "See: p2pmodel model list; or name the folder of a checkpoint."
+        )
+    if len(found) > 1:
+        ids = ", ".join(short(x.model) for x in found)
+        raise InvalidInput(f"Several models are called {text!r}: {ids}.", "Use the id.")
+    return found[0]

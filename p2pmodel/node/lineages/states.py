@@ -1,0 +1,74 @@
+"""Slot values of versions and patches, read from a home."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from p2pmodel.domain.errors import NotFound
+from p2pmodel.domain.ids import VersionId, short
+from p2pmodel.domain.patch import Patch
+from p2pmodel.logic.admission import result_limit
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.tensors import blob, variates
+from p2pmodel.tensors.changes import Change
+from p2pmodel.tensors.kinds import Kinds, get_kind, slots_of
+from p2pmodel.wire import bundle
+
+
+def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
+    """All slots' values at the version, the neutral ones for the base. Raises NotFound when they are not here."""
+    ref = lineage.result(version)
+    if ref is None:
+        return Kinds(lineage.manifest.kinds).initial(lineage.manifest.slots)
+    if not lineage.home.objects.has(ref.digest):
+        raise NotFound(
+            f"The values of version {short(version)} are not on this machine yet.",
+            "A node of this home fetches them: p2pmodel join",
+        )
+    limit = result_limit(lineage.manifest)
+    return blob.unpack(lineage.home.objects.load(ref.digest, limit), lineage.manifest.slots, limit)
+
+
+def read_change(lineage: Lineage, kind: str, adapter: bytes) -> Change:
+    """What a patch's adapter blob changes, checked against the Manifest. Raises Rejected, NotFound."""
+    known = get_kind(kind)
+    limit = lineage.manifest.limits.max_patch_bytes
+    return known.read(adapter, slots_of(known, lineage.manifest.slots), limit)
+
+
+def read_masses(lineage: Lineage, kind: str, change: Change, fisher: bytes) -> Mapping[str, Tensor]:
+    """The Fisher of a change, by slot, see `PatchKind.read_fisher`. Raises Rejected."""
+    return get_kind(kind).read_fisher(change, fisher, lineage.manifest.limits.max_patch_bytes)
+
+
+def patch_change(lineage: Lineage, patch: Patch) -> Change:
+    """Of a patch whose adapter is here. Raises NotFound, Rejected."""
+    limit = lineage.manifest.limits.max_patch_bytes
+    return read_change(lineage, patch.kind, lineage.home.objects.load(patch.adapter.digest, limit))
+
+
+def patch_state(lineage: Lineage, patch: Patch) -> dict[str, Tensor]:
+    """All slots' values with the patch alone applied to its parent. Raises NotFound, Rejected."""
+    return patch_change(lineage, patch).applied_to(version_state(lineage, patch.parent))
+
+
+def patch_file_state(lineage: Lineage, path: Path) -> dict[str, Tensor]:
+    """The same of a patch file. Raises Rejected, NotFound."""
+    opened = bundle.open_bundle(path.read_bytes())
+    change = read_change(lineage, opened.patch.kind, opened.raw.adapter)
+    return change.applied_to(version_state(lineage, opened.patch.parent))
+
+
+def round_mean(lineage: Lineage, version: VersionId, kind: str) -> dict[str, Tensor] | None:
+    """The mean of the control variates of the version's patches of the kind, by trained parameter; None where it has
+    none. Raises NotFound when it is not on this machine."""
+    while version != lineage.model and lineage.version(version).candidate.amends:
+        version = lineage.version(version).candidate.parent  # whose values it has
+    ref = None if version == lineage.model else lineage.version(version).candidate.control
+    if ref is None or kind not in variates.KINDS:
+        return None
+    limit, manifest = result_limit(lineage.manifest), lineage.manifest
+    mean = variates.read_mean(lineage.home.objects.load(ref.digest, limit), manifest.kinds, manifest.slots, limit)
+    own = {slot.name for slot in slots_of(get_kind(kind), manifest.slots)}
+    return {name: mean[name] for name in sorted(own)} if own <= mean.keys() else None

@@ -1,0 +1,1 @@
+"""What a node runs on: its device, its threads, and whether they are well."""

@@ -1,0 +1,1 @@
+"""Patches: trained, shown, audited, moved, and exchanged with other programs."""

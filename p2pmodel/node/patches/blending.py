@@ -1,0 +1,248 @@
+"""Merging patches by hand, outside of any round: what comes out is a patch again, to be shown, examined or exported."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from p2pmodel import __version__
+from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected, UsageError
+from p2pmodel.domain.ids import PatchId
+from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.patch import MAX_FILES, DataFile, Patch, Provenance, Recipe
+from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
+from p2pmodel.engine.exams import Examiner, Suite, search_alpha
+from p2pmodel.logic.judgement import mean, objective
+from p2pmodel.node.lineages.bases import find_base
+from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.lineages.merging import Source, combine, stored
+from p2pmodel.node.lineages.states import read_masses, version_state
+from p2pmodel.store.home import Home
+from p2pmodel.store.scratch import Scratch
+from p2pmodel.tensors import blob, compact
+from p2pmodel.tensors.changes import factors
+from p2pmodel.tensors.ia3 import PREFIX as IA3_PREFIX
+from p2pmodel.tensors.kinds import Kinds, get_kind
+from p2pmodel.tensors.merging import apply_update, get_strategy
+from p2pmodel.wire import bundle, canonical
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How far a slot would lie from where it is, had the patch not taken part: the Euclidean distance of the values."""
+
+    patch: PatchId
+    slot: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A merged patch in a file. weights: λ by patch. tuned: the mean loss in nats per byte on the exam's tuning split,
+    of the parent and of the merge, where α was found there. influences: the greatest first, when asked for."""
+
+    id: PatchId
+    kind: str
+    parent: str
+    alpha: float
+    weights: Mapping[PatchId, float]
+    bytes: int
+    tuned: tuple[float, float] | None
+    influences: tuple[Influence, ...]
+
+
+def blend(
+    home: Home,
+    texts: Sequence[str],
+    output: Path,
+    spec: MergeSpec | None,
+    weights: Mapping[str, float],
+    alpha: float | None,
+    base: Path | None,
+    explain: bool,
+) -> Blend:
+    """Merges patches, files or ids, of one parent. spec: None for the model's own strategy; weights: λ by what is in
+    `texts`; alpha: None to find it on the exam's tuning split, which takes the checkpoint.
+
+    Raises UsageError, NotFound, Rejected, InvalidInput when they have no parent or no slots in common.
+    """
+    if unknown := sorted(weights.keys() - set(texts)):
+        raise UsageError(f"--lambda names {unknown[0][:64]!r}, which is none of the patches.", "Write it as PATCH=0.5.")
+    lineage, opened = _read(home, texts)
+    sources = sorted(
+        (replace(source, weight=weights.get(text, 1.0)) for text, (_, source) in zip(texts, opened, strict=True)),
+        key=lambda source: source.id,
+    )
+    headers = [patch for patch, _ in opened]
+    if len({source.id for source in sources}) != len(sources):
+        raise InvalidInput("The same patch is named twice.")
+    if len({patch.parent for patch in headers}) > 1:
+        raise InvalidInput("The patches have different parents.", "Only patches on one version can be merged.")
+    if len({get_kind(source.kind).prefix for source in sources}) > 1:
+        raise InvalidInput("Vectors and weights do not fit into one patch.", "Merge patches of kinds that share slots.")
+    chosen = spec or lineage.manifest.merge
+    before = version_state(lineage, headers[0].parent)
+    update = combine(lineage, before, sources, chosen)
+    tuned: tuple[float, float] | None = None
+    if alpha is None:
+        alpha, tuned = _tune(lineage, home, base, before, update, get_strategy(chosen.strategy).unit(len(sources)))
+    held = sorted({slot for source in sources for slot in source.change(lineage).values})
+    kind, adapter = _adapter(before, update, alpha, held)
+    fisher = _fisher(lineage, sources, before, held)
+    blobs = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
+    patch = _header(lineage, headers, kind, chosen, alpha, blobs)
+    record = home.key.sign("patch", patch)
+    file = bundle.pack(record, *blobs)
+    Scratch(output.resolve().parent).write(output, file, 0o644)
+    return Blend(
+        canonical.digest(record),
+        kind,
+        str(lineage.number(patch.parent)),
+        alpha,
+        {source.id: source.weight for source in sources},
+        len(file),
+        tuned,
+        _influences(lineage, before, sources, chosen, update, alpha) if explain else (),
+    )
+
+
+def _read(home: Home, texts: Sequence[str]) -> tuple[Lineage, list[tuple[Patch, Source]]]:
+    """In the order of `texts`."""
+    known = known_lineages(home)
+    found: list[tuple[Patch, Source]] = []
+    lineage: Lineage | None = None
+    for text in texts:
+        if Path(text).is_file():
+            path = Path(text)
+            raw = bundle.open_bundle(path.read_bytes())
+            own = next((x for x in known if x.model == raw.patch.model), None)
+            source = Source(raw.id, raw.patch.kind, _part(path, raw.id, 0), _part(path, raw.id, 1), None)
+            found.append((raw.patch, source))
+        else:
+            own = next((x for x in known if any(len(text) >= 4 and p.startswith(text) for p in x.patches)), None)
+            if own is not None:
+                patch = own.find_patch(text)
+                found.append((own.patches[patch], stored(own, patch)))
+        if own is None:
+            raise NotFound(f"{text[:64]!r} is no patch of a model that is known here.", "See: p2pmodel patch list")
+        if lineage is not None and own.model != lineage.model:
+            raise InvalidInput("The patches are of different models.")
+        lineage = own
+    if lineage is None:
+        raise UsageError("There is nothing to merge.", "Name one patch at least.")
+    return lineage, found
+
+
+def _part(path: Path, patch: PatchId, number: int) -> Callable[[], bytes]:
+    """A blob of a patch file, read when it is wanted. Raises Rejected when the file is another one by then."""
+
+    def read() -> bytes:
+        opened = bundle.open_bundle(path.read_bytes())
+        if opened.id != patch:
+            raise Rejected("digest", f"{path} was changed while it was read.")
+        return opened.raw.blobs[number]
+
+    return read
+
+
+def _tune(
+    lineage: Lineage, home: Home, base: Path | None, before: State, update: State, unit: float
+) -> tuple[float, tuple[float, float]]:
+    manifest = lineage.manifest
+    if not home.objects.has(manifest.exam.digest):
+        raise NotFound("The model's exam is not on this machine, so no scale can be found.", "Give one with --alpha.")
+    suite = Suite.unpack(home.objects.load(manifest.exam.digest), manifest.exam.size)
+    folder = find_base(home, lineage, base)
+    examiner = Examiner(load_whole(folder), load_tokenizer(folder), Kinds(manifest.kinds), suite)
+    parent = examiner.score(before, "tune")
+    scores: dict[float, dict[str, float]] = {}
+
+    def objective_at(scale: float) -> float:
+        scores[scale] = examiner.score(apply_update(before, update, unit * scale), "tune")
+        return objective(parent, scores[scale], manifest.limits, suite.rules)
+
+    best = search_alpha(objective_at)
+    return unit * best, (mean(parent), mean(scores[best]))
+
+
+def _adapter(before: State, update: State, alpha: float, held: Sequence[str]) -> tuple[str, dict[str, Tensor]]:
+    """(kind, what its blob holds)."""
+    if held[0].startswith(IA3_PREFIX):
+        merged = apply_update(before, update, alpha)
+        return "ia3@1", {slot: merged[slot] for slot in held}
+    return "dense@1", {slot: (update[slot] * alpha).to(torch.float32) for slot in held}
+
+
+def _fisher(lineage: Lineage, sources: Sequence[Source], before: State, held: Sequence[str]) -> dict[str, Tensor]:
+    """The mean of the patches' own, weighted by λ, as the merged patch's kind keeps it."""
+    total = {slot: torch.zeros(before[slot].shape, dtype=torch.float64) for slot in held}
+    for source in sources:
+        change = source.change(lineage)
+        masses = read_masses(lineage, source.kind, change, source.fisher())
+        for slot in change.values:
+            total[slot] += masses[slot].double().clamp(min=0).view(total[slot].shape) * source.weight
+    weight = sum(source.weight for source in sources)
+    merged = {slot: (mass / weight).to(torch.float32) for slot, mass in total.items()}
+    if held[0].startswith(IA3_PREFIX):
+        return merged
+    return {name: part for slot, mass in merged.items() for name, part in factors(slot, mass).items()}
+
+
+def _header(
+    lineage: Lineage, headers: Sequence[Patch], kind: str, spec: MergeSpec, alpha: float, blobs: Sequence[bytes]
+) -> Patch:
+    """It stands on all data that its patches stand on, and claims no gain."""
+    data: dict[tuple[str, str], DataFile] = {(f.digest, f.name): f for p in headers for f in p.provenance.data}
+    loss = sum(p.loss_before * p.samples for p in headers) / sum(p.samples for p in headers)
+    licence = " AND ".join(sorted({p.licence for p in headers if p.licence}))
+    recipe = Recipe(
+        seed=0,
+        steps=0,
+        batch=1,
+        sequence=1,
+        optimizer=spec.strategy[:32],
+        learning_rate=0.0,
+        fisher_examples=1,
+        kind_options=tuple(sorted({**dict(spec.parameters), "alpha": alpha}.items())),
+    )
+    adapter, fisher = (BlobRef(canonical.digest(raw), len(raw)) for raw in blobs)
+    return Patch(
+        contributor=lineage.home.key.peer,
+        model=lineage.model,
+        parent=headers[0].parent,
+        kind=kind,
+        adapter=adapter,
+        fisher=fisher,
+        samples=sum(p.samples for p in headers),
+        loss_before=loss,
+        loss_after=loss,
+        licence=licence if len(licence) <= 128 else "",
+        provenance=Provenance(
+            data=tuple(data[key] for key in sorted(data))[:MAX_FILES],
+            recipe=recipe,
+            software=(("p2pmodel", __version__), ("torch", installed("torch"))),
+            checkpoint_every=1,
+            checkpoints=(),
+        ),
+    )
+
+
+def _influences(
+    lineage: Lineage, before: State, sources: Sequence[Source], spec: MergeSpec, update: State, alpha: float
+) -> tuple[Influence, ...]:
+    found = []
+    for left_out in sources:
+        rest = [source for source in sources if source is not left_out]
+        nothing = not any(source.weight for source in rest)
+        without = {} if nothing else combine(lineage, before, rest, spec)
+        for slot, own in update.items():
+            difference = own if nothing else own - without[slot]
+            distance = abs(alpha) * float(difference.norm())
+            if distance:
+                found.append(Influence(left_out.id, slot, distance))
+    return tuple(sorted(found, key=lambda x: (-x.distance, x.slot, x.patch)))

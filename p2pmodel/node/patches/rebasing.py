@@ -1,0 +1,232 @@
+"""`p2pmodel rebase`: a patch moves to another version, of its own lineage or of one with another base."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from p2pmodel import __version__
+from p2pmodel.domain.errors import InvalidInput, NotFound
+from p2pmodel.domain.ids import PatchId, VersionId
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.version import Candidate
+from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
+from p2pmodel.engine.data import read_texts
+from p2pmodel.engine.evaluation import evaluate
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import read_change, read_masses, version_state
+from p2pmodel.node.patches.patchbook import OpenedPatch
+from p2pmodel.store.scratch import Scratch
+from p2pmodel.tensors import blob, compact, fish, lora
+from p2pmodel.tensors.changes import NOT_HELD, Change
+from p2pmodel.tensors.kinds import Kinds
+from p2pmodel.tensors.rebase import factored, moved
+from p2pmodel.wire import bundle, canonical
+
+REBASED = "rebased"
+"""In a recipe: nothing was trained."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats per byte on the user's own text: of the old version with the patch, of the new one, and of the new one with
+    the rebased patch."""
+
+    before: float
+    version: float
+    rebased: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """dropped: slots of the patch that the new model does not have in that shape. weighted: by how many merged patches'
+    Fishers the version's weight was found; None when some of them are not here, and both sides weighed the same.
+    kept: the share of the update that has room in factors of the patch's rank; 1 for other kinds."""
+
+    id: PatchId
+    patch: Patch
+    size: int
+    dropped: tuple[str, ...]
+    weighted: int | None
+    kept: float
+    losses: Losses | None
+
+
+def rebase(
+    opened: OpenedPatch,
+    lineage: Lineage,
+    version: VersionId,
+    output: Path,
+    *,
+    texts: Sequence[Path] = (),
+    bases: tuple[Path, Path] | None = None,
+) -> Rebased:
+    """lineage, version: where it goes. texts: to compare on, with the folders of the old base and the new one.
+
+    Raises InvalidInput when the version takes no such patches, or has none of its slots; NotFound when values are not
+    here."""
+    old, patch = opened.lineage, opened.patch
+    if patch.kind not in lineage.manifest.kinds:
+        raise InvalidInput(
+            f"{lineage.manifest.name} takes no patches of kind {patch.kind}.",
+            f"It takes {', '.join(lineage.manifest.kinds)}.",
+        )
+    if not opened.fisher:
+        raise NotFound("The patch's Fisher is not here, by which it would be merged.", "Fetch it: p2pmodel join")
+    change = read_change(old, patch.kind, opened.adapter)
+    masses = read_masses(old, patch.kind, change, opened.fisher)
+    parent, state = version_state(old, patch.parent), version_state(lineage, version)
+    names = sorted(change.values)
+    same = [name for name in names if name in state and tuple(state[name].shape) == change.shape(name)]
+    if not same:
+        raise InvalidInput(f"{lineage.manifest.name} has none of the slots that the patch changes.")
+    upstream = None if _incomplete(old, patch.parent, lineage, version) else list(_between(opened, lineage, version))
+    sources = None if upstream is None else [_masses_of(lineage, p) for p in upstream]
+    updates: dict[str, Tensor] = {}
+    for name in same:
+        update = change.values[name] if change.relative else change.values[name].double() - parent[name].double()
+        shift = state[name].double() - parent[name].double() if old.model == lineage.model else torch.zeros(())
+        mass = None if sources is None else _mean_mass(sources, name, change.shape(name))
+        updates[name] = moved(update, shift.expand(change.shape(name)), masses[name], mass)
+    raw, kept = _adapter(opened, change, updates, state)
+    fisher = opened.fisher if same == names else _fisher(opened, change, same)
+    recipe = dataclasses.replace(patch.provenance.recipe, optimizer=REBASED, steps=0, continued=False)
+    provenance = dataclasses.replace(
+        patch.provenance,
+        recipe=recipe,
+        software=(("p2pmodel", __version__),),
+        checkpoints=(),
+        states=(),
+        correction=None,
+    )
+    result = read_change(lineage, patch.kind, raw).applied_to(state)
+    losses = None
+    if texts and bases:
+        losses = _compare(opened, change.applied_to(parent), lineage, state, result, texts, bases)
+    new = dataclasses.replace(
+        patch,
+        contributor=lineage.home.key.peer,
+        model=lineage.model,
+        parent=version,
+        adapter=_ref(raw),
+        fisher=_ref(fisher),
+        control=None,
+        loss_before=losses.version if losses else 0.0,
+        loss_after=losses.rebased if losses else 0.0,
+        provenance=provenance,
+    )
+    header = lineage.home.key.sign("patch", new)
+    file = bundle.pack(header, raw, fisher)
+    Scratch(output.resolve().parent).write(output, file, 0o644)
+    return Rebased(
+        canonical.digest(header),
+        new,
+        len(file),
+        tuple(name for name in names if name not in same),
+        None if upstream is None else len(upstream),
+        kept,
+        losses,
+    )
+
+
+def _adapter(
+    opened: OpenedPatch, change: Change, updates: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> tuple[bytes, float]:
+    """The blob, as the kind writes it."""
+    if not change.relative:
+        return blob.pack({name: (state[name].double() + u).float() for name, u in updates.items()}), 1.0
+    if opened.patch.kind == "dense@1":
+        return blob.pack({name: update.float() for name, update in updates.items()}), 1.0
+    held = blob.unpack(opened.adapter, None, len(opened.adapter))
+    if opened.patch.kind == "fish@1":
+        indices = {name: held[name + fish.INDEX] for name in updates}
+        values = {n + fish.VALUE: updates[n].reshape(-1)[i.long()].float() for n, i in indices.items()}
+        return blob.pack({n + fish.INDEX: i for n, i in indices.items()} | values), 1.0
+    if opened.patch.kind == "lora@1":
+        if all(torch.equal(updates[name].float(), change.values[name]) for name in updates):
+            wanted = {name + part for name in updates for part in (lora.A, lora.B)} | {lora.SCALE}
+            return blob.pack({name: tensor for name, tensor in held.items() if name in wanted}), 1.0
+        rank = max(held[name + lora.A].shape[0] for name in updates)
+        factors, kept = factored(updates, rank)
+        return blob.pack(factors), kept
+    raise InvalidInput(f"Patches of kind {opened.patch.kind} cannot be moved to another version.", "Train it again.")
+
+
+def _fisher(opened: OpenedPatch, change: Change, slots: Sequence[str]) -> bytes:
+    """Of some of the slots."""
+    held = compact.decode(opened.fisher, change.fisher_places, len(opened.fisher))
+    return blob.pack(compact.encode({name: t for name, t in held.items() if name.partition("#")[0] in slots}))
+
+
+def _between(opened: OpenedPatch, lineage: Lineage, version: VersionId) -> Iterator[Patch]:
+    """The patches that make the difference between the two versions; of another lineage all that were merged."""
+    mine = _merged(opened.lineage, opened.patch.parent) if opened.lineage.model == lineage.model else set()
+    theirs = _merged(lineage, version)
+    yield from (lineage.patches[patch] for patch in sorted(mine ^ theirs))
+
+
+def _merged(lineage: Lineage, version: VersionId) -> set[PatchId]:
+    return {patch for candidate in _chain(lineage, version) for patch in candidate.patches}
+
+
+def _incomplete(old: Lineage, parent: VersionId, lineage: Lineage, version: VersionId) -> bool:
+    """Whether it cannot be told how much the version depends on its values: patches are missing, or it came about
+    otherwise."""
+    chains = [*_chain(lineage, version), *(_chain(old, parent) if old.model == lineage.model else ())]
+    here = lineage.home.objects.has
+    return any(c.restores for c in chains) or any(
+        p not in lineage.patches or not all(here(ref.digest) for ref in lineage.patches[p].blobs)
+        for candidate in chains
+        for p in candidate.patches
+    )
+
+
+def _chain(lineage: Lineage, version: VersionId) -> Iterator[Candidate]:
+    while version != lineage.model:
+        candidate = lineage.version(version).candidate
+        yield candidate
+        version = candidate.parent
+
+
+def _masses_of(lineage: Lineage, patch: Patch) -> Mapping[str, Tensor]:
+    objects, limit = lineage.home.objects, lineage.manifest.limits.max_patch_bytes
+    change = read_change(lineage, patch.kind, objects.load(patch.adapter.digest, limit))
+    return read_masses(lineage, patch.kind, change, objects.load(patch.fisher.digest, limit))
+
+
+def _mean_mass(sources: Sequence[Mapping[str, Tensor]], slot: str, shape: tuple[int, ...]) -> Tensor:
+    """Over all patches; what one does not hold counts as nothing."""
+    total = torch.zeros(shape, dtype=torch.float64)
+    for masses in sources:
+        if slot in masses:
+            mass = masses[slot]
+            total += torch.where(mass == NOT_HELD, 0.0, mass).double()
+    return total / max(1, len(sources))
+
+
+def _compare(
+    opened: OpenedPatch,
+    pair: Mapping[str, Tensor],
+    lineage: Lineage,
+    state: Mapping[str, Tensor],
+    result: Mapping[str, Tensor],
+    files: Sequence[Path],
+    bases: tuple[Path, Path],
+) -> Losses:
+    texts = [text.text for text in read_texts(list(files))]
+    old, new = load_whole(bases[0]), None
+    kinds, tokenizer = Kinds(opened.lineage.manifest.kinds), load_tokenizer(bases[0])
+    before = evaluate(old, tokenizer, kinds, pair, texts)
+    if bases[0] != bases[1]:
+        new, kinds, tokenizer = load_whole(bases[1]), Kinds(lineage.manifest.kinds), load_tokenizer(bases[1])
+    alone, rebased = (evaluate(new or old, tokenizer, kinds, each, texts) for each in (state, result))
+    return Losses(before.nats_per_byte, alone.nats_per_byte, rebased.nats_per_byte, rebased.bytes)
+
+
+def _ref(raw: bytes) -> BlobRef:
+    return BlobRef(canonical.digest(raw), len(raw))

@@ -1,0 +1,1 @@
+"""Rounds: what maintainers decide, by themselves and by people."""

@@ -1,0 +1,212 @@
+"""A maintainer's work: examine patches, merge them, propose a candidate; recompute others' candidates, sign a verdict.
+
+All of it blocks for seconds to minutes and belongs on a thread of its own. What decides is in `p2pmodel.logic`; the
+mathematics is in `p2pmodel.tensors`.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from p2pmodel.domain.errors import NotRunning, Rejected
+from p2pmodel.domain.ids import PatchId, PeerId, VersionId, short
+from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict
+from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
+from p2pmodel.engine.exams import Examiner, Suite, search_alpha
+from p2pmodel.engine.exams.screening import screen
+from p2pmodel.logic.judgement import mean, objective, why_reject
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.merging import Source, combine, mean_control, stored
+from p2pmodel.node.lineages.states import patch_change, version_state
+from p2pmodel.tensors import blob
+from p2pmodel.tensors.kinds import Kinds
+from p2pmodel.tensors.merging import apply_update, get_strategy
+from p2pmodel.wire import canonical
+
+State = Mapping[str, Tensor]
+Scores = dict[str, float]
+log = logging.getLogger(__name__)
+
+PLAIN_MEAN = MergeSpec("mean@1")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """blobs: those of the candidate, in their order."""
+
+    candidate: Candidate
+    blobs: tuple[bytes, ...]
+
+
+class Maintainer:
+    def __init__(self, lineage: Lineage, me: PeerId, base: Path, observe_merge: Callable[[float], None]) -> None:
+        """base: folder of the whole checkpoint. observe_merge is told the seconds of every merge."""
+        self.lineage, self.me, self._observe_merge = lineage, me, observe_merge
+        self._kind = Kinds(lineage.manifest.kinds)
+        self._model, self._tokenizer = load_whole(base), load_tokenizer(base)
+        self._exam = lineage.manifest.exam
+        self._examiner = self._examiner_of(self._exam)
+        self._scores: dict[tuple[str, str], Scores] = {}
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Work under way on another thread ends within one exam, with NotRunning."""
+        self._stopped.set()
+
+    def propose(self, round: int, parent: VersionId, patches: tuple[PatchId, ...]) -> Proposal | None:
+        """Examines the patches one by one on the tuning split, merges those that help, and finds α there.
+        None when nothing is left to merge."""
+        lineage, manifest = self.lineage, self.lineage.manifest
+        self._follow_exam()
+        rules = self._examiner.suite.rules
+        before = version_state(lineage, parent)
+        measured = self._examiner.measure(before, "tune")
+        tuning = {name: section.score for name, section in measured.items()}
+        left_out = []
+        for patch in patches:
+            self._demand_running()
+            if lineage.weight_of(patch) == 0:
+                left_out.append(LeftOut(patch, "its proposer gives it no weight"))
+                continue
+            began = time.monotonic()
+            alone = patch_change(lineage, lineage.patches[patch]).applied_to(before)
+            screened = screen(self._examiner, alone, measured, "tune", patch)
+            cost = f"{screened.cases} of {screened.total} cases in {time.monotonic() - began:.1f} s"
+            log.info("patch %s %s (%s)", short(patch), screened.reason or "enters the merge", cost)
+            if screened.reason:
+                left_out.append(LeftOut(patch, screened.reason[:256]))
+        entering = tuple(sorted(set(patches) - {x.patch for x in left_out}))
+        if not entering:
+            return None
+        sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in entering]
+        update = self._combine(before, sources, manifest.merge)
+        unit = get_strategy(manifest.merge.strategy).unit(len(sources))
+        alpha = unit * search_alpha(
+            lambda a: objective(
+                tuning, self._score(apply_update(before, update, unit * a), "tune"), manifest.limits, rules
+            )
+        )
+        result, control = blob.pack(apply_update(before, update, alpha)), mean_control(lineage, sources)
+        candidate = Candidate(
+            model=lineage.model,
+            round=round,
+            parent=parent,
+            number=lineage.number(parent).next_patch(),
+            patches=entering,
+            left_out=tuple(sorted(left_out, key=lambda x: x.patch)),
+            merge=manifest.merge,
+            alpha=alpha,
+            result=_ref(result),
+            weights=() if all(x.weight == 1 for x in sources) else tuple(x.weight for x in sources),
+            control=None if control is None else _ref(control),
+        )
+        return Proposal(candidate, (result,) if control is None else (result, control))
+
+    def examine(self, version: VersionId) -> Verdict:
+        """Recomputes the merge and examines the result on the deciding split."""
+        candidate = self.lineage.candidates[version]
+        self._follow_exam()
+        try:
+            scores = self._examine(candidate)
+        except Rejected as error:
+            return self._verdict(candidate, version, error.message, ())
+        if candidate.amends:
+            # Its values are its parent's; whether it is wanted is for people to say.
+            return self._verdict(candidate, version, "", ())
+        if candidate.restores:
+            # Who goes back knows something that the exam does not: people decide, not scores.
+            agreed = self.lineage.agrees(candidate)
+            return self._verdict(
+                candidate, version, "" if agreed else "its maintainer did not agree to go back", scores
+            )
+        parent, new = ({s.domain: getattr(s, name) for s in scores} for name in ("parent", "candidate"))
+        return self._verdict(
+            candidate,
+            version,
+            why_reject(parent, new, self.lineage.manifest.limits, self._examiner.suite.rules),
+            scores,
+        )
+
+    def _examine(self, candidate: Candidate) -> tuple[DomainScore, ...]:
+        lineage, manifest = self.lineage, self.lineage.manifest
+        if candidate.number != lineage.number(candidate.parent).next_patch():
+            raise Rejected("chain", f"The candidate is numbered {candidate.number}, which does not follow its parent.")
+        if candidate.amendment is not None:
+            self._examiner_of(candidate.amendment.exam)
+            return ()
+        before = version_state(lineage, candidate.parent)
+        if candidate.restores:
+            limit = candidate.result.size
+            old = blob.unpack(lineage.home.objects.load(candidate.result.digest, limit), manifest.slots, limit)
+            return self._scores_of(version_state(lineage, lineage.model), before, old, old)
+        if candidate.merge != manifest.merge:
+            raise Rejected("chain", "The candidate was not merged as the Manifest says.")
+        sources = [stored(lineage, patch, candidate.weight(patch)) for patch in candidate.patches]
+        after = apply_update(before, self._combine(before, sources, candidate.merge), candidate.alpha)
+        if _ref(blob.pack(after)) != candidate.result:
+            raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")
+        control = mean_control(lineage, sources)
+        if (None if control is None else _ref(control)) != candidate.control:
+            raise Rejected("digest", "Recomputing the mean of the control variates gives another than the candidate's.")
+        equal = [replace(source, weight=1.0) for source in sources]
+        plain = apply_update(before, self._combine(before, equal, PLAIN_MEAN), 1.0)
+        return self._scores_of(version_state(lineage, lineage.model), before, after, plain)
+
+    def _scores_of(self, *states: State) -> tuple[DomainScore, ...]:
+        """states: of the base, the parent, the candidate, and the plain mean."""
+        base, parent, new, plain_mean = (self._score(state, "test") for state in states)
+        return tuple(DomainScore(d, base[d], parent[d], new[d], plain_mean[d]) for d in sorted(new))
+
+    def _verdict(
+        self, candidate: Candidate, version: VersionId, reason: str, scores: tuple[DomainScore, ...]
+    ) -> Verdict:
+        log.info("version %s (%s): %s", candidate.number, short(version), f"reject: {reason}" if reason else "accept")
+        return Verdict(
+            maintainer=self.me,
+            model=candidate.model,
+            round=candidate.round,
+            version=version,
+            accept=not reason,
+            reason=reason[:256],
+            scores=scores,
+        )
+
+    def _combine(self, parent: State, sources: Sequence[Source], spec: MergeSpec) -> dict[str, Tensor]:
+        began = time.monotonic()
+        update = combine(self.lineage, parent, sources, spec)
+        self._observe_merge(time.monotonic() - began)
+        return update
+
+    def _score(self, state: State, split: str) -> Scores:
+        key = (canonical.digest(blob.pack(state)), split)
+        self._demand_running()
+        if key not in self._scores:
+            self._scores[key] = self._examiner.score(state, "tune" if split == "tune" else "test")
+            log.debug("exam (%s): mean %.4f nats per byte", split, mean(self._scores[key]))
+        return self._scores[key]
+
+    def _examiner_of(self, exam: BlobRef) -> Examiner:
+        """Raises Rejected for an exam that cannot be used."""
+        suite = Suite.unpack(self.lineage.home.objects.load(exam.digest), exam.size)
+        return Examiner(self._model, self._tokenizer, self._kind, suite)
+
+    def _follow_exam(self) -> None:
+        """An amendment may have brought another exam since."""
+        if self.lineage.manifest.exam != self._exam:
+            self._exam = self.lineage.manifest.exam
+            self._examiner = self._examiner_of(self._exam)
+            self._scores.clear()
+
+    def _demand_running(self) -> None:
+        if self._stopped.is_set():
+            raise NotRunning("The node is stopping.")
+
+
+def _ref(raw: bytes) -> BlobRef:
+    return BlobRef(canonical.digest(raw), len(raw))

@@ -1,0 +1,205 @@
+"""Feeds what happens into the round's transition table, and does what comes out.
+
+What decides is `p2pmodel.logic.rounds`; that a version is adopted is proven by the lineage's records alone.
+Propositions and examinations block, so they run on a thread, one at a time.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from p2pmodel.domain.errors import P2PModelError
+from p2pmodel.domain.ids import Digest, VersionId, short
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.version import Verdict
+from p2pmodel.logic import round_state, rounds
+from p2pmodel.logic.quorum import electorates
+from p2pmodel.node.lineages import intake
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.telemetry.metrics import Metrics
+from p2pmodel.wire.signing import Key
+
+if TYPE_CHECKING:  # it loads transformers, which a node that only watches can do without
+    from p2pmodel.node.rounds.maintaining import Maintainer
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+Announce = Callable[[str, BlobRef], Awaitable[None]]
+Adopted = Callable[[VersionId], Awaitable[None]]
+
+
+class RoundKeeper:
+    def __init__(
+        self,
+        lineage: Lineage,
+        key: Key,
+        maintainer: "Maintainer | None",
+        announce: Announce,
+        adopted: Adopted,
+        find_missing: Callable[[], Awaitable[None]],
+        metrics: Metrics,
+        ask: bool = False,
+    ) -> None:
+        """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here. ask:
+        whether a person decides on what the exam accepts; on amendments people always decide."""
+        self._ask, self._asked = ask, dict[VersionId, Verdict]()
+        self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
+        self._announce, self._adopted, self._find_missing = announce, adopted, find_missing
+        self._rules = round_state.RoundRules.from_manifest(lineage.manifest, lineage.model)
+        self._me = key.peer if maintainer else None
+        self._head = lineage.head
+        self._work: asyncio.Queue[round_state.Propose | round_state.Examine] = asyncio.Queue()
+        self.state = self._first_state()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._feed_all()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tick())
+            if self._maintainer:
+                tasks.create_task(self._labour())
+
+    async def on_record(self, kind: str, digest: Digest) -> None:
+        """A record has come into the lineage, whoever made it."""
+        lineage = self._lineage
+        if lineage.head != self._head:
+            await self._move_head()
+        elif kind == "patch" and lineage.patches[digest].parent == self._head:
+            self._advance(round_state.PatchAdmitted(digest))
+        elif kind == "candidate":
+            self._see_candidates()
+        elif kind == "verdict":
+            self._advance(round_state.VerdictSeen(lineage.verdicts[digest]))
+
+    def _first_state(self) -> round_state.RoundState:
+        lineage = self._lineage
+        last = lineage.versions[-1].candidate.round if lineage.versions else 0
+        return rounds.start(last + 1, lineage.head, time.monotonic())
+
+    def _feed_all(self) -> None:
+        """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing."""
+        lineage = self._lineage
+        for verdict in sorted(lineage.verdicts.values(), key=lambda v: v.maintainer != self._key.peer):
+            self._advance(round_state.VerdictSeen(verdict))
+        self._see_candidates()
+        for patch, header in sorted(lineage.patches.items()):
+            if header.parent == self._head:
+                self._advance(round_state.PatchAdmitted(patch))
+
+    def _see_candidates(self) -> None:
+        for version, candidate in self._lineage.candidates.items():
+            if candidate.parent == self._head:
+                patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
+                wanted = electorates(self._lineage.manifest, candidate)
+                also = wanted[1] if len(wanted) > 1 else None
+                proposer = self._lineage.proposers[version]
+                self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also))
+                for verdict in self._lineage.verdicts.values() if also else ():
+                    if verdict.version == version:
+                        self._advance(round_state.VerdictSeen(verdict))
+
+    async def _move_head(self) -> None:
+        before, self._head = self._head, self._lineage.head
+        number, last = self._lineage.number(self._head), self._lineage.versions[-1].candidate.round
+        log.info("version %s (%s) is adopted in round %d", number, short(self._head), last)
+        await self._adopted(self._head)
+        self._count_adopted(before)
+        self._rules = round_state.RoundRules.from_manifest(self._lineage.manifest, self._lineage.model)
+        self._asked.clear()
+        self.state = rounds.follow(self.state, self._head, last, time.monotonic())
+        self._feed_all()
+
+    def _count_adopted(self, before: VersionId) -> None:
+        """The versions that came since `before`, and what became of their patches."""
+        versions = [version.id for version in self._lineage.versions]
+        for version in self._lineage.versions[versions.index(before) + 1 if before in versions else 0 :]:
+            self._metrics.rounds.labels("adopted").inc()
+            self._metrics.patches.labels("merged").inc(len(version.candidate.patches))
+            self._metrics.patches.labels("left_out").inc(len(version.candidate.left_out))
+
+    def _advance(self, event: round_state.Event) -> None:
+        self.state, effects = rounds.advance(self.state, event, time.monotonic(), self._rules, self._me)
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: rounds.Effect) -> None:
+        match effect:
+            case round_state.Propose() | round_state.Examine():
+                self._work.put_nowait(effect)
+            case round_state.Adopt(version):
+                log.debug("enough maintainers accept %s", short(version))
+            case round_state.Reject(round, reason) | round_state.Abandon(round, reason):
+                outcome = "rejected" if isinstance(effect, round_state.Reject) else "abandoned"
+                log.warning("round %d is %s: %s", round, outcome, reason)
+                self._metrics.rounds.labels(outcome).inc()
+                self.state = rounds.reopen(self.state, time.monotonic())
+                self._feed_all()
+            case round_state.Misbehaviour(maintainer, one, other):
+                log.error(
+                    "maintainer %s signed two versions in one round: %s and %s", maintainer, short(one), short(other)
+                )
+                self._metrics.rounds.labels("misbehaviour").inc()
+
+    async def _tick(self) -> None:
+        while True:
+            self._advance(round_state.Tick())
+            for version in list(self._asked):
+                await self._hear_decision(version)
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _labour(self) -> None:
+        while True:
+            task = await self._work.get()
+            try:
+                await (self._propose(task) if isinstance(task, round_state.Propose) else self._examine(task))
+            except P2PModelError as error:
+                log.error("the round's work failed: %s", error)
+                if isinstance(task, round_state.Propose):
+                    self._advance(round_state.ProposalFailed())
+
+    async def _propose(self, task: round_state.Propose) -> None:
+        assert self._maintainer
+        log.info("round %d: examining %d patches", task.round, len(task.patches))
+        proposal = await asyncio.to_thread(self._maintainer.propose, task.round, task.parent, task.patches)
+        if proposal is None:
+            log.warning("round %d: none of the patches can be merged", task.round)
+            self._advance(round_state.PatchesRefused(task.patches))
+        elif rounds.may_propose(self.state, task.round):
+            for raw in proposal.blobs:
+                self._lineage.home.objects.put(raw)
+            await self._publish("candidate", self._key.sign("candidate", proposal.candidate))
+
+    async def _examine(self, task: round_state.Examine) -> None:
+        assert self._maintainer
+        candidate = self._lineage.candidates[task.version]
+        if any(patch not in self._lineage.patches for patch in candidate.patches):
+            await self._find_missing()
+        verdict = await asyncio.to_thread(self._maintainer.examine, task.version)
+        if verdict.accept and (candidate.amends or (self._ask and not candidate.restores)):
+            self._asked[task.version] = verdict
+            log.warning("version %s waits for your word: p2pmodel round approve %s", *[short(task.version)] * 2)
+            await self._hear_decision(task.version)
+        else:
+            await self._sign(verdict)
+
+    async def _hear_decision(self, version: VersionId) -> None:
+        decision = self._lineage.decision(version)
+        if decision is not None:
+            accept, reason = decision
+            await self._sign(replace(self._asked.pop(version), accept=accept, reason=reason))
+
+    async def _sign(self, verdict: Verdict) -> None:
+        if rounds.may_sign(self.state, verdict.version, time.monotonic(), self._rules):
+            await self._publish("verdict", self._key.sign("verdict", verdict))
+
+    async def _publish(self, kind: str, record: bytes) -> None:
+        """Stored before it is said, so that a restart can't say something else."""
+        refs = intake.needed_blobs(self._lineage, kind, record)
+        ref = await asyncio.to_thread(intake.store, self._lineage, kind, record, refs)
+        self._lineage.refresh()
+        await self._announce(kind, ref)
+        await self.on_record(kind, ref.digest)

@@ -1,0 +1,1 @@
+"""The gateway: the swarm on behalf of HTTP clients."""

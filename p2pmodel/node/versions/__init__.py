@@ -1,0 +1,1 @@
+"""Versions as people handle them: compared, tested, checked out, gone back to."""
