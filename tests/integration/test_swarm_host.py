@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from p2pmodel.domain.errors import Busy, NotFound, P2PModelError, PeerFailed, StorageError, Unreachable, UsageError
+from p2pmodel.domain.ids import PeerId
 from p2pmodel.swarm.addresses import parse_peer_address
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.signing import Key
 
-NOBODY = Key.generate().peer
+NOBODY = PeerId("12D3KooWJw7iYGWY4q3LNcCKHWttAc2mfkVoegmXVaMLmP3L493u")
 
 NODE = """
 import asyncio, json, os, signal, sys, uvloop

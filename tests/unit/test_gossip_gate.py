@@ -63,6 +63,7 @@ def test_an_announcement_for_its_model_is_let_in() -> None:
         (b"", "schema"),
         (bytes(4097), "size"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_announcement_for_the_model_is_refused_by_reason(data: bytes, reason: str) -> None:
     gate = Gate()
@@ -80,6 +81,7 @@ def test_what_is_no_announcement_for_the_model_is_refused_by_reason(data: bytes,
         (b"\x12\x20" + bytes(32), TOPICS, 10, "origin"),  # the id of an RSA key: its key would come with the message
         (b"", TOPICS, 10, "origin"),
     ],
+    ids=["too large", "two topics", "no topic", "an RSA key", "nobody"],
 )
 def test_a_message_is_refused_by_its_outside(origin: bytes, topics: list[str], size: int, reason: str) -> None:
     gate = Gate()
