@@ -195,8 +195,13 @@ class Gateway:
             usage.cached = sum(writer.reused for writer in writers[:: request.choices])
 
         works = [loop.run_in_executor(self._pool, self._write, writer, offer, show) for writer in writers]
+        def ended(work: asyncio.Future[None]) -> None:
+            if not work.cancelled():
+                work.exception()  # looked at, even when whoever waits for it is cancelled twice
+            queue.put_nowait(work)
+
         for work in works:
-            work.add_done_callback(queue.put_nowait)
+            work.add_done_callback(ended)
         try:
             yield Answer(pieces(), usage)
         finally:
