@@ -74,6 +74,7 @@ def infer(
         f"in {answer.seconds:.1f} s "
         f"({answer.tokens / answer.seconds:.1f} a second), through {answer.route_text}"
         + (f", {answer.failovers} failovers" if answer.failovers else "")
+        + (f", without experts that nobody hosts ({answer.spread_gates} gates spread)" if answer.spread_gates else "")
     )
     if json:
         emit(answer, "", True)

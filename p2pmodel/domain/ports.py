@@ -1,12 +1,20 @@
 """What one room needs of another, as protocols: rooms of floor 2 meet here, not by import."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from p2pmodel.domain.experts import ExpertOpening
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.swarm import SessionRequest
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Noted(NamedTuple):
+    """An output that has something to say: `meta` goes on in place of the one that came."""
+
+    body: Buffer
+    meta: bytes
 
 
 class StageRunner(Protocol):
@@ -21,7 +29,7 @@ class StageRunner(Protocol):
         knows the beginning of the session; the next stage finds its own part of it by these keys. The first step is
         at the position up to which all stages know it."""
 
-    def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
+    def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Noted | Exception]:
         """Each item is (handle, position of the first token, meta, encoded hidden states); at most one item a session.
         Returns the encoded outputs in the same order; an exception in an item's place ends that session alone."""
 
@@ -34,6 +42,17 @@ class StageRunner(Protocol):
 
     def close(self, handle: Any) -> None:
         """Frees the session's cache. Called exactly once for every opened session."""
+
+
+class ExpertRunner(Protocol):
+    """The computation behind an expert host's streams. `open` may be called from any thread, `compute` from one."""
+
+    def open(self, opening: ExpertOpening) -> Any:
+        """The handle of a trunk. Raises P2PModelError when its model or codec cannot be had."""
+
+    def compute(self, batch: Sequence[tuple[Any, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
+        """Each item is (handle, meta: an `ExpertCall`, body: see `engine.expert_calls`). Returns the answers in the
+        same order; an exception in an item's place is for that item alone."""
 
 
 class BlobSource(Protocol):

@@ -166,12 +166,14 @@ class StepNote:
     positions: B·T int32, little-endian, where they do not follow from the step's own; else empty.
     order: which row of the session each row goes on from, as beam search wants it; empty when nothing moves.
     wanted: of how many of the last tokens the client needs the output; None for all of them.
+    spread: on the way back, how many gates were spread over others since nobody hosts their experts.
     """
 
     mask: bytes = b""
     positions: bytes = b""
     order: tuple[int, ...] = ()
     wanted: int | None = None
+    spread: int = 0
 
 
 @dataclass(frozen=True)

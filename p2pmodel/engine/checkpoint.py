@@ -74,7 +74,10 @@ class Checkpoint:
 
     def weight_files(self, span: Span | None) -> tuple[str, ...]:
         """Names of the files that hold the weights of the span, or for None those that a client needs."""
-        wanted = self.in_head if span is None else partial(self.in_span, span=span)
+        return self.files_with(self.in_head if span is None else partial(self.in_span, span=span))
+
+    def files_with(self, wanted: Callable[[str], bool]) -> tuple[str, ...]:
+        """Names of the files that hold the tensors whose names are wanted."""
         return weights.files_with(self.path, wanted)
 
 

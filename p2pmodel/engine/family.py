@@ -136,6 +136,15 @@ def copy_plain_attributes(source: nn.Module, target: nn.Module) -> None:
             object.__setattr__(target, name, value)
 
 
+def hide_others(base: nn.Module, stack: str, scratch: Scratch) -> None:
+    """Puts stand-ins for all that has parameters beside the list of layers."""
+    layers, chain = base.get_submodule(stack), owners(base, stack)
+    for owner in chain:
+        for name, child in list(owner.named_children()):
+            if child is not layers and child not in chain and any(True for _ in child.parameters()):
+                setattr(owner, name, StandIn(scratch, child))
+
+
 def load_parts(
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -145,11 +154,13 @@ def load_parts(
     cut: Callable[[PreTrainedModel], None],
     wanted: Callable[[str], bool],
     tied: bool,
+    read: Callable[[str, Any], Any] = lambda name, tensor: tensor,
 ) -> PreTrainedModel:
     """A `kind`, after `cut` has replaced its unwanted parts, with the `wanted` tensors of the checkpoint loaded.
 
-    tied: whether weights that the family shares (embeddings and head) are both there. Raises InvalidInput when
-    a tensor that the remaining parts need is missing or malformed.
+    read: makes of a tensor's name and lazy slice what is loaded in its place, such as a part of it. tied: whether
+    weights that the family shares (embeddings and head) are both there. Raises InvalidInput when a tensor that the
+    remaining parts need is missing or malformed.
     """
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -167,8 +178,9 @@ def load_parts(
     # Of the same name: transformers keeps registers by the classes' names.
     partial_kind: Any = type(kind.__name__, (kind,), members)
     with quiet_loading(path):
+        tensors = {name: read(name, tensor) for name, tensor in weights.select(path, wanted).items()}
         model, report = partial_kind.from_pretrained(
-            None, config=config, state_dict=weights.select(path, wanted), dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     demand_complete(report, path)
     for part in model.modules():

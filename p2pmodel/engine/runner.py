@@ -4,19 +4,20 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Busy, NotFound, P2PModelError, PeerFailed, Rejected
-from p2pmodel.domain.ids import ModelId
-from p2pmodel.domain.ports import Buffer
+from p2pmodel.domain.ids import ModelId, VersionId
+from p2pmodel.domain.ports import Buffer, Noted
 from p2pmodel.domain.swarm import PREFIX_BLOCK, SessionRequest, Span
 from p2pmodel.engine import batching, family
 from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.prefixes import PrefixStore, Trail
+from p2pmodel.engine.remote_experts import serving
 from p2pmodel.engine.stage import Stage
 from p2pmodel.engine.steps import Note
 from p2pmodel.engine.tuning import TrainingSession, Tuner
@@ -46,6 +47,8 @@ class StageSession:
     begun: bool = False
     broken: bool = False
     weights: tuple[int, ...] = ()
+    version: VersionId | None = None
+    """Of the experts that are elsewhere."""
 
     @property
     def room(self) -> int:
@@ -124,10 +127,16 @@ class Runner:
                 f"{stage.checkpoint.context}.",
             )
         state, codec = self._versions.get(request.version), get_codec(request.codec)
+        if request.training and stage.is_trunk:
+            raise NotFound(
+                "The experts of this stage are on other peers, and a session that trains needs them beside it."
+            )
         if request.training:
             return self._tuner.open(request, codec, state)
         cache = stage.new_cache(request.span, request.max_tokens, request.rewinds)
         session = StageSession(request.span, request.rows, codec, state, cache, weights=weights_key(state))
+        if stage.is_trunk:
+            session.version = request.version
         with self._lock:
             if self._cached_tokens + session.room > self._max_cached_tokens:
                 raise Busy("This stage has no room for another session.", "Try another peer, or ask for fewer tokens.")
@@ -144,10 +153,10 @@ class Runner:
         trail = None if isinstance(handle, TrainingSession) else handle.trail
         return tuple(trail.outgoing.keys[: trail.found]) if trail else ()
 
-    def step(self, batch: Sequence[tuple[Handle, int, bytes, Buffer]]) -> list[Buffer | Exception]:
+    def step(self, batch: Sequence[tuple[Handle, int, bytes, Buffer]]) -> list[Buffer | Noted | Exception]:
         """See `StageRunner`. The meta of a step is that of a `Note`, or of a `Microbatch` where the session trains.
         Single tokens of sessions that run the same span share a forward; everything else has one of its own."""
-        outputs: dict[int, Buffer | Exception] = {}
+        outputs: dict[int, Buffer | Noted | Exception] = {}
         works: dict[int, Work] = {}
         for index, (handle, position, meta, body) in enumerate(batch):
             if isinstance(handle, TrainingSession):
@@ -214,9 +223,9 @@ class Runner:
     def _groups(self, works: Mapping[int, Work]) -> list[list[int]]:
         """The keys of those that share a forward, together."""
         groups: list[list[int]] = []
-        alike: dict[tuple[Span, tuple[int, ...]], list[int]] = {}
+        alike: dict[tuple[Span, tuple[int, ...], VersionId | None], list[int]] = {}
         for index, work in works.items():
-            key = work.session.span, work.session.weights
+            key = work.session.span, work.session.weights, work.session.version
             if not (self._shares_forwards and _is_next_token(work)):
                 groups.append([index])
             elif key in alike:
@@ -225,12 +234,13 @@ class Runner:
                 groups.append(alike.setdefault(key, [index]))
         return groups
 
-    def _run(self, works: list[Work]) -> Sequence[Buffer | Exception]:
+    def _run(self, works: list[Work]) -> Sequence[Buffer | Noted | Exception]:
         """The outputs, or the forward's error for every one of `works`, whose sessions are broken then."""
         for work in works:
             work.session.broken = True
         try:
-            outputs = self._shared(works) if len(works) > 1 else [self._single(works[0])]
+            with serving(works[0].session.version) as traffic:
+                outputs = self._shared(works) if len(works) > 1 else [self._single(works[0])]
         except P2PModelError as error:
             return [error] * len(works)
         except family.FAMILY_ERRORS as error:
@@ -238,7 +248,12 @@ class Runner:
         for work, output in zip(works, outputs, strict=True):
             work.session.broken = False
             self._remember(work, output)
-        return outputs
+        if traffic.spread is None:
+            return outputs
+        for work in works:
+            if work.session.trail:  # others may find the missing experts again
+                self._forget(work.session)
+        return _noted(works, outputs, traffic.spread)
 
     def _trained(self, session: TrainingSession, number: int, meta: bytes, body: Buffer) -> Buffer | Exception:
         try:
@@ -349,6 +364,17 @@ class Runner:
         with self._lock:
             self._prefixes.end(session.trail, keep=False)
         session.trail = None
+
+
+def _noted(works: Sequence[Work], outputs: Sequence[Buffer], spread: Tensor) -> list[Buffer | Noted | Exception]:
+    """The outputs of those whose gates were spread say so. spread: of all their rows, one after another."""
+    counts = [work.hidden.shape[0] * work.hidden.shape[1] for work in works]
+    return [
+        Noted(output, replace(work.note, spread=work.note.spread + int(part.sum())).encode())
+        if bool(part.any())
+        else output
+        for work, output, part in zip(works, outputs, torch.split(spread, counts), strict=True)
+    ]
 
 
 def _is_next_token(work: Work) -> bool:

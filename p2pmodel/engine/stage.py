@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.swarm import Span
-from p2pmodel.engine import family, quantisation
+from p2pmodel.engine import family, quantisation, remote_experts
 from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.checkpoint import Checkpoint
+from p2pmodel.engine.expert_layout import ExpertLayout
 from p2pmodel.engine.trial import try_out
 from p2pmodel.tensors import weights
 from p2pmodel.tensors.ia3 import Applier, find_slots
@@ -36,17 +37,28 @@ def load_stage(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     scheme: str = "",
+    *,
+    trunk: bool = False,
 ) -> "Stage":
     """Reads the tensors of `span` and no others, and runs a few tokens. scheme: how weights are stored in less than
-    `dtype`, one of `quantisation.SCHEMES`, or empty. Raises InvalidInput when the checkpoint lacks the span or some of
-    its weights, and when models of its family cannot be split."""
+    `dtype`, one of `quantisation.SCHEMES`, or empty; trunk: without the layers' experts, which are elsewhere: `board`
+    is then to be given an exchange. Raises InvalidInput when the checkpoint lacks the span or some of its weights, when
+    models of its family cannot be split, and for a trunk of a family whose experts cannot be hosted apart."""
     if span.end > checkpoint.layers:
         raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
-    checkpoint.provide(checkpoint.weight_files(span))
+    elsewhere = ExpertLayout(checkpoint).tensors if trunk else {}
+
+    def wanted(name: str) -> bool:
+        return checkpoint.in_span(name, span) and name not in elsewhere
+
+    checkpoint.provide(checkpoint.files_with(wanted))
     scratch = family.Scratch()
+    board = remote_experts.Switchboard()
 
     def cut(base: PreTrainedModel) -> None:
         scratch.width = _embeddings_width(base)
+        if trunk:
+            remote_experts.send_away(base, checkpoint.stack, span, board)
         _hollow(base, checkpoint.stack, span, scratch)
 
     base = family.load_parts(
@@ -56,13 +68,15 @@ def load_stage(
         dtype,
         "cpu" if scheme else device,
         cut,
-        wanted=lambda name: checkpoint.in_span(name, span),
+        wanted=wanted,
         tied=False,
     )
     if scheme:
         base = quantisation.quantise(base, checkpoint.stack, scheme, str(device))
     base.requires_grad_(False)
-    stage = Stage(base, checkpoint, span, dtype, scratch)
+    if trunk:
+        remote_experts.overlap_shared(base)
+    stage = Stage(base, checkpoint, span, dtype, scratch, board)
     _touch(base)
     try_out(stage)
     return stage
@@ -72,9 +86,17 @@ class Stage:
     """Shapes: B rows, T tokens, H the width of the model. Thread-safe: one forward runs at a time."""
 
     def __init__(
-        self, base: PreTrainedModel, checkpoint: Checkpoint, span: Span, dtype: torch.dtype, scratch: family.Scratch
+        self,
+        base: PreTrainedModel,
+        checkpoint: Checkpoint,
+        span: Span,
+        dtype: torch.dtype,
+        scratch: family.Scratch,
+        board: remote_experts.Switchboard,
     ) -> None:
+        """board: where rows go that are for experts which are elsewhere."""
         self.base = base
+        self.board = board
         self.checkpoint = checkpoint
         self.span = span
         self.dtype = dtype
@@ -94,6 +116,16 @@ class Stage:
         self._applier = Applier(base, ())
         self._slots: frozenset[str] = frozenset()
         self._places = weights.Places(base, ())
+
+    @property
+    def is_trunk(self) -> bool:
+        """Whether some of its layers have their experts elsewhere."""
+        return bool(self.board.counts)
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a slot is of the experts of a layer whose experts are not here."""
+        path = name[name.rfind(":") + 1 :]
+        return any(path.startswith(f"{owner}.") for owner in self.board.paths)
 
     @property
     def weight_bytes(self) -> int:
@@ -286,11 +318,7 @@ def _hollow(base: nn.Module, stack: str, span: Span, scratch: family.Scratch) ->
     for index, layer in enumerate(layers):
         if index not in span:
             layers[index] = family.StandIn(scratch, layer, index)
-    chain = family.owners(base, stack)
-    for owner in chain:
-        for name, child in list(owner.named_children()):
-            if child is not layers and child not in chain and any(True for _ in child.parameters()):
-                setattr(owner, name, family.StandIn(scratch, child))
+    family.hide_others(base, stack, scratch)
 
 
 def _embeddings_width(base: PreTrainedModel) -> int:

@@ -15,16 +15,24 @@ from p2pmodel.wire.frames import MAX_META_BYTES
 @dataclass(frozen=True, eq=False)
 class Note:
     """Shapes: B rows, T tokens of a step. mask [B, T] bool; positions [B, T] int64; order [B] int64; each None where
-    there is nothing to say. wanted: of how many of the last tokens the output is needed, None for all."""
+    there is nothing to say. wanted: of how many of the last tokens the output is needed, None for all; spread: as in
+    `StepNote`."""
 
     mask: Tensor | None = None
     positions: Tensor | None = None
     order: Tensor | None = None
     wanted: int | None = None
+    spread: int = 0
 
     def encode(self) -> bytes:
         """The meta of a frame: empty when there is nothing to say, as in most steps."""
-        if self.mask is None and self.positions is None and self.order is None and self.wanted is None:
+        if (
+            self.mask is None
+            and self.positions is None
+            and self.order is None
+            and self.wanted is None
+            and not self.spread
+        ):
             return b""
         return canonical.encode(
             StepNote(
@@ -32,6 +40,7 @@ class Note:
                 positions=_packed_positions(self.positions),
                 order=() if self.order is None else tuple(self.order.tolist()),
                 wanted=self.wanted,
+                spread=self.spread,
             )
         )
 
@@ -47,6 +56,7 @@ class Note:
             or len(note.order) not in (0, rows)
             or not all(0 <= row < rows for row in note.order)
             or not (note.wanted is None or 0 <= note.wanted <= tokens)
+            or note.spread < 0
         ):
             raise Rejected("frame", f"The note of a step does not fit {rows} rows of {tokens} tokens.")
         return cls(
@@ -54,6 +64,7 @@ class Note:
             positions=_unpacked_positions(note.positions, rows, tokens),
             order=torch.tensor(note.order) if note.order else None,
             wanted=note.wanted,
+            spread=note.spread,
         )
 
     def part(self, start: int, end: int, tokens: int) -> "Note":

@@ -10,13 +10,16 @@ sessions still use.
 import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import VersionId, short
-from p2pmodel.engine.stage import Stage
+from p2pmodel.domain.swarm import Span
+from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.tensors import weights
 
 State = Mapping[str, Tensor]
@@ -24,10 +27,26 @@ State = Mapping[str, Tensor]
 MAX_FOLDED = 2
 
 
+class Host(Protocol):
+    """Where the parts of a model are that versions change: a stage, or a shard of experts."""
+
+    base: PreTrainedModel
+    checkpoint: Checkpoint
+    span: Span
+    device: torch.device
+
+    def prepare_slots(self, names: frozenset[str]) -> None: ...
+
+    def prepare_weights(self, names: frozenset[str]) -> Mapping[str, Tensor]: ...
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a slot of one of the span's layers is of a part that is not hosted here."""
+
+
 class VersionTable:
     """Thread-safe, but for `put`, which one thread calls at a time. The base version's state is empty."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Host) -> None:
         self._stage = stage
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._states: dict[VersionId, State] = {}
@@ -70,6 +89,8 @@ class VersionTable:
             self._states.pop(version, None)
 
     def _is_hosted(self, name: str) -> bool:
+        if self._stage.is_elsewhere(name):
+            return False
         layer = slot_layer(name, self._stage.checkpoint.stack)
         return layer is not None and layer in self._stage.span
 

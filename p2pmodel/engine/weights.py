@@ -53,6 +53,19 @@ def select(path: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
     return slices
 
 
+def tensor_names(path: Path) -> tuple[str, ...]:
+    """Of all tensors of the checkpoint, whether their files are here or not; sorted. Raises InvalidInput."""
+    if (path / INDEX).is_file() and not (path / SINGLE).is_file():
+        return tuple(sorted(_weight_map(path)))
+    if not (path / SINGLE).is_file():
+        raise InvalidInput(f"{path} lacks {SINGLE}, which holds weights that are needed here.")
+    try:
+        with safe_open(path / SINGLE, framework="pt") as opened:
+            return tuple(sorted(opened.keys()))
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"{path / SINGLE} cannot be read as safetensors: {error}.") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises InvalidInput when the file cannot be read, is too large, or holds no JSON object."""
     try:

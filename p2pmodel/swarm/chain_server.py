@@ -21,7 +21,7 @@ from typing import Any
 
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
-from p2pmodel.domain.ports import Buffer, StageRunner
+from p2pmodel.domain.ports import Buffer, Noted, StageRunner
 from p2pmodel.logic.gathering import Gathering
 from p2pmodel.swarm.admission import Admission, Admitted, Outcomes
 from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
@@ -323,14 +323,15 @@ class ChainServer:
             session.forwards.given += 1
             if not session.frames and not session.training:
                 self._gathering.answered(session, now)
+            body, meta = output if isinstance(output, Noted) else (output, frame.meta)
             try:
-                session.outbox.put_data(output, frame.position, frame.tokens, frame.meta)
+                session.outbox.put_data(body, frame.position, frame.tokens, meta)
             except (Rejected, TypeError) as error:
                 self._end(session, self._explain(error))
             else:
                 self._flush(session)
 
-    def _step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
+    def _step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Noted | Exception]:
         began = self._step_began = time.monotonic()
         try:
             outputs = self._runner.step(batch)

@@ -95,11 +95,11 @@ class Failure:
         """What the client raises: the named error where its request was at fault, else PeerFailed, with the named
         error as its `__cause__`. A peer outside of the route cannot be blamed: `reporter` is."""
         peer = self.peer if self.peer in {hop.peer for hop in route.hops} else reporter
-        message, hint = _plain(self.message), _plain(self.hint)
+        message, hint = plain(self.message), plain(self.hint)
         kind = getattr(errors, self.error, PeerFailed)
         if not (isinstance(kind, type) and issubclass(kind, P2PModelError)):
             kind = PeerFailed
-        named = Rejected(_plain(self.reason), message, hint) if kind is Rejected else kind(message, hint=hint)
+        named = Rejected(plain(self.reason), message, hint) if kind is Rejected else kind(message, hint=hint)
         if isinstance(named, _ASKED_WRONGLY):
             return named
         failed = PeerFailed(message if peer[-8:] in message else f"Peer …{peer[-8:]}: {message}", peer, hint)
@@ -111,6 +111,6 @@ def lost(peer: PeerId) -> PeerFailed:
     return PeerFailed(f"Peer …{peer[-8:]} broke off the stream.", peer)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A peer's text on its way to a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)

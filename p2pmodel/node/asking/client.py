@@ -65,7 +65,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Answer:
     """bytes_sent and bytes_received are the client's own activations, beside what stages sent each other;
-    reused_tokens: of the prompt, which the stages had computed for an earlier session."""
+    reused_tokens: of the prompt, which the stages had computed for an earlier session; spread_gates: how often the
+    weight of an expert that nobody hosted went to others."""
 
     text: str
     tokens: int
@@ -79,6 +80,7 @@ class Answer:
     bytes_received: int
     reused_tokens: int
     seconds: float
+    spread_gates: int = 0
 
 
 class SwarmClient:
@@ -200,6 +202,7 @@ class SwarmClient:
             bytes_received=received,
             reused_tokens=session.reused_tokens,
             seconds=time.monotonic() - began,
+            spread_gates=session.spread_gates,
         )
 
     def encode(self, text: str) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from p2pmodel.domain.errors import PeerFailed
+from p2pmodel.domain.errors import PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import MAX_PREFIX_BLOCKS, PREFIX_BLOCK, Route
 from p2pmodel.engine.head import NO_VECTORS
@@ -73,6 +73,8 @@ class RoutedSession:
         self.route: Route | None = None
         self.failovers = 0
         self.reused_tokens = 0
+        self.spread_gates = 0
+        """Of experts that nobody hosted: their weight went to others."""
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -144,13 +146,23 @@ class RoutedSession:
         rows, _, width = like.shape
         assert self._session is not None
         codec = self._chain.codec
-        _, body = self._session.receive()
+        meta, body = self._session.receive()
+        self._hear(meta, rows, tokens)
         count, size = memoryview(body).nbytes // codec.size(1, width), memoryview(body).nbytes
         if count % rows or count > rows * tokens or codec.size(count, width) != size:
             raise PeerFailed("The layers' answer is not of the size asked for.", self._session.route.hops[-1].peer)
         if not count:
             return like.new_empty(rows, 0, width)
         return codec.decode(body, count, width).float().view(rows, -1, width)
+
+    def _hear(self, meta: bytes, rows: int, tokens: int) -> None:
+        assert self._session is not None
+        try:
+            self.spread_gates += Note.decode(meta, rows, tokens).spread
+        except Rejected as error:
+            raise PeerFailed(
+                f"The layers' answer has a malformed note: {error.message}", self._session.route.hops[-1].peer
+            ) from None
 
     def _chunk_length(self, width: int) -> int:
         fits = MAX_BODY_BYTES // (2 * self._chain.codec.size(1, width))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p2pmodel.domain.ports import Buffer
+from p2pmodel.domain.ports import Buffer, Noted
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import Stage
@@ -112,11 +112,11 @@ class Stages:
     def known(self, handle: Seat) -> tuple[bytes, ...]:
         return handle.hosted.runner.known(handle.handle)
 
-    def step(self, batch: Sequence[tuple[Seat, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
+    def step(self, batch: Sequence[tuple[Seat, int, bytes, Buffer]]) -> Sequence[Buffer | Noted | Exception]:
         stages = {seat.hosted for seat, *_ in batch}
         if len(stages) == 1:
             return self._step(stages.pop(), batch)
-        outputs: dict[Seat, Buffer | Exception] = {}
+        outputs: dict[Seat, Buffer | Noted | Exception] = {}
         for stage in stages:
             part = [item for item in batch if item[0].hosted is stage]
             outputs.update(zip((seat for seat, *_ in part), self._step(stage, part), strict=True))
@@ -141,7 +141,7 @@ class Stages:
 
     def _step(
         self, stage: HostedStage, batch: Sequence[tuple[Seat, int, bytes, Buffer]]
-    ) -> Sequence[Buffer | Exception]:
+    ) -> Sequence[Buffer | Noted | Exception]:
         began = time.monotonic()
         outputs = stage.runner.step([(seat.handle, position, meta, body) for seat, position, meta, body in batch])
         now = time.monotonic()
@@ -149,7 +149,7 @@ class Stages:
             seat.active = now
             self._count(seat, "received", body)
             if not isinstance(output, Exception):
-                self._count(seat, "sent", output)
+                self._count(seat, "sent", output.body if isinstance(output, Noted) else output)
         seat, _, _, body = batch[0]
         # What several sessions share, a prompt, or a micro-batch, says little of what one token costs.
         if len(batch) == 1 and memoryview(body).nbytes == seat.token_bytes and not isinstance(outputs[0], Exception):

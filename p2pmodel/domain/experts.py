@@ -1,0 +1,100 @@
+"""Expert shards: experts of a range of layers, hosted apart from the rest of those layers, the trunk."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import isfinite
+
+from p2pmodel.domain.ids import ModelId, PeerId, VersionId, check_digest, check_peer
+from p2pmodel.domain.swarm import Span
+
+MAX_EXPERTS = 2048
+"""Of one layer."""
+MAX_CALL_ROWS = 1024
+MAX_CALL_PAIRS = 1 << 16
+
+
+@dataclass(frozen=True)
+class ExpertLease:
+    """A peer's signed claim to serve `experts` of every layer of `span` that has experts, until `expires` (Unix
+    seconds). experts: sorted numbers, the same in all layers; pair_seconds: measured time of one row through one
+    expert; versions, queue, leaving: as in a `Lease`."""
+
+    peer: PeerId
+    model: ModelId
+    span: Span
+    experts: tuple[int, ...]
+    dtype: str
+    versions: tuple[VersionId, ...]
+    pair_seconds: float
+    queue: int
+    leaving: bool
+    expires: float
+
+    def __post_init__(self) -> None:
+        check_peer(self.peer, "expert lease peer")
+        check_digest(self.model, "expert lease model")
+        for version in self.versions:
+            check_digest(version, "expert lease version")
+        if not self.versions or len(self.versions) > 16:
+            raise ValueError("an expert lease names 1 to 16 versions")
+        check_experts(self.experts)
+        if not (isfinite(self.pair_seconds) and self.pair_seconds > 0 and isfinite(self.expires) and self.queue >= 0):
+            raise ValueError("expert lease figures are out of range")
+
+
+@dataclass(frozen=True)
+class ExpertOpening:
+    """The first frame of a stream from a trunk to an expert host. codec: of the rows, both ways."""
+
+    model: ModelId
+    codec: str
+
+    def __post_init__(self) -> None:
+        check_digest(self.model, "expert model")
+        if not 1 <= len(self.codec) <= 32:
+            raise ValueError("the codec's name is empty or too long")
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """The meta of a frame of rows. pairs: how many (row, expert) there are; gradients: whether those of the rows and of
+    the gates are wanted, from those of the answer, which come along."""
+
+    layer: int
+    version: VersionId
+    rows: int
+    pairs: int
+    gradients: bool = False
+
+    def __post_init__(self) -> None:
+        check_digest(self.version, "expert version")
+        if not (0 <= self.layer < 1 << 16 and 1 <= self.rows <= MAX_CALL_ROWS):
+            raise ValueError("an expert call is out of range")
+        if not self.rows <= self.pairs <= MAX_CALL_PAIRS:
+            raise ValueError("an expert call has at least one expert a row, and not too many")
+
+
+@dataclass(frozen=True)
+class MissingExpert:
+    """An expert that nobody hosts whom this peer can reach."""
+
+    layer: int
+    expert: int
+
+
+def check_experts(experts: Collection[int]) -> None:
+    """Raises ValueError unless they are sorted, unique, and in range."""
+    numbers = list(experts)
+    if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= MAX_EXPERTS:
+        raise ValueError(f"experts have to be sorted, unique, and below {MAX_EXPERTS}")
+
+
+def describe(experts: Collection[int]) -> str:
+    """`4-7, 9` of sorted numbers."""
+    runs: list[list[int]] = []
+    for number in experts:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
