@@ -6,6 +6,7 @@ import typer
 
 from p2pmodel.cli import options
 from p2pmodel.domain.errors import UsageError
+from p2pmodel.domain.experts import MAX_EXPERTS, check_experts
 from p2pmodel.domain.swarm import Span
 
 
@@ -32,6 +33,29 @@ def join(
     model: options.Model = None,
     peers: options.Peers = None,
     layers: Annotated[str, typer.Option("--layers", metavar="A:B", help="Span to host, `auto`, or `none`.")] = "auto",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            metavar="A-B",
+            help="Host only these experts of the layers (such as 4-7 or 0,2,5-7), or `none`: all but their experts.",
+        ),
+    ] = None,
+    missing_experts: Annotated[
+        str,
+        typer.Option(
+            "--missing-experts",
+            help="With `--experts none`: what becomes of an expert that nobody hosts: `fail`, or `spread` its weight.",
+        ),
+    ] = "fail",
+    expert_codec: Annotated[
+        str | None,
+        typer.Option(
+            "--expert-codec",
+            help="With `--experts none`: codec of the rows that go to experts.",
+            show_default="the dtype's own",
+        ),
+    ] = None,
     capacity: Annotated[
         int | None,
         typer.Option("--capacity", help="With `auto`: how many layers fit.", min=1, show_default="half of them"),
@@ -70,6 +94,11 @@ def join(
         raise UsageError("--gpu and --cpu exclude each other.", "Choose one.")
     if ask and not maintain:
         raise UsageError("--ask is for maintainers.", "Add --maintain.")
+    if missing_experts not in ("fail", "spread"):
+        raise UsageError(f"--missing-experts {missing_experts!r} is not known.", "Use `fail` or `spread`.")
+    chosen = None if experts is None else parse_experts(experts)
+    if chosen is not None and layers == "none":
+        raise UsageError("--experts needs layers.", "Leave --layers none out, or name a span.")
     hosted, cached = parse_layers(layers), None if cache_memory is None else options.parse_size(cache_memory)
     import uvloop
 
@@ -83,6 +112,9 @@ def join(
                 peers=tuple(peers or ()),
                 layers=hosted,
                 capacity=capacity,
+                experts=chosen,
+                spread_missing=missing_experts == "spread",
+                expert_codec=expert_codec,
                 base=base,
                 gpu=gpu,
                 dtype=dtype,
@@ -110,3 +142,20 @@ def parse_layers(text: str) -> Span | str:
         raise UsageError(
             f"--layers {text!r} is not a span.", "Write it as 0:4 (layers 0 to 3), or `auto`, or `none`."
         ) from None
+
+
+def parse_experts(text: str) -> tuple[int, ...]:
+    """Sorted numbers of `4-7` or `0,2,5-7`; empty for `none`. Raises UsageError."""
+    if text == "none":
+        return ()
+    try:
+        runs = [[int(number) for number in part.split("-")] for part in text.split(",")]
+        if any(len(run) > 2 or run[-1] - run[0] >= MAX_EXPERTS for run in runs):
+            raise ValueError
+        numbers = tuple(sorted({expert for run in runs for expert in range(run[0], run[-1] + 1)}))
+        check_experts(numbers)
+    except ValueError:
+        raise UsageError(
+            f"--experts {text[:64]!r} names no experts.", "Write 4-7, or 0,2,5-7, or `none` for layers without experts."
+        ) from None
+    return numbers

@@ -64,6 +64,7 @@ class ExpertLayout:
         targets = dict(self._base.state_dict())
         owners = {path: layer for layer, path in self.paths.items()}
         found: dict[str, ExpertTensor] = {}
+        self._checkpoint.provide(weights.needed_for_names(self._checkpoint.path))
         for name in weights.tensor_names(self._checkpoint.path):
             if not self._checkpoint.in_span(name, Span(0, self._checkpoint.layers)):
                 continue

@@ -16,7 +16,7 @@ from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.expert_calls import Pairs
 from p2pmodel.engine.expert_layout import ExpertLayout, find_experts, shrink, skeleton
 from p2pmodel.tensors import weights
-from p2pmodel.tensors.ia3 import Applier
+from p2pmodel.tensors.ia3 import Applier, find_slots
 
 PAIRS_AT_ONCE = 1024
 """More are computed in parts, so that what is between the experts' two projections keeps a bound."""
@@ -119,6 +119,11 @@ class ExpertShard:
     @property
     def weight_bytes(self) -> int:
         return sum(t.numel() * t.itemsize for t in (*self.base.parameters(), *self.base.buffers()))
+
+    def slot_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `Stage.slot_shapes`."""
+        with self._lock:
+            return {slot.name: slot.shape for slot in find_slots(self.base)}
 
     def prepare_slots(self, names: frozenset[str]) -> None:
         """As `Stage.prepare_slots`."""

@@ -16,10 +16,12 @@ from p2pmodel.engine.expert_layout import experts_in, find_experts
 
 @dataclass(eq=False)
 class Traffic:
-    """What one forward has asked of others. version: of the experts, None for the base; spread [T]: how many gates of
+    """What one forward has asked of others. version: of the experts, None for the base; may_spread:
+    whether policy may do without experts that nobody hosts, which gradients can't; spread [T]: how many gates of
     each row were spread over others because nobody hosts their experts, None for none."""
 
     version: VersionId | None = None
+    may_spread: bool = True
     spread: Tensor | None = None
 
     def note_spread(self, gates: Tensor) -> None:
@@ -44,9 +46,9 @@ class Exchange(Protocol):
 
 
 @contextmanager
-def serving(version: VersionId | None) -> Iterator[Traffic]:
+def serving(version: VersionId | None, *, may_spread: bool = True) -> Iterator[Traffic]:
     """Forwards in this thread ask experts of this version meanwhile."""
-    traffic = Traffic(version)
+    traffic = Traffic(version, may_spread)
     token = _traffic.set(traffic)
     try:
         yield traffic

@@ -127,10 +127,6 @@ class Runner:
                 f"{stage.checkpoint.context}.",
             )
         state, codec = self._versions.get(request.version), get_codec(request.codec)
-        if request.training and stage.is_trunk:
-            raise NotFound(
-                "The experts of this stage are on other peers, and a session that trains needs them beside it."
-            )
         if request.training:
             return self._tuner.open(request, codec, state)
         cache = stage.new_cache(request.span, request.max_tokens, request.rewinds)
@@ -191,7 +187,8 @@ class Runner:
         if not isinstance(handle, TrainingSession):
             raise Rejected("frame", "Only a session that trains gives gradients.")
         try:
-            return self._tuner.backward(handle, position, body)
+            with serving(handle.version, may_spread=False):
+                return self._tuner.backward(handle, position, body)
         except family.FAMILY_ERRORS as error:
             raise self._failed(handle.reel.span, error) from None
 
@@ -257,7 +254,8 @@ class Runner:
 
     def _trained(self, session: TrainingSession, number: int, meta: bytes, body: Buffer) -> Buffer | Exception:
         try:
-            return self._tuner.forward(session, number, meta, body)
+            with serving(session.version, may_spread=False):
+                return self._tuner.forward(session, number, meta, body)
         except P2PModelError as error:
             return error
         except family.FAMILY_ERRORS as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.domain.swarm import SessionRequest
 from p2pmodel.engine.stage import Stage
@@ -32,6 +33,7 @@ class TrainingSession:
     max_tokens: int
     max_rows: int
     reel: Reel
+    version: VersionId
     own: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -48,7 +50,7 @@ class Tuner:
         return self._tape.held_bytes
 
     def open(self, request: SessionRequest, codec: Codec, state: Mapping[str, Tensor]) -> TrainingSession:
-        return TrainingSession(codec, state, request.max_tokens, request.rows, Reel(request.span))
+        return TrainingSession(codec, state, request.max_tokens, request.rows, Reel(request.span), request.version)
 
     def load(self, session: TrainingSession, body: Buffer) -> None:
         """As `SessionVectors.read`. Micro-batches that are under way keep the vectors that they began with."""

@@ -33,6 +33,10 @@ class SessionVectors:
                 raise Rejected("slot", f"Only (IA)³ vectors of layers travel with a session, not {name[:128]!r}.")
             if layer not in span:
                 continue
+            if self._stage.is_elsewhere(name):
+                raise Rejected(
+                    "slot", f"Slot {name[:128]!r} is of experts on other peers, whom a session's vectors don't reach."
+                )
             shape = self._shapes.get(name)
             alone = tensor.shape[1:] if by_row and tensor.ndim == 2 and len(tensor) <= MAX_ROWS else tensor.shape
             if shape is None or tuple(alone) != shape or not tensor.is_floating_point():

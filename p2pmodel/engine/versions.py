@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import VersionId, short
@@ -30,7 +29,6 @@ MAX_FOLDED = 2
 class Host(Protocol):
     """Where the parts of a model are that versions change: a stage, or a shard of experts."""
 
-    base: PreTrainedModel
     checkpoint: Checkpoint
     span: Span
     device: torch.device
@@ -38,6 +36,8 @@ class Host(Protocol):
     def prepare_slots(self, names: frozenset[str]) -> None: ...
 
     def prepare_weights(self, names: frozenset[str]) -> Mapping[str, Tensor]: ...
+
+    def slot_shapes(self) -> dict[str, tuple[int, ...]]: ...
 
     def is_elsewhere(self, name: str) -> bool:
         """Whether a slot of one of the span's layers is of a part that is not hosted here."""

@@ -53,9 +53,14 @@ def select(path: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
     return slices
 
 
+def needed_for_names(path: Path) -> tuple[str, ...]:
+    """The files that `tensor_names` reads weights' names from: none where there is an index."""
+    return () if (path / INDEX).is_file() and not (path / SINGLE).is_file() else (SINGLE,)
+
+
 def tensor_names(path: Path) -> tuple[str, ...]:
     """Of all tensors of the checkpoint, whether their files are here or not; sorted. Raises InvalidInput."""
-    if (path / INDEX).is_file() and not (path / SINGLE).is_file():
+    if not needed_for_names(path):
         return tuple(sorted(_weight_map(path)))
     if not (path / SINGLE).is_file():
         raise InvalidInput(f"{path} lacks {SINGLE}, which holds weights that are needed here.")

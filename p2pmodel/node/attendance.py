@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from p2pmodel import __version__
@@ -17,7 +18,9 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.signing import Key
 
 if TYPE_CHECKING:
+    from p2pmodel.node.hosting.expert_hosting import ExpertHosting
     from p2pmodel.node.hosting.hosting import Hosting
+    from p2pmodel.node.hosting.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +37,15 @@ class Attendance:
         community: Community,
         hosting: "Hosting | None",
         roles: Sequence[str],
+        experts: "ExpertHosting | None" = None,
+        trunk: "Trunk | None" = None,
     ) -> None:
+        """trunk: that of the hosted layers, where their experts are elsewhere."""
+        self._experts, self._trunk = experts, trunk
         self._key, self._host, self._lineage, self._directory = key, host, lineage, directory
         self._community, self._hosting, self._roles = community, hosting, tuple(roles)
         self._neighbours = Neighbours(host)
+        self._claimed = False
         self.leases: list[Lease] = []
 
     async def run(self) -> None:
@@ -64,19 +72,35 @@ class Attendance:
     async def renew(self) -> None:
         await self._directory.publish_presence(self._key.sign("presence", self._presence()))
         if self._hosting:
-            lease = self._hosting.lease(self._host.peer, delays=self._neighbours.delays)
-            await self._directory.publish_lease(self._key.sign("lease", lease))
+            lease = self._lease(self._hosting)
+            if lease is not None:
+                await self._directory.publish_lease(self._key.sign("lease", lease))
+        if self._experts:
+            await self._directory.publish_expert_lease(self._key.sign("experts", self._experts.lease(self._host.peer)))
 
     async def leave(self) -> None:
         """Withdraws the lease, so that nobody routes here any more."""
         await self._neighbours.close()
-        if self._hosting:
-            try:
-                await self._directory.publish_lease(
-                    self._key.sign("lease", self._hosting.lease(self._host.peer, leaving=True))
-                )
-            except P2PModelError as error:
-                log.warning("the lease could not be withdrawn: %s", error)
+        try:
+            if self._hosting:
+                lease = self._hosting.lease(self._host.peer, leaving=True)
+                await self._directory.publish_lease(self._key.sign("lease", lease))
+            if self._experts:
+                withdrawn = self._experts.lease(self._host.peer, leaving=True)
+                await self._directory.publish_expert_lease(self._key.sign("experts", withdrawn))
+        except P2PModelError as error:
+            log.warning("the lease could not be withdrawn: %s", error)
+
+    def _lease(self, hosting: "Hosting") -> Lease | None:
+        """A trunk serves a version when all of its experts are there; what it has never claimed needs no withdrawal."""
+        lease = hosting.lease(self._host.peer, delays=self._neighbours.delays)
+        if self._trunk is None:
+            return lease
+        versions = tuple(version for version in lease.versions if self._trunk.serves(version))
+        if versions:
+            self._claimed = True
+            return replace(lease, versions=versions)
+        return replace(lease, leaving=True) if self._claimed else None
 
     def _presence(self) -> Presence:
         gossip_peer, gossip_addresses = self._community.gossip_identity

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from p2pmodel.control.server import ControlServer
 from p2pmodel.domain.errors import P2PModelError, UsageError
+from p2pmodel.domain.experts import describe
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.domain.swarm import Span
 from p2pmodel.gateway.feed import Feed
@@ -38,7 +39,9 @@ from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
+    from p2pmodel.node.hosting.expert_hosting import ExpertHosting
     from p2pmodel.node.hosting.hosting import Hosting
+    from p2pmodel.node.hosting.trunk import Trunk
     from p2pmodel.node.moving import Mover
     from p2pmodel.node.rounds.maintaining import Maintainer
 
@@ -54,6 +57,10 @@ class NodeOptions:
     peers: tuple[str, ...] = ()
     layers: Span | str = "auto"
     capacity: int | None = None
+    experts: tuple[int, ...] | None = None
+    """Those to host, without the rest of their layers; none for the layers without their experts."""
+    spread_missing: bool = False
+    expert_codec: str | None = None
     base: Path | None = None
     gpu: int | None = None
     dtype: str | None = None
@@ -103,12 +110,15 @@ class Node:
     gauges: Gauges
     host: PeerHost
     mover: "Mover | None"
+    trunk: "Trunk | None"
     serving: str
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             if self.mover:
                 tasks.create_task(self.mover.run())
+            if self.trunk:
+                tasks.create_task(self.trunk.run(self.attendance.renew))
             tasks.create_task(self.community.run())
             tasks.create_task(self.attendance.run())
             tasks.create_task(self._measure())
@@ -171,26 +181,31 @@ async def _start(
     maintainer = await _maintainer(lineage, base, home, community, metrics) if base and options.maintain else None
     if maintainer:
         stack.callback(maintainer.stop)
+    hosts = base if options.layers != "none" else None
+    trunk = _trunk(options, device, host, lineage, directory, say) if hosts and options.experts == () else None
+    experts = await _experts(options, device, host, lineage, hosts, say) if hosts and options.experts else None
     hosting = (
-        await _hosting(options, device, host, lineage, directory, base, say)
-        if base and options.layers != "none"
-        else None
+        await _hosting(options, device, host, lineage, directory, hosts, trunk, say) if hosts and not experts else None
     )
-    if hosting:
-        stack.push_async_callback(hosting.stop)
+    for part in (trunk, experts, hosting):
+        if part:
+            stack.push_async_callback(part.stop)
 
     async def adopted(version: VersionId) -> None:
-        if hosting:
-            await asyncio.to_thread(hosting.adopt, version)
+        for part in (experts, hosting):
+            if part:
+                await asyncio.to_thread(part.adopt, version)
         home.refs.set(f"models/{lineage.model}/head", version)
         say(f"adopted {lineage.manifest.name} {lineage.number(version)} ({short(version)})")
         await attendance.renew()
 
     community.keep_rounds(key, maintainer, adopted, options.ask)
-    attendance = Attendance(key, host, lineage, directory, community, hosting, roles=_roles(options, hosting))
+    attendance = Attendance(
+        key, host, lineage, directory, community, hosting, _roles(options, hosting, experts), experts, trunk
+    )
     await attendance.renew()
     stack.push_async_callback(attendance.leave)
-    traffic = Traffic(blobs, community.exchange, hosting)
+    traffic = Traffic(blobs, community.exchange, hosting, experts, trunk)
     control = ControlServer(
         home.control_socket,
         Service(
@@ -205,7 +220,7 @@ async def _start(
     feed.begin(NodeView(host, lineage, directory, community, hosting).status)
     gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
     mover = _mover(options, lineage, host, attendance, hosting, say) if hosting else None
-    return Node(community, attendance, gauges, host, mover, _serving(lineage, hosting, options))
+    return Node(community, attendance, gauges, host, mover, trunk, _serving(lineage, hosting, experts, options))
 
 
 def _note_head(home: Home, lineage: Lineage) -> None:
@@ -242,26 +257,63 @@ async def _hosting(
     lineage: Lineage,
     directory: Directory,
     base: Path,
+    trunk: "Trunk | None",
     say: Callable[[str], None],
 ) -> "Hosting":
     from p2pmodel.node.hosting.hosting import Hosting
 
     span = await _span(options, lineage.manifest.layers, directory, host, say)
     checkpoint = await asyncio.to_thread(open_base, lineage, base, say)
-    await in_daemon(checkpoint.provide, checkpoint.weight_files(span))
-    return await Hosting.start(host, lineage, checkpoint, span, device)
+    if trunk is None:
+        await in_daemon(checkpoint.provide, checkpoint.weight_files(span))
+        return await Hosting.start(host, lineage, checkpoint, span, device)
+    hosting = await Hosting.start(host, lineage, checkpoint, span, device, trunk.dispatcher)
+    trunk.begin(hosting.expert_counts)
+    return hosting
+
+
+async def _experts(
+    options: NodeOptions, device: Device, host: PeerHost, lineage: Lineage, base: Path, say: Callable[[str], None]
+) -> "ExpertHosting":
+    from p2pmodel.node.hosting.expert_hosting import ExpertHosting
+
+    assert options.experts
+    span = _all_layers(options, lineage.manifest.layers)
+    say(f"experts {describe(options.experts)} of layers {span}, as asked")
+    checkpoint = await asyncio.to_thread(open_base, lineage, base, say)
+    return await ExpertHosting.start(host, lineage, checkpoint, span, options.experts, device)
+
+
+def _trunk(
+    options: NodeOptions,
+    device: Device,
+    host: PeerHost,
+    lineage: Lineage,
+    directory: Directory,
+    say: Callable[[str], None],
+) -> "Trunk":
+    """Rows travel in the precision that they are computed in, unless another codec was asked for."""
+    from p2pmodel.node.hosting.trunk import Trunk  # loads torch, as hosting does
+
+    codec = options.expert_codec or device.wide
+    return Trunk(host, lineage, directory, codec, spread=options.spread_missing, say=say)
+
+
+def _all_layers(options: NodeOptions, layers: int) -> Span:
+    """Where only experts are left out, or taken, all layers are the default. Raises UsageError."""
+    span = options.layers if isinstance(options.layers, Span) else Span(0, layers)
+    if span.end > layers:
+        raise UsageError(f"There are no layers {span}: the model has {layers}.", f"Use at most --layers 0:{layers}.")
+    return span
 
 
 async def _span(
     options: NodeOptions, layers: int, directory: Directory, host: PeerHost, say: Callable[[str], None]
 ) -> Span:
-    if isinstance(options.layers, Span):
-        if options.layers.end > layers:
-            raise UsageError(
-                f"There are no layers {options.layers}: the model has {layers}.", f"Use at most --layers 0:{layers}."
-            )
-        say(f"layers {options.layers} of {layers}, as asked")
-        return options.layers
+    if isinstance(options.layers, Span) or options.experts is not None:
+        span = _all_layers(options, layers)
+        say(f"layers {span} of {layers}{', as asked' if span == options.layers else ', without their experts'}")
+        return span
     leases = [lease for lease in await directory.leases() if lease.peer != host.peer]
     span, reason = choose_span(leases, layers, _capacity(options, layers), salt=host.peer)
     say(f"layers {span} of {layers}: {reason}")
@@ -284,22 +336,25 @@ def _mover(
     """None for a node whose layers were asked for: they stay."""
     from p2pmodel.node.moving import Mover  # loads torch, as hosting does
 
-    if isinstance(options.layers, Span):
+    if isinstance(options.layers, Span) or options.experts is not None:
         return None
     layers = lineage.manifest.layers
     return Mover(host.peer, attendance, hosting, layers, _capacity(options, layers), say)
 
 
-def _roles(options: NodeOptions, hosting: "Hosting | None") -> tuple[str, ...]:
-    return tuple(role for role, has in (("host", hosting), ("maintainer", options.maintain)) if has) or ("peer",)
+def _roles(options: NodeOptions, hosting: "Hosting | None", experts: "ExpertHosting | None") -> tuple[str, ...]:
+    roles = (("host", hosting), ("experts", experts), ("maintainer", options.maintain))
+    return tuple(role for role, has in roles if has) or ("peer",)
 
 
-def _serving(lineage: Lineage, hosting: "Hosting | None", options: NodeOptions) -> str:
-    what = (
-        f"layers {hosting.span} on {hosting.device.name} in {hosting.device.dtype}"
-        if hosting
-        else "records and patches, no layers"
-    )
+def _serving(lineage: Lineage, hosting: "Hosting | None", experts: "ExpertHosting | None", options: NodeOptions) -> str:
+    what = "records and patches, no layers"
+    if hosting:
+        without = ", without their experts," if options.experts is not None else ""
+        what = f"layers {hosting.span}{without} on {hosting.device.name} in {hosting.device.dtype}"
+    elif experts:
+        what = f"experts {describe(experts.experts)} of layers {experts.span} on {experts.device.name}"
+        what += f" in {experts.device.dtype}"
     return f"serving {what} of {lineage.manifest.name} {lineage.number(lineage.head)}" + (
         ", as a maintainer" if options.maintain else ""
     )

@@ -4,11 +4,12 @@ import asyncio
 import time
 
 from p2pmodel.domain.errors import Rejected, Unreachable
+from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import ModelId
 from p2pmodel.domain.swarm import Lease, Presence
 from p2pmodel.swarm import dht
 from p2pmodel.swarm.host import PeerHost
-from p2pmodel.swarm.validator import check_validity, dht_key, open_dht_record
+from p2pmodel.swarm.validator import Entry, check_validity, dht_key, open_dht_record
 
 _SECONDS = 10.0
 
@@ -32,6 +33,14 @@ class Directory:
         """The signed record of this peer's Presence; as with leases."""
         await self._publish("presence", record)
 
+    async def publish_expert_lease(self, record: bytes) -> None:
+        """The signed record of this peer's ExpertLease; as with leases."""
+        await self._publish("experts", record)
+
+    async def expert_leases(self) -> list[ExpertLease]:
+        """All that are valid now, of peers that are not leaving, sorted by peer. Raises Unreachable."""
+        return [noun for noun in await self._read("experts") if isinstance(noun, ExpertLease) and not noun.leaving]
+
     async def leases(self) -> list[Lease]:
         """All that are valid now, of peers that are not leaving, sorted by peer. Raises Unreachable."""
         return [noun for noun in await self._read("lease") if isinstance(noun, Lease) and not noun.leaving]
@@ -53,7 +62,7 @@ class Directory:
         if not taken:
             raise Unreachable(f"No peer took this peer's {kind}.", "Check the connection, and this machine's clock.")
 
-    async def _read(self, kind: str) -> list[Lease | Presence]:
+    async def _read(self, kind: str) -> list[Entry]:
         key = dht_key(kind, self.model)
         try:
             async with asyncio.timeout(_SECONDS):

@@ -91,6 +91,15 @@ class ExpertLink:
             self.stream.send(frames.pack(Kind.CLOSE))
         self.stream.close()
 
+    def is_over(self) -> bool:
+        """Whether the other end has closed. Reads nothing; any thread may ask."""
+        try:
+            return self.stream.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def wants(self) -> int:
         return select.POLLIN | (select.POLLOUT if self._outbox.size else 0)
 

@@ -1,7 +1,8 @@
 """Who may say what in the DHT: a peer, of itself, for as long as a lease lasts.
 
-A value is the signed record of a lease or a presence. Its key follows from its kind and its model, its subkey is its
-signer, its expiration the noun's: so a record fits into one place only, and into none when anybody else made it.
+A value is the signed record of a lease, of layers or of experts, or of a presence. Its key follows from its kind and
+its model, its subkey is its signer, its expiration the noun's: so a record fits into one place only, and into none when
+anybody else made it.
 """
 
 import time
@@ -13,6 +14,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 
 from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import ModelId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence
 from p2pmodel.wire import records
@@ -22,9 +24,11 @@ CLOCK_TOLERANCE_SECONDS = 3.0
 """How far ahead of ours a peer's clock may be."""
 
 MAX_VALUE_BYTES = records.MAX_DHT_BYTES + RECORD_OVERHEAD
-_OPENERS: dict[str, Callable[[bytes], Lease | Presence]] = {
+Entry = Lease | Presence | ExpertLease
+_OPENERS: dict[str, Callable[[bytes], Entry]] = {
     "lease": records.open_lease,
     "presence": records.open_presence,
+    "experts": records.open_expert_lease,
 }
 
 
@@ -33,7 +37,7 @@ def dht_key(kind: str, model: ModelId) -> DHTID:
 
 
 @lru_cache(maxsize=4096)
-def open_dht_record(record: bytes) -> tuple[str, Lease | Presence]:
+def open_dht_record(record: bytes) -> tuple[str, Entry]:
     """The kind and the noun of a signed record; verified once, however many replicas return it. Raises Rejected."""
     kind = records.record_kind(record, MAX_VALUE_BYTES)
     if kind not in _OPENERS:
@@ -41,7 +45,7 @@ def open_dht_record(record: bytes) -> tuple[str, Lease | Presence]:
     return kind, _OPENERS[kind](record)
 
 
-def check_validity(noun: Lease | Presence, now: float) -> None:
+def check_validity(noun: Entry, now: float) -> None:
     """Raises Rejected("expiry") when the noun claims more than a lease may."""
     if noun.expires > now + LEASE_SECONDS + CLOCK_TOLERANCE_SECONDS:
         raise Rejected("expiry", f"A record of {noun.peer} would be valid for longer than {LEASE_SECONDS:.0f} s.")

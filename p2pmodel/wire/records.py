@@ -7,6 +7,7 @@ version.
 
 from p2pmodel.domain.announcement import MAX_ANNOUNCEMENT_BYTES, Announcement
 from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.model import Manifest
 from p2pmodel.domain.patch import Patch
@@ -52,6 +53,12 @@ def open_verdict(record: bytes) -> Verdict:
 def open_lease(record: bytes) -> Lease:
     lease, signer = open_record(record, "lease", Lease, MAX_DHT_BYTES)
     _demand(signer, lease.peer, "lease")
+    return lease
+
+
+def open_expert_lease(record: bytes) -> ExpertLease:
+    lease, signer = open_record(record, "experts", ExpertLease, MAX_DHT_BYTES)
+    _demand(signer, lease.peer, "expert lease")
     return lease
 
 

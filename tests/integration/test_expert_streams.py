@@ -139,6 +139,8 @@ class Impostor:
         try:
             while True:
                 for frame in reader.read(stream, scratch):
+                    if frame.kind is Kind.CLOSE:
+                        return
                     stream.sendall(frames.pack(Kind.OPEN) if frame.kind is Kind.OPEN else self._answer(frame))
         except (OSError, EOFError):
             stream.close()

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from p2pmodel.domain.errors import PeerFailed, Rejected
+from p2pmodel.domain.errors import PeerFailed, Rejected, Unreachable
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import MAX_PREFIX_BLOCKS, PREFIX_BLOCK, Route
 from p2pmodel.engine.head import NO_VECTORS
@@ -186,3 +186,5 @@ class RoutedSession:
                 return self._begin(hidden, note, PATIENCE_SECONDS)
             except PeerFailed as again:
                 error = again
+            except Unreachable as gone:
+                raise Unreachable(gone.message, f"It began with: {error.message}") from error

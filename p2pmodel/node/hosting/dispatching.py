@@ -134,6 +134,13 @@ class Dispatcher:
                 self._retired.append(before)
             self._helpers[link.peer] = Helper(link, lease, 2 * link.delay)
 
+    def check(self) -> None:
+        """Notices links that have ended while nothing was sent."""
+        for peer, helper in self.helpers.items():
+            if helper.link.is_over():
+                self.remove(peer)
+                self._failed(peer)
+
     def renew(self, lease: ExpertLease) -> None:
         """What a peer says of itself now."""
         with self._lock:
@@ -246,7 +253,7 @@ class Forward:
         return total * self._scale().unsqueeze(1)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """Of rows [T, H] and gates [T, K]. Of a spread forward the gradient is that of the experts that were there."""
+        """Of rows [T, H] and gates [T, K], float32."""
         self._collect()
         of_rows, of_gates = torch.zeros(self._rows.shape), torch.zeros(self._gates.numel())
         for call in sorted(self._done, key=lambda call: call.order):
@@ -274,7 +281,7 @@ class Forward:
         given = {expert for share in shares.values() for expert in share}
         orphans = [number for number in numbers.tolist() if number not in given]
         if orphans:
-            if not self._by.spread:
+            if not (self._by.spread and self._traffic.may_spread):
                 raise self._unreachable(torch.tensor(orphans))
             lost = torch.isin(experts, torch.tensor(orphans))
             self._lost.view(-1)[places[lost]] = True

@@ -14,6 +14,7 @@ from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Span
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.memory import measure_cache
+from p2pmodel.engine.remote_experts import Exchange
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.versions import VersionTable
@@ -38,9 +39,16 @@ class Hosting:
     """Made by `start`; holds the threads that compute. moving: the span that is being loaded, as the lease says it."""
 
     def __init__(
-        self, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, device: Device, first: HostedStage
+        self,
+        host: PeerHost,
+        lineage: Lineage,
+        checkpoint: Checkpoint,
+        device: Device,
+        first: HostedStage,
+        exchange: Exchange | None = None,
     ) -> None:
         self.device = device
+        self._exchange = exchange
         self.moving: Span | None = None
         self._lineage, self._checkpoint = lineage, checkpoint
         self._stages = Stages(first)
@@ -50,12 +58,24 @@ class Hosting:
 
     @classmethod
     async def start(
-        cls, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device
+        cls,
+        host: PeerHost,
+        lineage: Lineage,
+        checkpoint: Checkpoint,
+        span: Span,
+        device: Device,
+        exchange: Exchange | None = None,
     ) -> "Hosting":
-        """Loads the span's tensors at the head's values; returns when it can serve."""
+        """Loads the span's tensors at the head's values; returns when it can serve. exchange: of a trunk, which
+        loads no experts."""
         versions = (lineage.model, lineage.served_head)
-        first = await asyncio.to_thread(_load, lineage, checkpoint, span, device, versions)
-        return cls(host, lineage, checkpoint, device, first)
+        first = await asyncio.to_thread(_load, lineage, checkpoint, span, device, versions, exchange)
+        return cls(host, lineage, checkpoint, device, first, exchange)
+
+    @property
+    def expert_counts(self) -> dict[int, int]:
+        """Layer -> how many experts it has elsewhere."""
+        return self._stages.current.expert_counts
 
     @property
     def span(self) -> Span:
@@ -111,7 +131,7 @@ class Hosting:
     async def load(self, span: Span) -> HostedStage:
         """Another span, at the versions of the current one, while that one serves."""
         versions = self._stages.current.versions.versions
-        return await in_daemon(_load, self._lineage, self._checkpoint, span, self.device, versions)
+        return await in_daemon(_load, self._lineage, self._checkpoint, span, self.device, versions, self._exchange)
 
     async def take(self, stage: HostedStage) -> HostedStage:
         """The lease names `stage` from now on. The one before, which is returned, still takes sessions: others may have
@@ -150,14 +170,19 @@ def release_memory() -> None:
 
 
 def _load(
-    lineage: Lineage, checkpoint: Checkpoint, span: Span, device: Device, versions: tuple[VersionId, ...]
+    lineage: Lineage,
+    checkpoint: Checkpoint,
+    span: Span,
+    device: Device,
+    versions: tuple[VersionId, ...],
+    exchange: Exchange | None,
 ) -> HostedStage:
     if device.scheme and any(slot.name.startswith(weights.PREFIX) for slot in lineage.manifest.slots):
         raise UsageError(
             f"{lineage.manifest.name} takes patches of its weights, which can't be folded into {device.scheme}.",
             "Use --dtype bf16.",
         )
-    stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme)
+    stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme, trunk=exchange is not None)
     table = VersionTable(stage)
     for version in versions:
         _adopt(table, lineage, version)
@@ -165,7 +190,9 @@ def _load(
     runner = Runner(
         stage, lineage.model, table, max_cached_tokens=cached_tokens(device, stage), max_graph_bytes=graph_bytes(device)
     )
-    return HostedStage(stage, runner, table, measure_cache(stage).typical)
+    hosted = HostedStage(stage, runner, table, measure_cache(stage).typical)
+    stage.board.exchange = exchange  # from now on: it was tried out and measured without experts
+    return hosted
 
 
 def _adopt(table: VersionTable, lineage: Lineage, version: VersionId) -> None:

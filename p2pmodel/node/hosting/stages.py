@@ -30,6 +30,7 @@ class HostedStage:
         """position_bytes: about what one position of KV cache takes."""
         self.position_bytes = position_bytes
         self.span, self.weight_bytes, self.width = stage.span, stage.weight_bytes, stage.width
+        self.expert_counts = dict(stage.board.counts)
         self.runner, self.versions = runner, versions
         self.measured = self.layer_seconds = runner.measure()
         self.sessions = 0
