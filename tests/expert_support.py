@@ -1,7 +1,7 @@
 """Experts hosted by several shards of this process: what a trunk's exchange does, without a network."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def save_experts(kind: str, folder: Path, **changes: Any) -> None:
 class LocalExchange:
     """Implements `remote_experts.Exchange`. rows: how many were handed to each shard."""
 
-    def __init__(self, shards: Sequence[ExpertShard]) -> None:
+    def __init__(self, shards: Sequence[ExpertShard], states: Sequence[Mapping[str, Tensor]] = ()) -> None:
         self.shards = shards
+        self.states = states or [{} for _ in shards]
         self.rows = [0] * len(shards)
 
     def send(self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Traffic) -> Callable[[], Tensor]:
@@ -43,7 +44,7 @@ class LocalExchange:
                 own, local = torch.unique(row, return_inverse=True)
                 self.rows[number] += len(own)
                 pairs = Pairs(local, experts[row, place], gates[row, place].float())
-                total.index_add_(0, own, shard.compute(layer, rows[own], pairs))
+                total.index_add_(0, own, shard.compute(layer, rows[own], pairs, self.states[number]))
             return total
 
         return answer

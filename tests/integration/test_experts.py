@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from p2pmodel.domain.errors import InvalidInput, NotFound
+from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs
@@ -17,12 +18,18 @@ from p2pmodel.engine.expert_layout import ExpertLayout
 from p2pmodel.engine.experts import load_experts
 from p2pmodel.engine.head import load_head
 from p2pmodel.engine.stage import Stage, load_stage
+from p2pmodel.engine.vectors import SessionVectors
+from p2pmodel.engine.versions import VersionTable
+from p2pmodel.tensors import ia3, weights
+from p2pmodel.tensors.blob import pack
+from p2pmodel.wire import canonical
 from tests.expert_support import EXPERTS, LocalExchange, load_shards, save_experts
 from tests.families import save_small
 from tests.stage_checks import StageChain, tokens
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss")
 NEW_TOKENS = 24
+VERSION = canonical.digest(b"version")
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -123,3 +130,32 @@ def test_what_is_not_hosted_is_refused(tmp_path: Path) -> None:
     for expert in (3, EXPERTS + 7):
         with pytest.raises(NotFound, match="experts 4-5"):
             shard.compute(2, rows, Pairs(zero, zero + expert, torch.ones(1)))
+
+
+def test_versions_that_change_experts_are_served_in_parts(tmp_path: Path) -> None:
+    save_experts("qwen3_moe", tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    everything = Span(0, checkpoint.layers)
+    whole, trunk = load_stage(checkpoint, everything), load_stage(checkpoint, everything, trunk=True)
+    shards = load_shards(checkpoint, 3)
+    generator = torch.Generator().manual_seed(4)
+    state: dict[str, Tensor] = {}
+    for slot in (*ia3.find_slots(whole.base), *weights.find_slots(whole.base)):
+        noise = 0.1 * torch.randn(slot.shape, generator=generator)
+        state[slot.name] = 1 + noise if slot.name.startswith("ia3") else noise
+    tables = [VersionTable(part) for part in (whole, trunk)]
+    for table in tables:
+        table.put(VERSION, state)
+    of_shards = [VersionTable(shard) for shard in shards]
+    for table, shard in zip(of_shards, shards, strict=True):
+        table.put(VERSION, shard.own_part(state))
+    trunk.board.exchange = LocalExchange(shards, [table.get(VERSION) for table in of_shards])
+    hidden = torch.randn(1, 6, checkpoint.hidden_size, generator=generator)
+    ours = trunk.forward(hidden, None, everything, vectors=tables[1].get(VERSION))
+    theirs = whole.forward(hidden, None, everything, vectors=tables[0].get(VERSION))
+    base = whole.forward(hidden, None, everything)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert (base - theirs).norm() > 0.1 * theirs.norm()
+    own = {name: tensor for name, tensor in state.items() if name.startswith("ia3")}
+    with pytest.raises(Rejected, match="on other peers"):
+        SessionVectors(trunk).read(pack(own), everything, by_row=False)
