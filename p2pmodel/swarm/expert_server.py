@@ -31,6 +31,8 @@ from p2pmodel.wire import frames
 from p2pmodel.wire.frames import Kind
 
 MAX_TRUNKS = 256
+MAX_WAITING_TRUNKS = 64
+"""Whose first frame is being read."""
 MAX_WAITING_CALLS = 8
 """Of one trunk; what it sends beyond them stays where it is."""
 SWEEP_SECONDS = 0.5
@@ -82,6 +84,7 @@ class ExpertServer:
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._lingering = Lingering(self._selector, self._scratch)
+        self._waiting = threading.Semaphore(MAX_WAITING_TRUNKS)
         self._seats = threading.Semaphore(MAX_TRUNKS)
         self._trunks: set[_Trunk] = set()
         self._listener: Listener | None = None
@@ -140,7 +143,10 @@ class ExpertServer:
                 stream, peer = listener.accept()
             except EOFError:
                 return
-            self._pool.submit(self._admit, stream, peer)
+            if self._waiting.acquire(blocking=False):
+                self._pool.submit(self._admit, stream, peer)
+            else:
+                stream.close()
 
     def _admit(self, stream: socket.socket, peer: PeerId) -> None:
         try:
@@ -151,6 +157,8 @@ class ExpertServer:
             stream.close()
         else:
             self._call(partial(self._join, _Trunk(stream, peer, handle, time.monotonic())))
+        finally:
+            self._waiting.release()
 
     def _handshake(self, stream: socket.socket) -> Any:
         opening = read_opening(receive_frame(stream, HANDSHAKE_SECONDS))

@@ -25,7 +25,7 @@ from p2pmodel.engine.expert_runner import ExpertRunner
 from p2pmodel.engine.experts import ExpertShard, load_experts
 from p2pmodel.engine.remote_experts import Traffic
 from p2pmodel.engine.versions import VersionTable
-from p2pmodel.node.hosting import dispatching
+from p2pmodel.node.hosting import forwarding
 from p2pmodel.node.hosting.dispatching import Dispatcher
 from p2pmodel.swarm.expert_link import ExpertLink, Switch
 from p2pmodel.swarm.expert_server import ExpertServer
@@ -244,7 +244,7 @@ async def test_an_expert_without_a_host_is_named(setting: Setting, monkeypatch: 
     work = setting.work()
     with pytest.raises(Unreachable, match="expert 6 of layer 1 and 1 more"):
         await ask(dispatcher, *work)
-    monkeypatch.setattr(dispatching, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(forwarding, "DEADLINE_SECONDS", 0.3)
     await asyncio.to_thread(setting.servers[2].stop)
     impostor = Impostor(setting.hosts[2], silence)
     dispatcher.add(setting.link(2), setting.lease(2))

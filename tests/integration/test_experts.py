@@ -11,17 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
-from p2pmodel.domain.swarm import Span
+from p2pmodel.domain.ports import Noted
+from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs
 from p2pmodel.engine.expert_layout import ExpertLayout
 from p2pmodel.engine.experts import load_experts
 from p2pmodel.engine.head import load_head
+from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import Stage, load_stage
+from p2pmodel.engine.steps import Microbatch
 from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.tensors import ia3, weights
 from p2pmodel.tensors.blob import pack
+from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical
 from tests.expert_support import EXPERTS, LocalExchange, load_shards, save_experts
 from tests.families import save_small
@@ -159,3 +163,47 @@ def test_versions_that_change_experts_are_served_in_parts(tmp_path: Path) -> Non
     own = {name: tensor for name, tensor in state.items() if name.startswith("ia3")}
     with pytest.raises(Rejected, match="on other peers"):
         SessionVectors(trunk).read(pack(own), everything, by_row=False)
+
+
+@torch.inference_mode()
+def test_lower_precision_is_as_near_as_that_of_the_whole_model(family: tuple[Checkpoint, Any]) -> None:
+    checkpoint, _ = family
+    everything, low = Span(0, checkpoint.layers), torch.bfloat16
+    trunk = load_stage(checkpoint, everything, low, trunk=True)
+    shares = ((0, 1, 5), (2, 3, 4, 6, 7))
+    trunk.board.exchange = LocalExchange([load_experts(checkpoint, everything, share, low) for share in shares])
+    hidden = torch.randn(1, 6, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
+    exact = load_stage(checkpoint, everything).forward(hidden, None, everything)
+    ours = trunk.forward(hidden, None, everything)
+    theirs = load_stage(checkpoint, everything, low).forward(hidden, None, everything)
+    assert ours.dtype == theirs.dtype == low
+    assert (ours.float() - exact).norm() < max(1.5 * (theirs.float() - exact).norm(), 0.02 * exact.norm())
+
+
+def test_sessions_train_through_a_trunk(tmp_path: Path) -> None:
+    save_experts("deepseek_v3", tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    everything, codec = Span(0, checkpoint.layers), get_codec("fp32")
+    whole, trunk = load_stage(checkpoint, everything), load_stage(checkpoint, everything, trunk=True)
+    generator = torch.Generator().manual_seed(5)
+    hidden, outer = (torch.randn(1, 8, checkpoint.hidden_size, generator=generator) for _ in range(2))
+    slot = next(s for s in ia3.find_slots(trunk.base))
+    vectors = pack({slot.name: torch.ones(slot.shape) + 0.1})
+    answers = []
+    for stage in (whole, trunk):
+        table = VersionTable(stage)
+        table.put(VERSION, {})
+        runner = Runner(stage, VERSION, table, max_cached_tokens=64)
+        if stage is trunk:
+            stage.board.exchange = LocalExchange(load_shards(checkpoint, 2))
+        request = SessionRequest("0" * 32, VERSION, VERSION, "fp32", everything, 4, rows=2, training=True)
+        handle = runner.open(request)
+        runner.load(handle, vectors)
+        meta = Microbatch(2, inputs=True).encode()
+        (output,) = runner.step([(handle, 0, meta, codec.encode(hidden))])
+        assert not isinstance(output, Exception | Noted)
+        gradients = runner.backward(handle, 0, codec.encode(outer))
+        answers.append([torch.frombuffer(bytearray(part), dtype=torch.float32) for part in (output, gradients)])
+        runner.close(handle)
+    for ours, theirs in zip(*answers, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()

@@ -61,7 +61,7 @@ class ExpertHosting:
             model=self._lineage.model,
             span=self.span,
             experts=self.experts,
-            dtype=self.device.dtype,
+            dtype=self.device.wide,
             versions=tuple(reversed(self._table.versions)),
             pair_seconds=self.pair_seconds,
             queue=max(0, self.stats.busy - 1),
