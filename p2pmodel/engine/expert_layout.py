@@ -6,10 +6,10 @@ expert, which is called with rows, the experts of each row, and their gates. Che
 the same way, or a tensor for each expert; transformers' own table of conversions says which.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -54,6 +54,19 @@ class ExpertLayout:
     def counts_in(self, span: Span) -> dict[int, int]:
         return {layer: count for layer, count in self.counts.items() if layer in span}
 
+    def of_shard(self, span: Span, experts: Collection[int]) -> dict[str, ExpertTensor]:
+        """The tensors that a host of these experts reads, all or in part. Raises as `tensors`."""
+        chosen = frozenset(experts)
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if tensor.layer in span and (tensor.expert is None or tensor.expert in chosen)
+        }
+
+    def in_trunk(self, name: str, span: Span) -> bool:
+        """Whether a host of the layers without their experts reads it. Raises as `tensors`."""
+        return self._checkpoint.in_span(name, span) and name not in self.tensors
+
     @cached_property
     def tensors(self) -> Mapping[str, ExpertTensor]:
         """By name in the checkpoint, those that experts are made of. Raises InvalidInput for one that belongs to
@@ -81,6 +94,13 @@ class ExpertLayout:
             direct = target.rpartition(".")[0] == owner
             found[name] = ExpertTensor(layer, numbers[0] if numbers else None, direct and not numbers)
         return found
+
+
+def fetch_part(checkpoint: Checkpoint, span: Span, experts: Collection[int]) -> None:
+    """Brings the files that hold these experts, or with none the layers without their experts, as `provide` does."""
+    layout = ExpertLayout(checkpoint)
+    trunk = partial(layout.in_trunk, span=span)
+    checkpoint.provide(checkpoint.files_with(layout.of_shard(span, experts).__contains__ if experts else trunk))
 
 
 def find_experts(base: nn.Module, stack: str) -> dict[int, str]:

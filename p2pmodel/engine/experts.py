@@ -44,11 +44,7 @@ def load_experts(
             f"There is no expert {experts[-1]}: the layers {span} have {fewest}.",
             f"Use at most --experts 0-{fewest - 1}.",
         )
-    wanted = {
-        name: tensor
-        for name, tensor in layout.tensors.items()
-        if tensor.layer in span and (tensor.expert is None or tensor.expert in set(experts))
-    }
+    wanted = layout.of_shard(span, experts)
     checkpoint.provide(checkpoint.files_with(wanted.__contains__))
     scratch = family.Scratch()
 

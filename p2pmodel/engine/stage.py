@@ -46,11 +46,7 @@ def load_stage(
     models of its family cannot be split, and for a trunk of a family whose experts cannot be hosted apart."""
     if span.end > checkpoint.layers:
         raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
-    elsewhere = ExpertLayout(checkpoint).tensors if trunk else {}
-
-    def wanted(name: str) -> bool:
-        return checkpoint.in_span(name, span) and name not in elsewhere
-
+    wanted = partial(ExpertLayout(checkpoint).in_trunk if trunk else checkpoint.in_span, span=span)
     checkpoint.provide(checkpoint.files_with(wanted))
     scratch = family.Scratch()
     board = remote_experts.Switchboard()

@@ -267,6 +267,9 @@ async def _hosting(
     if trunk is None:
         await in_daemon(checkpoint.provide, checkpoint.weight_files(span))
         return await Hosting.start(host, lineage, checkpoint, span, device)
+    from p2pmodel.engine.expert_layout import fetch_part
+
+    await in_daemon(fetch_part, checkpoint, span, ())
     hosting = await Hosting.start(host, lineage, checkpoint, span, device, trunk.dispatcher)
     trunk.begin(hosting.expert_counts)
     return hosting
@@ -275,12 +278,14 @@ async def _hosting(
 async def _experts(
     options: NodeOptions, device: Device, host: PeerHost, lineage: Lineage, base: Path, say: Callable[[str], None]
 ) -> "ExpertHosting":
+    from p2pmodel.engine.expert_layout import fetch_part
     from p2pmodel.node.hosting.expert_hosting import ExpertHosting
 
     assert options.experts
     span = _all_layers(options, lineage.manifest.layers)
     say(f"experts {describe(options.experts)} of layers {span}, as asked")
     checkpoint = await asyncio.to_thread(open_base, lineage, base, say)
+    await in_daemon(fetch_part, checkpoint, span, options.experts)
     return await ExpertHosting.start(host, lineage, checkpoint, span, options.experts, device)
 
 
