@@ -17,7 +17,7 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, PeerFailed, Rejected, Unreachable
 from p2pmodel.domain.experts import MAX_CALL_ROWS, ExpertCall, ExpertLease, ExpertOpening
-from p2pmodel.domain.ids import PeerId
+from p2pmodel.domain.ids import ModelId, PeerId
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs, encode_call
@@ -63,7 +63,7 @@ class Setting:
             found.add(self.link(number), self.lease(number))
         return found
 
-    def link(self, number: int, model: str = MODEL) -> ExpertLink:
+    def link(self, number: int, model: ModelId = MODEL) -> ExpertLink:
         return ExpertLink.open(self.trunk, self.hosts[number].peer, ExpertOpening(model, "fp32"))
 
     def lease(self, number: int) -> ExpertLease:

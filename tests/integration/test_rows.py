@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import InvalidInput, Rejected
-from p2pmodel.domain.ports import Buffer
+from p2pmodel.domain.ports import Buffer, Noted
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine import batching
 from p2pmodel.engine.cache import attends_only
@@ -50,7 +50,8 @@ def padded_batch() -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def numbers(body: Buffer) -> Tensor:
+def numbers(body: Buffer | Noted) -> Tensor:
+    assert not isinstance(body, Noted)
     return torch.frombuffer(bytearray(body), dtype=torch.float32)
 
 

@@ -195,6 +195,7 @@ class Gateway:
             usage.cached = sum(writer.reused for writer in writers[:: request.choices])
 
         works = [loop.run_in_executor(self._pool, self._write, writer, offer, show) for writer in writers]
+
         def ended(work: asyncio.Future[None]) -> None:
             if not work.cancelled():
                 work.exception()  # looked at, even when whoever waits for it is cancelled twice
