@@ -85,7 +85,7 @@ class Arm:
     strategy: str = "mean@1"
     variates: bool = False
     bits: int = 32
-    feedback: bool = True
+    feedback: bool = False
     alpha: float = 1.0
     momentum: float = 0.0
     keep: bool = True
@@ -98,8 +98,10 @@ class Arm:
         if self.way != "rounds":
             return self.way
         words = [f"{self.rounds} rounds" if self.rounds > 1 else "one shot", self.strategy.removesuffix("@1")]
-        words += ["control variates"] * self.variates + [f"{self.bits} bits"] * (self.bits < 32)
-        words += ["no error feedback"] * (self.bits < 32 and not self.feedback)
+        words += ["control variates"] * self.variates + [{4: "4 bits", 1: "1 bit"}.get(self.bits, "")] * (
+            self.bits < 32
+        )
+        words += ["error feedback"] * self.feedback
         words += [f"α {self.alpha:g}"] * (self.alpha != 1) + [f"momentum {self.momentum:g}"] * (self.momentum > 0)
         words += ["optimiser reset"] * (not self.keep) + ["half new each round"] * self.churn
         words += ["half come late"] * self.late + ["unequal data"] * self.unequal
@@ -357,10 +359,10 @@ def arms_of(section: str) -> list[Arm]:
                 replace(CONTROLLED, rounds=rounds),
                 replace(FOUR_BITS, rounds=rounds),
             ]
-        found += [replace(FOUR_BITS, rounds=rounds, bits=1) for rounds in (5, 20)]
+        found += [replace(FOUR_BITS, rounds=rounds, bits=1, feedback=True) for rounds in (5, 20)]
         return found
     if section == "choices":
-        found = [Arm(variates=True), replace(FOUR_BITS, feedback=False), replace(CONTROLLED, bits=4)]
+        found = [Arm(variates=True), replace(FOUR_BITS, feedback=True), replace(CONTROLLED, bits=4)]
         found += [Arm(bits=4), Arm(keep=False), Arm(momentum=0.3), Arm(variates=True, momentum=0.3), Arm(alpha=1.25)]
         return [BASE, POOLED, PARALLEL, Arm(), FOUR_BITS, *found]
     if section == "network":
