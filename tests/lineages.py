@@ -39,11 +39,14 @@ def add_patch(lineage: Lineage, key: Key, seed: int, size: float = 0.01) -> Patc
     )
 
 
-def add_patch_of(lineage: Lineage, key: Key, adapter: Mapping[str, torch.Tensor]) -> PatchId:
-    """A patch on the head with these values, and a Fisher drawn by chance."""
-    chance = torch.Generator().manual_seed(0)
-    fisher = {name: torch.rand(value.shape, generator=chance) for name, value in adapter.items()}
-    raw = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
+def add_patch_of(
+    lineage: Lineage, key: Key, adapter: Mapping[str, torch.Tensor], fisher: Mapping[str, torch.Tensor] | None = None
+) -> PatchId:
+    """A patch on the head with these values, and this Fisher or one drawn by chance."""
+    if fisher is None:
+        chance = torch.Generator().manual_seed(0)
+        fisher = {name: torch.rand(value.shape, generator=chance) for name, value in adapter.items()}
+    raw = [blob.pack(adapter), blob.pack(compact.encode(dict(fisher)))]
     recipe = Recipe(seed=0, steps=1, batch=1, sequence=8, optimizer="none", learning_rate=0.0, fisher_examples=1)
     patch = Patch(
         contributor=key.peer,

@@ -11,6 +11,7 @@ import typer
 from p2pmodel import __version__
 from p2pmodel.cli import (
     amending,
+    branching,
     collecting,
     controlling,
     identity,
@@ -56,6 +57,8 @@ app.add_typer(patching.app, name="patch", rich_help_panel=IMPROVE)
 app.command(rich_help_panel=IMPROVE)(merging.merge)
 modelling.app.command()(amending.amend)
 app.command(rich_help_panel=IMPROVE)(rebasing.rebase)
+app.command(rich_help_panel=IMPROVE)(branching.branch)
+app.command(rich_help_panel=IMPROVE)(branching.merge_branches)
 app.add_typer(modelling.app, name="model", rich_help_panel=IMPROVE)
 app.add_typer(rounds.app, name="round", rich_help_panel=IMPROVE)
 app.command("eval", rich_help_panel=IMPROVE)(prompting.evaluate)

@@ -13,6 +13,7 @@ from p2pmodel.domain.version import BASE_NUMBER
 
 if TYPE_CHECKING:
     from p2pmodel.domain.version import Version
+    from p2pmodel.node.lineages.branches import Family
     from p2pmodel.node.lineages.lineage import Lineage
 
 
@@ -44,13 +45,17 @@ def log(
     json: options.Json = False,
 ) -> None:
     """The versions of a model, the newest first: their patches, verdicts and exam losses."""
+    from p2pmodel.node.lineages.branches import Family
     from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.store.home import Home
 
     lineage = local_lineage(Home.open(home), model)
+    family = Family(lineage.home)
     data = {
         "model": lineage.model,
         "name": lineage.manifest.name,
+        "origin": plain(lineage.founding.origin),
+        "branches": [{"name": x.manifest.name, "id": x.model, "from": v} for v, x in family.branches(lineage)],
         "tags": lineage.tags,
         "versions": [
             {
@@ -66,17 +71,21 @@ def log(
             for v in lineage.versions
         ],
     }
-    emit(data, _graph(lineage) if graph else _list(lineage), json)
+    emit(data, _graph(lineage, family) if graph else _list(lineage, family), json)
 
 
-def _graph(lineage: "Lineage") -> str:
+def _graph(lineage: "Lineage", family: "Family") -> str:
     from p2pmodel.cli.graph import Commit, draw
 
     chain = {lineage.model, *(version.id for version in lineage.versions)}
-    base = Commit(
-        lineage.model, None, f"{_title(lineage, lineage.model, str(BASE_NUMBER))}  the base: {lineage.manifest.name}"
-    )
-    commits = [base]
+    title, origin = _title(lineage, family, lineage.model, str(BASE_NUMBER)), lineage.founding.origin
+    if origin is None:
+        commits = [Commit(lineage.model, None, f"{title}  the base: {lineage.manifest.name}")]
+    else:
+        commits = [
+            Commit(origin.version, None, f"{origin.number}  {short(origin.version)}  of {family.name(origin.model)}"),
+            Commit(lineage.model, origin.version, f"{title}  {lineage.manifest.name} branches off"),
+        ]
     for version in lineage.history():
         c = version.candidate
         lost = "" if version.id in chain else "  not in the chain: another version was adopted on the same parent"
@@ -84,7 +93,7 @@ def _graph(lineage: "Lineage") -> str:
             Commit(
                 version.id,
                 c.parent,
-                f"{_title(lineage, version.id, str(c.number))}  {_made(lineage, version)}{lost}",
+                f"{_title(lineage, family, version.id, str(c.number))}  {_made(lineage, version)}{lost}",
                 [f"{short(p)}  {_contributor(lineage, p)}" for p in c.patches],
                 [f"{short(x.patch)}  left out: {printable(x.reason)}" for x in c.left_out],
             )
@@ -92,25 +101,27 @@ def _graph(lineage: "Lineage") -> str:
     return draw(commits)
 
 
-def _list(lineage: "Lineage") -> str:
+def _list(lineage: "Lineage", family: "Family") -> str:
     blocks = []
     for version in reversed(lineage.versions):
         c = version.candidate
-        lines = [f"{_title(lineage, version.id, str(c.number))}  {_made(lineage, version)}"]
+        lines = [f"{_title(lineage, family, version.id, str(c.number))}  {_made(lineage, version)}"]
         lines += [f"  merged    {short(p)}  {_contributor(lineage, p)}" for p in c.patches]
         lines += [f"  left out  {short(x.patch)}  {printable(x.reason)}" for x in c.left_out]
         examined = next((v.scores for v in version.verdicts if v.scores), ())
         if examined:
             lines += ["  " + line for line in score_table(examined, str(c.number)).splitlines()]
         blocks.append("\n".join(lines))
-    base = _title(lineage, lineage.model, str(BASE_NUMBER))
-    blocks.append(f"{base}  the base: {lineage.manifest.name}, {lineage.manifest.architecture}")
+    base, origin = _title(lineage, family, lineage.model, str(BASE_NUMBER)), lineage.founding.origin
+    what = f"branches off {family.describe(origin)}" if origin else "the base"
+    blocks.append(f"{base}  {what}: {lineage.manifest.name}, {lineage.manifest.architecture}")
     return "\n\n".join(blocks)
 
 
-def _title(lineage: "Lineage", version: str, number: str) -> str:
+def _title(lineage: "Lineage", family: "Family", version: str, number: str) -> str:
     names = ["head"] if version == lineage.head else []
     names += [f"tag {name}" for name, target in lineage.tags.items() if target == version]
+    names += [f"branch {x.manifest.name}" for origin, x in family.branches(lineage) if origin == version]
     return f"{number}  {short(version)}" + (f"  ({', '.join(names)})" if names else "")
 
 

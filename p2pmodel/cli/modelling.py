@@ -116,6 +116,7 @@ def show(
     json: options.Json = False,
 ) -> None:
     """The Manifest: what a model is, and who decides."""
+    from p2pmodel.node.lineages.branches import Family
     from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.store.home import Home
 
@@ -128,6 +129,7 @@ def show(
         f"head         {lineage.number(lineage.head)} ({short(lineage.head)})",
         f"base         {m.architecture}, {m.layers} layers, {size(weights)} of weights"
         f"{', from ' + m.source if m.source else ''}",
+        *([f"begins with  {Family(lineage.home).describe(m.origin)}"] if m.origin else []),
         f"patches      {', '.join(m.kinds)}: {len(m.slots)} slots",
         f"merge        {m.merge.strategy} {dict(m.merge.parameters) or ''}".rstrip(),
         f"rounds       close at {m.schedule.min_patches} patches, or after {m.schedule.open_seconds:.0f} s with one",

@@ -62,7 +62,13 @@ def show(
     lines += [f"model        {manifest.name} ({short(lineage.model)})"]
     if chosen == lineage.model:
         lines += [f"base         {manifest.architecture}, {manifest.layers} layers, {len(manifest.slots)} slots"]
-        emit({"id": chosen, "number": str(lineage.number(chosen)), "tags": tags}, "\n".join(lines), json)
+        data = {"id": chosen, "number": str(lineage.number(chosen)), "tags": tags}
+        if manifest.origin is not None:
+            from p2pmodel.node.lineages.branches import Family
+
+            lines.append(f"values       of {Family(lineage.home).describe(manifest.origin)}, where it branched off")
+            data["origin"] = plain(manifest.origin)
+        emit(data, "\n".join(lines), json)
         return
     known = lineage.version(chosen)
     candidate = known.candidate
@@ -265,17 +271,28 @@ def verify(
     """Prove a version from the Manifest on, offline: every signature, number, threshold, and the values' digests."""
     from p2pmodel.node.versions.checkout import verify_folder, verify_version
 
+    where = ""
     if Path(version).is_dir():
         proven, here = verify_folder(Path(version)), None
+        if origin := proven.manifest.origin:
+            where = f"; it begins with {short(origin.model)} {origin.number}, by what its Manifest says"
     else:
         lineage = _lineage(home, model)
         proven, here = verify_version(lineage, lineage.find_version(version))
+        if origin := proven.manifest.origin:
+            from p2pmodel.node.lineages.branches import Family
+            from p2pmodel.node.lineages.origins import proven_origins
+
+            family = Family(lineage.home)
+            here_too = "is proven too" if proven_origins(family, lineage) else "is not known here"
+            where = f"; it begins with {family.describe(origin)}, which {here_too}"
     count = len(proven.versions)
     values = "its values are those that were adopted" if here is None else f"the values of {here} of {count} are here"
     emit(
         {"id": proven.id, "number": proven.number, "model": proven.model, "versions": count, "values": here},
         f"{proven.manifest.name} {proven.number} ({short(proven.id)}) is proven: {count} versions after the base, each "
-        f"accepted by {proven.manifest.threshold} of {len(proven.manifest.maintainers)} maintainers or more; {values}",
+        f"accepted by {proven.manifest.threshold} of {len(proven.manifest.maintainers)} maintainers or more; {values}"
+        + where,
         json,
     )
 

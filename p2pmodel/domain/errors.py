@@ -56,7 +56,7 @@ class Rejected(P2PModelError):
 
 
 class Busy(P2PModelError):
-    """A resource that somebody else holds: the home folder, a port."""
+    """A resource that somebody else holds: the home folder, a port, the streams of peers."""
 
     exit_code = 7
 

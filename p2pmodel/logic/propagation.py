@@ -9,6 +9,7 @@ again after a growing delay, since it may be back.
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from p2pmodel.domain.announcement import RECORD_KINDS
 from p2pmodel.domain.ids import Digest, PeerId
@@ -24,10 +25,9 @@ class BacklogRules:
     longest_delay: float = 300.0
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """holders: those who said that they have it, the next to be asked first; named_by: the first of them;
-    after: not to be tried before; asking: who is being asked now."""
+class Wanted(NamedTuple):
+    """holders: those who said that they have it, the next to be asked first; named_by: the first of them; after: not to
+    be tried before; asking: who is being asked now."""
 
     digest: Digest
     kind: str
@@ -78,7 +78,7 @@ def want(backlog: Backlog, digest: Digest, kind: str, holder: PeerId, size: int,
         # One who has not failed yet goes first, and at once: the delay was for the others. The last has just failed.
         kept = entry.holders[:-1] if full else entry.holders
         holders = (holder, *kept) if entry.failures else (*kept, holder)
-        return _put(backlog, replace(entry, holders=holders, after=min(entry.after, now)))
+        return _put(backlog, entry._replace(holders=holders, after=min(entry.after, now)))
     if backlog.named.get(holder, 0) >= rules.max_each:
         return backlog
     if len(backlog) >= rules.max_entries:
@@ -97,25 +97,33 @@ def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch,
     Verdicts before candidates before patches before all else, because the small decide about the large; then in the
     order in which they were heard of, one from each holder in turn.
     """
-    asking = [entry.asking for entry in backlog.entries.values() if entry.asking is not None]
-    free = slots - len(asking)
-    ready = [entry for entry in backlog.entries.values() if entry.asking is None and entry.after <= now]
+    ready: list[Wanted] = []
+    busy: dict[PeerId, int] = {}
+    free = slots
+    for entry in backlog.entries.values():
+        if entry.asking is not None:
+            busy[entry.asking] = busy.get(entry.asking, 0) + 1
+            free -= 1
+        elif entry.after <= now:
+            ready.append(entry)
     if free <= 0 or not ready:
         return backlog, ()
-    ready.sort(key=lambda entry: (_urgency(entry.kind), entry.order))
-    busy = Counter(asking)
+    if len(ready) > 1:
+        ready.sort(key=lambda entry: (_urgency(entry.kind), entry.order))
     fetches: list[Fetch] = []
     entries = dict(backlog.entries)
     for load in range(backlog.rules.slots_each):
         left: list[Wanted] = []
         for entry in ready:
-            holder = next((peer for peer in entry.holders if busy[peer] <= load), None)
+            holder = next((peer for peer in entry.holders if busy.get(peer, 0) <= load), None)
             if holder is None or len(fetches) == free:
                 left.append(entry)
                 continue
-            busy[holder] += 1
-            entries[entry.digest] = replace(entry, asking=holder)
+            busy[holder] = busy.get(holder, 0) + 1
+            entries[entry.digest] = entry._replace(asking=holder)
             fetches.append(Fetch(entry.digest, entry.kind, entry.size, holder))
+        if not left:
+            break
         ready = left
     return (_with(backlog, entries) if fetches else backlog), tuple(fetches)
 
@@ -154,7 +162,7 @@ def failed(backlog: Backlog, digest: Digest, holder: PeerId, now: float, *, has_
     rounds = failures // len(entry.holders)
     fresh = failures % len(entry.holders) != 0
     delay = 0.0 if fresh else min(backlog.rules.longest_delay, backlog.rules.first_delay * 2.0 ** min(rounds - 1, 60))
-    return _put(backlog, replace(entry, holders=holders, failures=failures, after=now + delay, asking=None))
+    return _put(backlog, entry._replace(holders=holders, failures=failures, after=now + delay, asking=None))
 
 
 def stir(backlog: Backlog, digests: Collection[Digest], now: float) -> Backlog:
@@ -163,7 +171,7 @@ def stir(backlog: Backlog, digests: Collection[Digest], now: float) -> Backlog:
     for digest in digests:
         entry = entries.get(digest)
         if entry is not None:
-            entries[digest] = replace(entry, failures=0, after=min(entry.after, now))
+            entries[digest] = entry._replace(failures=0, after=min(entry.after, now))
     return replace(backlog, entries=entries)
 
 
@@ -174,13 +182,17 @@ def lost(backlog: Backlog, holder: PeerId) -> Backlog:
     for digest, entry in backlog.entries.items():
         holders = tuple(peer for peer in entry.holders if peer != holder or peer == entry.asking)
         if holders:
-            entries[digest] = replace(entry, holders=holders)
+            entries[digest] = entry._replace(holders=holders)
     return replace(backlog, entries=entries, named=Counter(entry.named_by for entry in entries.values()))
 
 
 def next_due(backlog: Backlog) -> float | None:
     """When `due` is worth calling again if nothing happens before; None when nothing waits."""
-    return min((entry.after for entry in backlog.entries.values() if entry.asking is None), default=None)
+    soonest: float | None = None
+    for entry in backlog.entries.values():
+        if entry.asking is None and (soonest is None or entry.after < soonest):
+            soonest = entry.after
+    return soonest
 
 
 def _put(backlog: Backlog, entry: Wanted) -> Backlog:

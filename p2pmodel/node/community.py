@@ -112,8 +112,9 @@ class Community:
         return record
 
     async def fetch(self, blob: BlobRef) -> None:
-        """From any peer that is there. Raises Unreachable."""
-        await BlobFetcher(self._host, self._home.objects.sink).fetch(blob, await self._host.peers())
+        """From any peer that is there. Raises Busy, Unreachable."""
+        fetcher = BlobFetcher(self._host, self._home.objects.sink, patience=CATCH_UP_SECONDS)
+        await fetcher.fetch(blob, await self._host.peers())
 
     async def on_record(self, kind: str, digest: Digest) -> None:
         if kind == "patch":

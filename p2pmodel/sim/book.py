@@ -28,7 +28,6 @@ class Entry:
     signer: PeerId
     size: int
     blobs: int
-    born: float
     version: VersionId | None = None
     forged: bool = False
     good: bool = True
@@ -78,7 +77,7 @@ class Book:
         self._chains: dict[int, Chain] = {}
         self.base = Chain((), VersionId(self.model), 0, BASE_NUMBER, frozenset([VersionId(self.model)]))
 
-    def patch(self, contributor: PeerId, parent: VersionId, size: int, now: float, *, good: bool, salt: str) -> Entry:
+    def patch(self, contributor: PeerId, parent: VersionId, size: int, *, good: bool, salt: str) -> Entry:
         noun = Patch(
             contributor=contributor,
             model=self.model,
@@ -92,21 +91,13 @@ class Book:
             licence="CC0-1.0",
             provenance=PROVENANCE,
         )
-        entry = self._add(
-            "patch", f"{contributor} {parent} {salt}", noun, contributor, now, size=size, blobs=2, good=good
-        )
+        entry = self._add("patch", f"{contributor} {parent} {salt}", noun, contributor, size=size, blobs=2, good=good)
         self.patches_on[parent] = self.patches_on.get(parent, 0) | 1 << entry.number
         self.patches |= 1 << entry.number
         return entry
 
     def candidate(
-        self,
-        proposer: PeerId,
-        chain: Chain,
-        round: int,
-        patches: tuple[PatchId, ...],
-        left_out: tuple[PatchId, ...],
-        now: float,
+        self, proposer: PeerId, chain: Chain, round: int, patches: tuple[PatchId, ...], left_out: tuple[PatchId, ...]
     ) -> Entry:
         result = blob(f"result {chain.head} {patches}", RECORD_BYTES)
         noun = Candidate(
@@ -124,15 +115,7 @@ class Book:
         text = f"{chain.head} {round} {patches} {left_out}"
         version = VersionId(digest(f"version {text}"))
         entry = self._add(
-            "candidate",
-            f"{proposer} {text}",
-            noun,
-            proposer,
-            now,
-            size=result.size,
-            blobs=1,
-            good=good,
-            version=version,
+            "candidate", f"{proposer} {text}", noun, proposer, size=result.size, blobs=1, good=good, version=version
         )
         self.candidates.setdefault(version, entry.number)
         self.candidates_on[chain.head] = self.candidates_on.get(chain.head, 0) | 1 << entry.number
@@ -141,9 +124,9 @@ class Book:
             self.naming[patch] = self.naming.get(patch, 0) | 1 << entry.number
         return entry
 
-    def verdict(self, maintainer: PeerId, version: VersionId, round: int, accept: bool, now: float) -> Entry:
+    def verdict(self, maintainer: PeerId, version: VersionId, round: int, accept: bool) -> Entry:
         noun = Verdict(maintainer, self.model, round, version, accept, "" if accept else "it is worse", ())
-        entry = self._add("verdict", f"{maintainer} {version} {round} {accept}", noun, maintainer, now)
+        entry = self._add("verdict", f"{maintainer} {version} {round} {accept}", noun, maintainer)
         bit = 1 << entry.number
         self.verdicts_in[round] = self.verdicts_in.get(round, 0) | bit
         self.verdicts_by[maintainer] = self.verdicts_by.get(maintainer, 0) | bit
@@ -152,10 +135,10 @@ class Book:
         self.decisive |= bit
         return entry
 
-    def forgery(self, signer: PeerId, victim: PeerId, chain: Chain, now: float, salt: str) -> Entry:
+    def forgery(self, signer: PeerId, victim: PeerId, chain: Chain, salt: str) -> Entry:
         """A verdict that says to be of `victim`, and has the signature of somebody else."""
         noun = Verdict(victim, self.model, chain.round + 1, chain.head, True, "", ())
-        return self._add("verdict", f"forged {salt}", noun, signer, now, forged=True)
+        return self._add("verdict", f"forged {salt}", noun, signer, forged=True)
 
     def backed(self, stored: int, version: VersionId) -> int:
         """The bit of the version's candidate when these records prove that enough maintainers accept it; else 0."""
@@ -196,7 +179,6 @@ class Book:
         text: str,
         noun: Patch | Candidate | Verdict,
         signer: PeerId,
-        now: float,
         *,
         size: int = 0,
         blobs: int = 0,
@@ -208,7 +190,7 @@ class Book:
         if record in self.number_of:
             return self.entries[self.number_of[record]]
         number = len(self.entries)
-        entry = Entry(number, kind, record, noun, signer, RECORD_BYTES + size, blobs, now, version, forged, good)
+        entry = Entry(number, kind, record, noun, signer, RECORD_BYTES + size, blobs, version, forged, good)
         self.entries.append(entry)
         self.number_of[record] = number
         return entry

@@ -1,6 +1,8 @@
 """What has to hold after every history, and the figures of one."""
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from p2pmodel.domain.ids import PatchId, short
 from p2pmodel.domain.patch import Patch
@@ -20,12 +22,25 @@ PROGRESS_SECONDS = 600.0
 
 def simulate(scenario: Scenario, seed: int, progress: Callable[[float], None] = lambda share: None) -> Outcome:
     """The whole history. progress: is told the share of it that has passed."""
-    sim = Simulation(scenario, seed)
-    while sim.clock.now < sim.seconds:
-        sim.run(min(PROGRESS_SECONDS, sim.seconds - sim.clock.now))
-        progress(sim.clock.now / sim.seconds)
-    sim.finish()
-    return judge(sim)
+    with _no_collection():
+        sim = Simulation(scenario, seed)
+        while sim.clock.now < sim.seconds:
+            sim.run(min(PROGRESS_SECONDS, sim.seconds - sim.clock.now))
+            progress(sim.clock.now / sim.seconds)
+        sim.finish()
+        return judge(sim)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A simulation makes millions of small objects and hardly a cycle; to look for cycles takes half as long again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def judge(sim: Simulation) -> Outcome:

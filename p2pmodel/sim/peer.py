@@ -15,7 +15,6 @@ from p2pmodel.logic import admission, propagation, rounds
 from p2pmodel.logic.propagation import Backlog, Fetch
 from p2pmodel.logic.round_state import (
     Abandon,
-    Adopt,
     CandidateSeen,
     Effect,
     Event,
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 PARALLEL_FETCHES = 8
 TICK_SECONDS = 0.5
+EXAMINE_AGAIN_SECONDS = 10.0
+"""As `node.rounds.roundkeeper` does when an examination fails."""
 
 
 class Peer:
@@ -47,7 +48,6 @@ class Peer:
         "_at_work",
         "_orphans",
         "_rules",
-        "_searched",
         "_sim",
         "_tick_at",
         "_wake_at",
@@ -95,7 +95,6 @@ class Peer:
         self.asking = self._at_work = False
         self._orphans: set[Digest] = set()
         self._work: deque[Propose | Examine] = deque()
-        self._searched: set[VersionId] = set()
         self._tick_at = self._wake_at = float("inf")
         self.chain: Chain = book.chain(self.backed)
         self.state: RoundState = rounds.start(self.chain.round + 1, self.chain.head, self.local)
@@ -131,10 +130,12 @@ class Peer:
             return
         sim, now = self._sim, self._sim.clock.now
         sim.record.backlog = max(sim.record.backlog, len(self.backlog))
-        self.backlog, fetches = propagation.due(self.backlog, now, PARALLEL_FETCHES)
-        for fetch in fetches:
-            sim.fetch(self, fetch, propagation.sources(self.backlog, fetch))
         wake = propagation.next_due(self.backlog)
+        if wake is not None and wake <= now:
+            self.backlog, fetches = propagation.due(self.backlog, now, PARALLEL_FETCHES)
+            for fetch in fetches:
+                sim.fetch(self, fetch, propagation.sources(self.backlog, fetch))
+            wake = propagation.next_due(self.backlog)
         if wake is not None and now < wake < self._wake_at:
             self._wake_at = wake
             sim.clock.after(wake - now, self._wake, self.lives)
@@ -164,10 +165,10 @@ class Peer:
             self.take_in(entry)
         self.begin()
 
-    def not_fetched(self, fetch: Fetch) -> None:
-        """Nobody who said so has it, or has time."""
+    def not_fetched(self, fetch: Fetch, *, has_not: bool) -> None:
+        """Nobody who said so has it; or else one of them has no time."""
         now = self._sim.clock.now
-        self.backlog = propagation.failed(self.backlog, fetch.digest, fetch.holder, now, has_not=True)
+        self.backlog = propagation.failed(self.backlog, fetch.digest, fetch.holder, now, has_not=has_not)
         self._sim.wake_up(self)
         self.begin()
 
@@ -268,8 +269,6 @@ class Peer:
             case Propose() | Examine():
                 self._work.append(effect)
                 self._labour()
-            case Adopt(version):
-                record.adoptions.setdefault(version, self._sim.clock.now)
             case Reject() | Abandon():
                 record.failed_rounds.setdefault((self.state.parent, effect.round), type(effect).__name__)
                 self.state = rounds.reopen(self.state, self.local)
@@ -309,9 +308,16 @@ class Peer:
         self._at_work = False
         if isinstance(task, Propose):
             self._propose(task)
+        elif self._sim.work_fails():
+            self._sim.clock.after(EXAMINE_AGAIN_SECONDS, self._examine_again, self.lives, task)
         else:
             self._examine(task)
         self._labour()
+
+    def _examine_again(self, lives: int, task: Examine) -> None:
+        if lives == self.lives and rounds.may_sign(self.state, task.version, self.local, self._rules):
+            self._work.append(task)
+            self._labour()
 
     def _propose(self, task: Propose) -> None:
         sim, book = self._sim, self._sim.book
@@ -328,7 +334,7 @@ class Peer:
 
     def _publish_candidate(self, round: int, patches: tuple[PatchId, ...], left_out: tuple[PatchId, ...]) -> None:
         sim = self._sim
-        sim.publish(self, sim.book.candidate(self.id, self.chain, round, patches, left_out, sim.clock.now))
+        sim.publish(self, sim.book.candidate(self.id, self.chain, round, patches, left_out))
 
     def _examine(self, task: Examine) -> None:
         sim, book = self._sim, self._sim.book
@@ -337,14 +343,12 @@ class Peer:
         assert isinstance(candidate, Candidate)
         missing = [p for p in candidate.patches if not self.stored >> book.number_of[p] & 1]
         if missing:
-            if task.version not in self._searched:
-                self._searched.add(task.version)
-                sim.find(self, sum(1 << book.number_of[p] for p in missing))
-                self._work.append(task)
+            sim.find(self, sum(1 << book.number_of[p] for p in missing))
+            sim.clock.after(EXAMINE_AGAIN_SECONDS, self._examine_again, self.lives, task)
             return
         accept = entry.good and not sim.doubts()
         if rounds.may_sign(self.state, task.version, self.local, self._rules):
-            sim.publish(self, book.verdict(self.id, task.version, candidate.round, accept, sim.clock.now))
+            sim.publish(self, book.verdict(self.id, task.version, candidate.round, accept))
 
 
 class LyingMaintainer(Peer):
@@ -360,7 +364,7 @@ class LyingMaintainer(Peer):
     def _sign_anything(self, lives: int, version: VersionId, round: int) -> None:
         if lives == self.lives:
             book = self._sim.book
-            self._sim.publish(self, book.verdict(self.id, version, round, True, self._sim.clock.now))
+            self._sim.publish(self, book.verdict(self.id, version, round, True))
 
     def _publish_candidate(self, round: int, patches: tuple[PatchId, ...], left_out: tuple[PatchId, ...]) -> None:
         super()._publish_candidate(round, patches, left_out)

@@ -8,11 +8,10 @@ from p2pmodel.domain.ids import PeerId, VersionId
 
 @dataclass
 class Record:
-    """adoptions: when a state first adopted a version; proofs: when a peer first held a version's proof; reached:
+    """proofs: when a peer first held a version's proof; reached:
     seconds from then until a peer that was there and connected had it as its own; failed_rounds: (parent, round) ->
     how it ended, for the first peer that saw it end; versions_of: by round, those that anybody adopted."""
 
-    adoptions: dict[VersionId, float] = field(default_factory=dict)
     proofs: dict[VersionId, float] = field(default_factory=dict)
     reached: list[float] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")

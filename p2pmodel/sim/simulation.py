@@ -79,7 +79,8 @@ class Simulation:
         return self.draw(work.propose_seconds if isinstance(task, Propose) else work.examine_seconds)
 
     def work_fails(self) -> bool:
-        return self.chance.random() < self.scenario.work.failure
+        failure = self.scenario.work.failure
+        return failure > 0 and self.chance.random() < failure
 
     def doubts(self) -> bool:
         return self.chance.random() < self.scenario.work.doubt
@@ -106,7 +107,7 @@ class Simulation:
 
     def fetch(self, peer: Peer, fetch: Fetch, sources: tuple[PeerId, ...]) -> None:
         """From the first source that has it, and time for it."""
-        seconds, number, web = 0.0, self.book.number_of.get(fetch.digest), self.web
+        seconds, number, web, busy = 0.0, self.book.number_of.get(fetch.digest), self.web, False
         for source in sources:
             other = self.number_of.get(source, -1)
             web.sent[peer.number] += 1
@@ -117,6 +118,7 @@ class Simulation:
             web.sent[other] += 1
             if self._uploads[other] >= self.scenario.network.uploads:
                 self.record.turned_away += 1
+                busy = True
             elif number is not None and self.peers[other].stored >> number & 1 and not web.fails():
                 entry = self.book.entries[number]
                 self._uploads[other] += 1
@@ -126,7 +128,7 @@ class Simulation:
                 self.clock.after(seconds, self._fetched, peer, peer.lives, fetch, entry, other)
                 return
             seconds += trip
-        self.clock.after(seconds, self._not_fetched, peer, peer.lives, fetch)
+        self.clock.after(seconds, self._not_fetched, peer, peer.lives, fetch, busy)
 
     def _fetched(self, peer: Peer, lives: int, fetch: Fetch, entry: Entry, other: int) -> None:
         self._uploads[other] -= 1
@@ -136,11 +138,11 @@ class Simulation:
             self.record.transfers += 1
             peer.fetched(fetch, entry)
         else:
-            peer.not_fetched(fetch)
+            peer.not_fetched(fetch, has_not=True)
 
-    def _not_fetched(self, peer: Peer, lives: int, fetch: Fetch) -> None:
+    def _not_fetched(self, peer: Peer, lives: int, fetch: Fetch, busy: bool) -> None:
         if lives == peer.lives:
-            peer.not_fetched(fetch)
+            peer.not_fetched(fetch, has_not=not busy)
 
     def wake_up(self, peer: Peer) -> None:
         """It lacks something: its questions matter, until they have brought all that there is."""
@@ -236,7 +238,7 @@ class Simulation:
             return
         peer.trained_on.add(parent)
         good, size = peer.number not in self.worse, self.scenario.work.patch_bytes
-        self.publish(peer, self.book.patch(peer.id, parent, size, self.clock.now, good=good, salt=str(self.seed)))
+        self.publish(peer, self.book.patch(peer.id, parent, size, good=good, salt=str(self.seed)))
 
     def _forge(self, peer: Peer) -> None:
         if self.clock.now >= self.stirs_until:
@@ -246,7 +248,7 @@ class Simulation:
             times, numbers = self.web.spread(peer.number, self.clock.now)
             if self.chance.random() < 0.5:
                 victim = self.chance.choice(self.book.manifest.maintainers)
-                entry = self.book.forgery(peer.id, victim, peer.chain, self.clock.now, salt)
+                entry = self.book.forgery(peer.id, victim, peer.chain, salt)
                 peer.stored |= 1 << entry.number
                 self.clock.in_turn(times, numbers, lambda to: self._hears(to, entry.number, peer.id))
             else:

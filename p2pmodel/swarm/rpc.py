@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 MESSAGE_SECONDS = 10.0
 OPEN_SECONDS = 5.0
+BUSY = "busy"
+"""The reason of a service that has no stream free."""
+
 _HEADER = struct.Struct("<BI")
 _VALUE, _REFUSAL = 0, 1
 _MAX_REASON_BYTES = 256
@@ -156,12 +159,12 @@ class Service:
         peer = PeerId(info.peer_id.to_base58())
         channel = Channel(peer, reader, writer)
         busy = self._open.total() >= self._streams or self._open[peer] >= self._streams_per_peer
-        self._open[peer] += 1
+        self._open[peer] += not busy  # or those that are refused would keep those that come next from being served
         self._tasks.add(task)
         try:
             check_peer(peer, "caller")
             async with asyncio.timeout(self._seconds):
-                await (channel.refuse("busy") if busy else self._answer(channel))
+                await (channel.refuse(BUSY) if busy else self._answer(channel))
                 await channel.wait_closed_by_peer()
         except (TimeoutError, PeerFailed, ValueError) as error:
             log.debug("%s: stream of %s ended: %s", self._protocol, peer, error)
@@ -169,7 +172,7 @@ class Service:
         finally:
             channel.close()
             self._tasks.discard(task)
-            self._open[peer] -= 1
+            self._open[peer] -= not busy
             if not self._open[peer]:
                 del self._open[peer]
 

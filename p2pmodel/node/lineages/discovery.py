@@ -20,6 +20,9 @@ from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 log = logging.getLogger(__name__)
 
+BUSY_SECONDS = 60.0
+"""For so long are peers that serve others asked again for what a lineage begins with."""
+
 
 def bootstrap_peers(addresses: Sequence[str]) -> tuple[PeerId, ...]:
     return tuple(PeerId(address.rsplit("/p2p/", 1)[-1]) for address in addresses)
@@ -71,7 +74,7 @@ def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lin
 
 async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:
     """The lineage that the user means, among those that the peers take part in, with the values of its base version.
-    Raises NotFound with what they offer."""
+    Raises NotFound with what they offer, Unreachable, Busy."""
     offers = await _offers(host, peers)
     lineage = await _choose(home, host, offers, text)
     await _fetch_base_values(lineage, host, offers[lineage.model][1])
@@ -118,7 +121,7 @@ async def _with_manifest(home: Home, host: PeerHost, offer: LineageOffer, holder
     if not home.objects.has(offer.model):
         if offer.manifest.digest != offer.model or offer.manifest.size > records.MAX_MANIFEST_BYTES + RECORD_OVERHEAD:
             raise Rejected("schema", f"{holders[0]} offers a Manifest that is not the model's.")
-        await BlobFetcher(host, home.objects.sink).fetch(offer.manifest, holders)
+        await BlobFetcher(host, home.objects.sink, patience=BUSY_SECONDS).fetch(offer.manifest, holders)
     return Lineage.create(home, home.objects.load(offer.model))
 
 
@@ -130,8 +133,8 @@ async def _fetch_base_values(lineage: Lineage, host: PeerHost, holders: Sequence
 
     limit = result_limit(lineage.founding)
     if ref.size > limit:
-        raise Rejected("size", f"{lineage.manifest.name} begins with {ref.size} bytes of values; its slots need {limit}.")
-    await BlobFetcher(host, objects.sink).fetch(ref, holders)
+        raise Rejected("size", f"The base of {lineage.manifest.name} has {ref.size} bytes of values; {limit} may be.")
+    await BlobFetcher(host, objects.sink, patience=BUSY_SECONDS).fetch(ref, holders)
     try:
         check_values(lineage.founding, objects.load(ref.digest, limit))
     except Rejected:

@@ -12,7 +12,7 @@ import uvloop
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest, PeerId, short
 from p2pmodel.node.lineages.contacts import contacts
-from p2pmodel.node.lineages.discovery import bootstrap_peers
+from p2pmodel.node.lineages.discovery import BUSY_SECONDS, bootstrap_peers
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.host import PeerHost
@@ -66,7 +66,7 @@ class SwarmFinder:
         if self._host is None:
             self._host = await PeerHost.start(None, bootstrap=addresses, client_only=True, swarm_key=self._swarm_key)
         sources = tuple(dict.fromkeys((self._first, *bootstrap_peers(addresses), *await self._host.peers())))
-        fetcher = BlobFetcher(self._host, self._home.objects.sink)
+        fetcher = BlobFetcher(self._host, self._home.objects.sink, patience=BUSY_SECONDS)
         await fetcher.fetch(await fetcher.describe(digest, self._limit, sources), sources)
         return await asyncio.to_thread(self._home.objects.load, digest, self._limit)
 

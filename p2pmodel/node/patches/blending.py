@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p2pmodel import __version__
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected, UsageError
-from p2pmodel.domain.ids import PatchId
+from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import BlobRef, MergeSpec
 from p2pmodel.domain.patch import MAX_FILES, DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
@@ -95,7 +95,8 @@ def blend(
     kind, adapter = _adapter(before, update, alpha, held)
     fisher = _fisher(lineage, sources, before, held)
     blobs = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
-    patch = _header(lineage, headers, kind, chosen, alpha, blobs)
+    options = {**dict(chosen.parameters), "alpha": alpha}
+    patch = merged_header(lineage, headers[0].parent, headers, kind, chosen.strategy, options, blobs)
     record = home.key.sign("patch", patch)
     file = bundle.pack(record, *blobs)
     Scratch(output.resolve().parent).write(output, file, 0o644)
@@ -193,10 +194,17 @@ def _fisher(lineage: Lineage, sources: Sequence[Source], before: State, held: Se
     return {name: part for slot, mass in merged.items() for name, part in factors(slot, mass).items()}
 
 
-def _header(
-    lineage: Lineage, headers: Sequence[Patch], kind: str, spec: MergeSpec, alpha: float, blobs: Sequence[bytes]
+def merged_header(
+    lineage: Lineage,
+    parent: VersionId,
+    headers: Sequence[Patch],
+    kind: str,
+    how: str,
+    options: Mapping[str, float],
+    blobs: Sequence[bytes],
 ) -> Patch:
-    """It stands on all data that its patches stand on, and claims no gain."""
+    """Of a patch that comes of others: it stands on all data that they stand on, and claims no gain. how, options: what
+    the recipe says in place of an optimiser and of a kind's options; blobs: adapter and Fisher."""
     data: dict[tuple[str, str], DataFile] = {(f.digest, f.name): f for p in headers for f in p.provenance.data}
     loss = sum(p.loss_before * p.samples for p in headers) / sum(p.samples for p in headers)
     licence = " AND ".join(sorted({p.licence for p in headers if p.licence}))
@@ -205,16 +213,16 @@ def _header(
         steps=0,
         batch=1,
         sequence=1,
-        optimizer=spec.strategy[:32],
+        optimizer=how[:32],
         learning_rate=0.0,
         fisher_examples=1,
-        kind_options=tuple(sorted({**dict(spec.parameters), "alpha": alpha}.items())),
+        kind_options=tuple(sorted(options.items())),
     )
     adapter, fisher = (BlobRef(canonical.digest(raw), len(raw)) for raw in blobs)
     return Patch(
         contributor=lineage.home.key.peer,
         model=lineage.model,
-        parent=headers[0].parent,
+        parent=parent,
         kind=kind,
         adapter=adapter,
         fisher=fisher,

@@ -21,6 +21,7 @@ from p2pmodel.engine.interchange import adapters, folding
 from p2pmodel.engine.interchange.cards import card
 from p2pmodel.engine.weights import read_json
 from p2pmodel.node.lineages import hub
+from p2pmodel.node.lineages.branches import Family
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import read_change, version_state
 from p2pmodel.node.patches.patchbook import OpenedPatch
@@ -207,7 +208,7 @@ def _card(
     base: str,
     version: VersionId | None = None,
 ) -> bytes:
-    merged = [] if version is None else list(_merged(lineage, version))
+    merged = [] if version is None else Family(lineage.home).merged(lineage, version)
     patches = [*merged, *([patch] if patch else [])]
     parent = patch.parent if patch else version
     facts = {"model": f"{lineage.manifest.name} ({lineage.model})"}
@@ -229,11 +230,3 @@ def _card(
         facts=facts,
         usage=usage,
     )
-
-
-def _merged(lineage: Lineage, version: VersionId) -> Iterator[Patch]:
-    """Of the version and all before it, as far as they are here."""
-    while version != lineage.model:
-        candidate = lineage.version(version).candidate
-        yield from (lineage.patches[p] for p in candidate.patches if p in lineage.patches)
-        version = candidate.parent

@@ -86,12 +86,12 @@ def rebase(
     if not same:
         raise InvalidInput(f"{lineage.manifest.name} has none of the slots that the patch changes.")
     upstream = None if _incomplete(old, patch.parent, lineage, version) else list(_between(opened, lineage, version))
-    sources = None if upstream is None else [_masses_of(lineage, p) for p in upstream]
+    sources = None if upstream is None else [masses_of(lineage, p) for p in upstream]
     updates: dict[str, Tensor] = {}
     for name in same:
         update = change.values[name] if change.relative else change.values[name].double() - parent[name].double()
         shift = state[name].double() - parent[name].double() if old.model == lineage.model else torch.zeros(())
-        mass = None if sources is None else _mean_mass(sources, name, change.shape(name))
+        mass = None if sources is None else mean_mass(sources, name, change.shape(name))
         updates[name] = moved(update, shift.expand(change.shape(name)), masses[name], mass)
     raw, kept = _adapter(opened, change, updates, state)
     fisher = opened.fisher if same == names else _fisher(opened, change, same)
@@ -193,14 +193,15 @@ def _chain(lineage: Lineage, version: VersionId) -> Iterator[Candidate]:
         version = candidate.parent
 
 
-def _masses_of(lineage: Lineage, patch: Patch) -> Mapping[str, Tensor]:
+def masses_of(lineage: Lineage, patch: Patch) -> Mapping[str, Tensor]:
+    """The Fisher of a patch of the home, by slot, see `PatchKind.read_fisher`. Raises NotFound, Rejected."""
     objects, limit = lineage.home.objects, lineage.manifest.limits.max_patch_bytes
     change = read_change(lineage, patch.kind, objects.load(patch.adapter.digest, limit))
     return read_masses(lineage, patch.kind, change, objects.load(patch.fisher.digest, limit))
 
 
-def _mean_mass(sources: Sequence[Mapping[str, Tensor]], slot: str, shape: tuple[int, ...]) -> Tensor:
-    """Over all patches; what one does not hold counts as nothing."""
+def mean_mass(sources: Sequence[Mapping[str, Tensor]], slot: str, shape: tuple[int, ...]) -> Tensor:
+    """Of a slot's Fisher over all patches, float64; what one does not hold counts as nothing."""
     total = torch.zeros(shape, dtype=torch.float64)
     for masses in sources:
         if slot in masses:

@@ -8,6 +8,7 @@
 Nothing of the home moves: what a node serves is the adopted head, whatever lies checked out.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -98,6 +99,7 @@ def describe(lineage: Lineage, version: VersionId, state: bytes) -> dict[str, ob
         "architecture": manifest.architecture,
         "kinds": list(manifest.kinds),
         "state": {"file": STATE, "digest": canonical.digest(state), "bytes": len(state)},
+        "origin": manifest.origin and dataclasses.asdict(manifest.origin),
         "base": {
             "source": manifest.source,
             "files": [{"name": f.name, "digest": f.blob.digest, "bytes": f.blob.size} for f in manifest.files],
@@ -176,6 +178,9 @@ def verify_version(lineage: Lineage, version: VersionId) -> tuple[Proven, int]:
     """Of the home's own objects, each read and hashed anew: records, and the values of every version of the chain. ->
     what is proven, and how many versions' values are here. Raises Rejected, StorageError for a damaged object."""
     proven = verify_proof(prove(lineage, version))
+    begins = proven.manifest.base_values
+    if begins is not None and lineage.home.objects.has(begins.digest):
+        check_state(proven.manifest, begins, lineage.home.objects.load(begins.digest))
     here = 0
     for link in proven.versions:
         if lineage.home.objects.has(link.candidate.result.digest):
