@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from p2pmodel.domain.announcement import Announcement
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Unreachable
-from p2pmodel.domain.ids import Digest, PeerId, VersionId
+from p2pmodel.domain.ids import Digest, PatchId, PeerId, VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.swarm import Presence
 from p2pmodel.gossip.link import GossipLink, GossipStats
@@ -71,7 +72,7 @@ class Community:
     ) -> None:
         """From now on what comes in moves the rounds. ask: see RoundKeeper."""
         self._keeper = RoundKeeper(
-            self._lineage, key, maintainer, self.announce, adopted, self._ask_everybody, self._metrics, ask
+            self._lineage, key, maintainer, self.announce, adopted, self._find_patches, self._metrics, ask
         )
 
     async def run(self) -> None:
@@ -134,7 +135,7 @@ class Community:
             try:
                 await self.exchange.ask(peer)
                 await self.exchange.settle(CATCH_UP_SECONDS)
-            except PeerFailed as error:
+            except (PeerFailed, Unreachable) as error:
                 log.warning("%s", error)
 
     async def _ask_around(self) -> None:
@@ -153,14 +154,21 @@ class Community:
                 log.debug("%s", error)
             await asyncio.sleep(ASK_SECONDS * chance.uniform(0.75, 1.25))
 
-    async def _ask_everybody(self) -> None:
-        for presence in list(self.presences.values()):
-            if presence.peer != self._host.peer:
-                try:
-                    await self._ask(presence)
-                    await self.exchange.settle(CATCH_UP_SECONDS)
-                except PeerFailed as error:
-                    log.debug("%s", error)
+    async def _find_patches(self, patches: Collection[PatchId], first: PeerId) -> None:
+        """Asks one peer after the other what they have, `first` before all others, until these patches are here, for
+        CATCH_UP_SECONDS."""
+        give_up = time.monotonic() + CATCH_UP_SECONDS
+        presences = [p for p in self.presences.values() if p.peer != self._host.peer]
+        random.shuffle(presences)
+        for presence in sorted(presences, key=lambda p: p.peer != first):
+            left = give_up - time.monotonic()
+            if left <= 0 or all(patch in self._lineage.patches for patch in patches):
+                return
+            try:
+                await self._ask(presence)
+                await self.exchange.settle(left)
+            except (PeerFailed, Unreachable) as error:
+                log.debug("%s", error)
 
     async def _ask(self, presence: Presence) -> None:
         await self._host.connect(presence.peer, presence.addresses)

@@ -28,12 +28,12 @@ class Strands(dict[ModelId, Strand]):
         noun = dataclasses.replace(noun, files=(ModelFile("model.safetensors", blob(base)),))
         if origin is not None:
             at = origin[1]
-            noun = dataclasses.replace(noun, origin=Origin(at.model, at.version, "1.0.1", self.values(at)))
+            noun = dataclasses.replace(noun, origin=Origin(at.model, at.version, "1.0.1", self.values_of(at)))
         model = ModelId(canonical.digest(canonical.encode(noun)))
         self[model] = Strand(noun, ())
         return Point(model, VersionId(model))
 
-    def values(self, at: Point) -> BlobRef:
+    def values_of(self, at: Point) -> BlobRef:
         made = [v.candidate.result for v in self[at.model].versions if v.id == at.version]
         return made[0] if made else self[at.model].manifest.base_values or blob(b"neutral")
 
@@ -120,10 +120,10 @@ def test_a_restored_version_has_come_of_what_it_restores() -> None:
     one = strands.grow(base, "a")
     two = strands.grow(one, "b")
     settled: dict[str, object] = {"patches": (), "alpha": 0.0}
-    back = strands.grow(two, merge=RESTORE, result=strands.values(one), **settled)
+    back = strands.grow(two, merge=RESTORE, result=strands.values_of(one), **settled)
     assert merged(strands, back) == {patch("a")}
     amendment = dataclasses.replace(strands[base.model].manifest.amendment, exam=blob(b"another"))
-    same = strands.grow(back, merge=AMEND, amendment=amendment, result=strands.values(one), **settled)
+    same = strands.grow(back, merge=AMEND, amendment=amendment, result=strands.values_of(one), **settled)
     assert merged(strands, strands.grow(same, "c")) == {patch("a"), patch("c")}
     assert merged(strands, strands.grow(same, merge=RESTORE, result=blob(b"neutral"), **settled)) == set()
 
@@ -151,7 +151,7 @@ def test_a_branch_keeps_and_amends_the_values_that_it_begins_with() -> None:
     one = strands.grow(strands.found("main"), "a")
     base = strands.branch("side", one)
     noun = strands[base.model].manifest
-    values = strands.values(one)
+    values = strands.values_of(one)
     assert noun.base_values == values
     assert values.digest in needed_blobs(noun, base.version, (), {}, {}, ())
     amendment = dataclasses.replace(noun.amendment, exam=blob(b"another"))

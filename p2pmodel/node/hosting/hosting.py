@@ -184,7 +184,7 @@ def _load(
         )
     stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme, trunk=exchange is not None)
     table = VersionTable(stage)
-    for version in versions:
+    for version in dict.fromkeys(versions):
         _adopt(table, lineage, version)
     # Of what is free beside another stage, where there is one: each keeps to its own share.
     runner = Runner(

@@ -7,14 +7,14 @@ Propositions and examinations block, so they run on a thread, one at a time.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from p2pmodel.domain.errors import P2PModelError
-from p2pmodel.domain.ids import Digest, VersionId, short
+from p2pmodel.domain.errors import P2PModelError, Unreachable
+from p2pmodel.domain.ids import Digest, PatchId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef
-from p2pmodel.domain.version import Verdict
+from p2pmodel.domain.version import Candidate, Verdict
 from p2pmodel.logic import round_state, rounds
 from p2pmodel.logic.quorum import electorates
 from p2pmodel.node.lineages import intake
@@ -28,8 +28,12 @@ if TYPE_CHECKING:  # it loads transformers, which a node that only watches can d
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
+EXAMINE_AGAIN_SECONDS = 10.0
+"""After an examination that failed, as long as its verdict is still wanted."""
+
 Announce = Callable[[str, BlobRef], Awaitable[None]]
 Adopted = Callable[[VersionId], Awaitable[None]]
+FindPatches = Callable[[Collection[PatchId], PeerId], Awaitable[None]]
 
 
 class RoundKeeper:
@@ -40,15 +44,16 @@ class RoundKeeper:
         maintainer: "Maintainer | None",
         announce: Announce,
         adopted: Adopted,
-        find_missing: Callable[[], Awaitable[None]],
+        find_patches: FindPatches,
         metrics: Metrics,
         ask: bool = False,
     ) -> None:
-        """maintainer: None for a node that only watches. find_missing: asks peers for records that are not here. ask:
-        whether a person decides on what the exam accepts; on amendments people always decide."""
+        """maintainer: None for a node that only watches. find_patches: asks peers for patches that are not
+        here, first the one that is named. ask: whether a person decides on what the exam accepts; on amendments people
+        always decide."""
         self._ask, self._asked = ask, dict[VersionId, Verdict]()
         self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
-        self._announce, self._adopted, self._find_missing = announce, adopted, find_missing
+        self._announce, self._adopted, self._find_patches = announce, adopted, find_patches
         self._rules = round_state.RoundRules.from_manifest(lineage.manifest, lineage.model)
         self._me = key.peer if maintainer else None
         self._head = lineage.head
@@ -81,9 +86,12 @@ class RoundKeeper:
         return rounds.start(last + 1, lineage.head, time.monotonic())
 
     def _feed_all(self) -> None:
-        """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing."""
+        """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing. What was signed in
+        rounds up to the head's decides nothing any more, and who lied there was named then."""
         lineage = self._lineage
-        for verdict in sorted(lineage.verdicts.values(), key=lambda v: v.maintainer != self._key.peer):
+        last = lineage.versions[-1].candidate.round if lineage.versions else 0
+        verdicts = [verdict for verdict in lineage.verdicts.values() if verdict.round > last]
+        for verdict in sorted(verdicts, key=lambda v: v.maintainer != self._key.peer):
             self._advance(round_state.VerdictSeen(verdict))
         self._see_candidates()
         for patch, header in sorted(lineage.patches.items()):
@@ -160,6 +168,12 @@ class RoundKeeper:
                 log.error("the round's work failed: %s", error)
                 if isinstance(task, round_state.Propose):
                     self._advance(round_state.ProposalFailed())
+                else:
+                    asyncio.get_running_loop().call_later(EXAMINE_AGAIN_SECONDS, self._examine_again, task)
+
+    def _examine_again(self, task: round_state.Examine) -> None:
+        if rounds.may_sign(self.state, task.version, time.monotonic(), self._rules):
+            self._work.put_nowait(task)
 
     async def _propose(self, task: round_state.Propose) -> None:
         assert self._maintainer
@@ -176,8 +190,14 @@ class RoundKeeper:
     async def _examine(self, task: round_state.Examine) -> None:
         assert self._maintainer
         candidate = self._lineage.candidates[task.version]
-        if any(patch not in self._lineage.patches for patch in candidate.patches):
-            await self._find_missing()
+        missing = self._missing(candidate)
+        if missing:
+            await self._find_patches(missing, self._lineage.proposers[task.version])
+            missing = self._missing(candidate)
+        if missing:
+            raise Unreachable(
+                f"{len(missing)} of the patches of version {short(task.version)} cannot be had, so it cannot be judged."
+            )
         verdict = await asyncio.to_thread(self._maintainer.examine, task.version)
         if verdict.accept and (candidate.amends or (self._ask and not candidate.restores)):
             self._asked[task.version] = verdict
@@ -185,6 +205,9 @@ class RoundKeeper:
             await self._hear_decision(task.version)
         else:
             await self._sign(verdict)
+
+    def _missing(self, candidate: Candidate) -> list[PatchId]:
+        return [patch for patch in candidate.patches if patch not in self._lineage.patches]
 
     async def _hear_decision(self, version: VersionId) -> None:
         decision = self._lineage.decision(version)

@@ -1,0 +1,103 @@
+"""A source that serves others already is asked again: nothing is lost because everybody came at once."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from p2pmodel.domain.errors import Busy
+from p2pmodel.domain.ids import Digest
+from p2pmodel.domain.model import BlobRef
+from p2pmodel.node.lineages.exchange import Exchange
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.store.home import Home
+from p2pmodel.swarm import blobs
+from p2pmodel.swarm.blobs import BlobFetcher, BlobServer
+from p2pmodel.swarm.rpc import open_channel
+from p2pmodel.wire.signing import Key
+from tests.integration.swarm_support import Members, swarm
+from tests.lineages import add_patch, begin
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+STREAMS_PER_PEER = 8
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def members(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Members]:
+    async with swarm(tmp_path_factory.mktemp("keys"), 2) as members:
+        yield members
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
+    return begin(tmp_path_factory.mktemp("there"))
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def server(members: Members, there: Lineage) -> AsyncIterator[BlobServer]:
+    server = BlobServer(members[1][1], there.home.objects)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@contextlib.asynccontextmanager
+async def all_streams_taken(members: Members, server: BlobServer) -> AsyncIterator[None]:
+    """All that the second member has for the first: as many that say nothing."""
+    async with contextlib.AsyncExitStack() as streams:
+        for _ in range(STREAMS_PER_PEER):
+            channel = open_channel(members[0][1], members[1][1].peer, blobs.PROTOCOL)
+            await streams.enter_async_context(channel)
+        await until(lambda: server._service._open.total() == STREAMS_PER_PEER)
+        yield
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+class Nobody:
+    async def on_record(self, kind: str, digest: Digest) -> None: ...
+
+    def on_refused(self, kind: str, reason: str) -> None: ...
+
+
+async def test_a_record_of_a_busy_holder_is_fetched_later(
+    members: Members, there: Lineage, server: BlobServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    patch = add_patch(there, Key.generate(), seed=1)
+    here = Lineage.create(Home.open(tmp_path), there.home.objects.load(there.model))
+    exchange = Exchange(members[0][1], here, Nobody())
+    fetching = asyncio.create_task(exchange.run())
+    async with all_streams_taken(members, server):
+        exchange.hear("patch", BlobRef(patch, there.home.objects.size(patch) or 0), members[1][1].peer)
+        await until(lambda: "1 of 1 peers that may have it are busy" in caplog.text)
+        assert patch not in here.patches
+    await until(lambda: patch in here.patches)
+    fetching.cancel()
+
+
+async def test_busy_is_not_the_same_as_not_there_and_patience_outlasts_it(
+    members: Members, there: Lineage, server: BlobServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    home, ref = Home.open(tmp_path), there.manifest.exam
+    fetcher = BlobFetcher(members[0][1], home.objects.sink)
+    patient = BlobFetcher(members[0][1], home.objects.sink, patience=20.0)
+    async with all_streams_taken(members, server):
+        with pytest.raises(Busy, match="1 of 1 peers"):
+            await fetcher.fetch(ref, [members[1][1].peer])
+        with pytest.raises(Busy):
+            await fetcher.describe(ref.digest, ref.size, [members[1][1].peer])
+        caplog.clear()
+        waiting = asyncio.create_task(patient.fetch(ref, [members[1][1].peer]))
+        await until(lambda: "refused: busy" in caplog.text)
+    await waiting
+    assert home.objects.has(ref.digest)

@@ -1,0 +1,116 @@
+"""What a maintainer's node does when an examination fails, or cannot begin; what it keeps of rounds that are over."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2pmodel.domain.errors import StorageError
+from p2pmodel.domain.ids import PatchId, PeerId, VersionId
+from p2pmodel.domain.version import Verdict
+from p2pmodel.node.lineages.intake import needed_blobs, store
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.rounds import roundkeeper
+from p2pmodel.node.rounds.roundkeeper import RoundKeeper
+from p2pmodel.store.home import Home
+from p2pmodel.telemetry.metrics import Metrics
+from p2pmodel.wire.signing import Key
+from tests.lineages import add_patch, adopt, begin
+
+
+class Examining:
+    """In a maintainer's place; fails as often as it was told to."""
+
+    def __init__(self, lineage: Lineage, me: PeerId, failures: int = 0) -> None:
+        self.lineage, self.me, self.failures, self.asked = lineage, me, failures, 0
+
+    def examine(self, version: VersionId) -> Verdict:
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise StorageError("The disk is full.")
+        return Verdict(self.me, self.lineage.model, self.lineage.candidates[version].round, version, True, "", ())
+
+
+def copied(source: Lineage, folder: Path, *kinds: str) -> Lineage:
+    """To another home, with the records of these kinds alone."""
+    target = Lineage.create(Home.open(folder), source.home.objects.load(source.model))
+    for kind in kinds:
+        bring(source, target, kind)
+    return target
+
+
+def bring(source: Lineage, target: Lineage, kind: str) -> None:
+    for row in source.home.index.records(source.model, kind):
+        record = source.home.objects.load(row.record.digest)
+        refs = needed_blobs(target, kind, record)
+        for ref in refs:
+            target.home.objects.put(source.home.objects.load(ref.digest))
+        store(target, kind, record, refs)
+    target.refresh()
+
+
+@contextlib.asynccontextmanager
+async def keeping(
+    lineage: Lineage, key: Key, maintainer: Any, find: Callable[[], None] = lambda: None
+) -> AsyncIterator[RoundKeeper]:
+    async def nothing(*_: object) -> None: ...
+
+    async def find_patches(patches: Collection[PatchId], first: PeerId) -> None:
+        assert first == key.peer
+        find()
+
+    keeper = RoundKeeper(lineage, key, maintainer, nothing, nothing, find_patches, Metrics())
+    running = asyncio.create_task(keeper.run())
+    yield keeper
+    running.cancel()
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roundkeeper, "EXAMINE_AGAIN_SECONDS", 0.05)
+
+
+async def test_an_examination_that_fails_is_tried_again(tmp_path: Path) -> None:
+    made = begin(tmp_path / "made")
+    version = adopt(made, [add_patch(made, Key.generate(), 1)])
+    lineage = copied(made, tmp_path / "here", "patch", "candidate")
+    examining = Examining(lineage, made.home.key.peer, failures=2)
+    async with keeping(lineage, made.home.key, examining):
+        await until(lambda: lineage.head == version)
+    assert examining.asked == 3
+
+
+async def test_a_candidate_whose_patches_are_not_here_is_judged_when_they_are(tmp_path: Path) -> None:
+    made = begin(tmp_path / "made")
+    version = adopt(made, [add_patch(made, Key.generate(), 1)])
+    lineage = copied(made, tmp_path / "here", "candidate")
+    searches = 0
+
+    def find() -> None:
+        nonlocal searches
+        searches += 1
+        if searches == 2:
+            bring(made, lineage, "patch")
+
+    examining = Examining(lineage, made.home.key.peer)
+    async with keeping(lineage, made.home.key, examining, find):
+        await until(lambda: lineage.head == version)
+    assert (searches, examining.asked) == (2, 1)
+
+
+async def test_verdicts_of_rounds_that_are_over_are_not_kept(tmp_path: Path) -> None:
+    lineage = begin(tmp_path)
+    adopt(lineage, [add_patch(lineage, Key.generate(), 1)])
+    async with keeping(lineage, lineage.home.key, None) as keeper:
+        await asyncio.sleep(0)
+        assert keeper.state.votes == ()
+        assert keeper.state.round == 2
