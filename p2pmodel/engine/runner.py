@@ -24,6 +24,7 @@ from p2pmodel.engine.tuning import TrainingSession, Tuner
 from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import State, VersionTable, stack_states, weights_key
 from p2pmodel.tensors.codecs import Codec, get_codec
+from p2pmodel.tensors.smear import is_expert
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ class Runner:
             if self._cached_tokens + session.room > self._max_cached_tokens:
                 raise Busy("This stage has no room for another session.", "Try another peer, or ask for fewer tokens.")
             self._cached_tokens += session.room
-            if request.rows == 1 and cache.keeps_all:
+            # What routers saw of a beginning is not kept with it.
+            if request.rows == 1 and cache.keeps_all and not any(map(is_expert, state)):
                 scope = (request.version, request.span, request.codec)
                 keys = request.prefix[: request.max_tokens // PREFIX_BLOCK]
                 session.trail = self._prefixes.begin(scope, codec.size(1, stage.width), cache, keys)
