@@ -10,6 +10,7 @@ from p2pmodel import __version__
 from p2pmodel.cli import (
     amending,
     collecting,
+    experts,
     inspecting,
     joining,
     merging,
@@ -50,6 +51,7 @@ app.add_typer(patching.app, name="patch", rich_help_panel=IMPROVE)
 app.command(rich_help_panel=IMPROVE)(merging.merge)
 modelling.app.command()(amending.amend)
 app.command(rich_help_panel=IMPROVE)(rebasing.rebase)
+app.add_typer(experts.app, name="expert", rich_help_panel=IMPROVE)
 app.add_typer(modelling.app, name="model", rich_help_panel=IMPROVE)
 app.add_typer(rounds.app, name="round", rich_help_panel=IMPROVE)
 app.command("eval", rich_help_panel=IMPROVE)(prompting.evaluate)

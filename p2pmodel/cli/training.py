@@ -75,7 +75,9 @@ def train(
     licence: Annotated[str | None, _option(DATA, "--licence", help="SPDX licence of the data.")] = None,
     kind: Annotated[
         str | None,
-        _option(PATCH, "--kind", help="ia3, expert, fish, dense, lora, or an installed one.", default="the model's first"),
+        _option(
+            PATCH, "--kind", help="ia3, expert, fish, dense, lora, or an installed one.", default="the model's first"
+        ),
     ] = None,
     density: Annotated[
         float | None, _option(PATCH, "--density", help="fish: share of the weights that it changes.", default="0.005")

@@ -22,6 +22,8 @@ KIND, PREFIX = "expert@1", "expert:"
 DOWN, UP, ROUTER, GATE = PARTS = ("down", "up", "router", "gate")
 ROUTING = (ROUTER, GATE)
 MAX_EXPERTS = 128
+NONE = "none"
+"""What the layer as it is is called among experts."""
 DEFAULT_MAX_RANK = 32
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _POOL = ".experts"
@@ -46,7 +48,7 @@ Experts = tuple[Expert, ...]
 
 
 def is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None
+    return _NAME.fullmatch(text) is not None and text != NONE
 
 
 def name_like(text: str) -> str:

@@ -247,11 +247,10 @@ class Runner:
         for work, output in zip(works, outputs, strict=True):
             work.session.broken = False
             self._remember(work, output)
-        if traffic.spread is None:
-            return outputs
-        for work in works:
-            if work.session.trail:  # others may find the missing experts again
-                self._forget(work.session)
+        if traffic.spread is not None:
+            for work in works:
+                if work.session.trail:  # others may find the missing experts again
+                    self._forget(work.session)
         return _noted(works, outputs, traffic.spread)
 
     def _trained(self, session: TrainingSession, number: int, meta: bytes, body: Buffer) -> Buffer | Exception:
@@ -366,15 +365,29 @@ class Runner:
         session.trail = None
 
 
-def _noted(works: Sequence[Work], outputs: Sequence[Buffer], spread: Tensor) -> list[Buffer | Noted | Exception]:
-    """The outputs of those whose gates were spread say so. spread: of all their rows, one after another."""
+def _noted(
+    works: Sequence[Work], outputs: Sequence[Buffer], spread: Tensor | None
+) -> Sequence[Buffer | Noted | Exception]:
+    """The outputs of those whose gates were spread say so, and of those whose routers decided, how. spread: of all their
+    rows, one after another."""
     counts = [work.hidden.shape[0] * work.hidden.shape[1] for work in works]
-    return [
-        Noted(output, replace(work.note, spread=work.note.spread + int(part.sum())).encode())
-        if bool(part.any())
-        else output
-        for work, output, part in zip(works, outputs, torch.split(spread, counts), strict=True)
-    ]
+    parts = [None] * len(works) if spread is None else [int(part.sum()) for part in torch.split(spread, counts)]
+    noted: list[Buffer | Noted | Exception] = []
+    for work, output, lost in zip(works, outputs, parts, strict=True):
+        course = work.session.cache.course
+        decided = None if course is None else course.decided()
+        if not lost and decided is None:
+            noted.append(output)
+            continue
+        note = replace(work.note, spread=work.note.spread + (lost or 0))
+        if decided is not None:
+            layers, shares = decided
+            before = note.shares
+            if before is not None and before.shape == shares.shape:
+                shares = shares + before
+            note = replace(note, routed=note.routed + layers, shares=shares)
+        noted.append(Noted(output, note.encode()))
+    return noted
 
 
 def _is_next_token(work: Work) -> bool:

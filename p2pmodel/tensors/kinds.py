@@ -14,8 +14,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain import modular
+from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob, compact, dense, experts, fish, ia3, lora, smear_hooks, weights
 from p2pmodel.tensors.changes import Change, Factored

@@ -147,12 +147,13 @@ class _Memory:
 class Course:
     """What the routers of some layers have seen of some rows, and what they decided: of one session, or one forward.
 
-    Before each step `begin` is told of it, then each layer asks `update`. shares: by layer, [B, E + 1], as decided
-    last."""
+    Before each step `begin` is told of it, then each layer asks `update`. shares: by layer, [B, E + 1], as decided last;
+    fresh: the layers that decided in this step."""
 
     pools: Pools
     decide: Decide = softmax
     shares: dict[str, Tensor] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._memories: dict[str, _Memory] = {layer: _Memory() for layer in self.pools}
@@ -166,6 +167,7 @@ class Course:
         """The next step's tokens are at [start, start + tokens), start being at most where the last one ended. mask
         [B, tokens] bool: those that are no padding."""
         self._start, self._tokens = start, tokens
+        self.fresh.clear()
         if self._real is None and mask is not None and not bool(mask.all()):
             self._real = mask.new_ones(len(mask), start)
         if self._real is None:
@@ -190,6 +192,12 @@ class Course:
             if memory.adapter is not None:
                 memory.adapter = Adapter(memory.adapter.down[order], memory.adapter.up[order])
         self.shares = {layer: shares[order] for layer, shares in self.shares.items()}
+
+    def decided(self) -> tuple[int, Tensor] | None:
+        """(how many layers decided in this step, the sum of their shares [B, E + 1]); None when none did."""
+        if not self.fresh:
+            return None
+        return len(self.fresh), torch.stack([self.shares[layer] for layer in self.fresh]).sum(0).float().cpu()
 
     def settled(self, layer: str) -> Adapter | None:
         """The adapter for all tokens of this step, when no row is in its lead."""
@@ -230,4 +238,5 @@ class Course:
         pool = self.pools[layer]
         shares = self.decide(pool.scores(seen_by_router(lead)))
         self.shares[layer] = shares.detach()
+        self.fresh.append(layer)
         return pool.merged(shares)

@@ -2,23 +2,29 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from p2pmodel import starter
 from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.model import Limits, Schedule
 from p2pmodel.domain.modular import Expert, place_of
+from p2pmodel.domain.ports import Noted
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.runner import Runner
-from p2pmodel.engine.stage import load_stage
+from p2pmodel.engine.stage import Stage, load_stage
+from p2pmodel.engine.steps import Note
+from p2pmodel.engine.training import gates
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.trainees import KindOptions
 from p2pmodel.engine.versions import VersionTable
@@ -27,13 +33,16 @@ from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.patches.contributing import Assignment, train_patch
+from p2pmodel.node.patches.pool import experts_of
 from p2pmodel.node.rounds import removing
 from p2pmodel.node.rounds.maintaining import Maintainer
+from p2pmodel.node.versions.checkout import prove, verify_proof
 from p2pmodel.store.home import Home
+from p2pmodel.tensors import blob
 from p2pmodel.tensors.codecs import get_codec
+from p2pmodel.tensors.experts import check_parent, read
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.smear import LEAD
-from p2pmodel.wire.signing import Key
 
 KINDS = ("ia3@1", "expert@1")
 OPTIONS = TrainingOptions(
@@ -43,11 +52,14 @@ CODEC = get_codec("fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+def small() -> Iterator[None]:
+    """One thread, and router rows from few examples."""
+    before = torch.get_num_threads(), gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES
     torch.set_num_threads(1)
+    gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES = 32, 24
     yield
-    torch.set_num_threads(before)
+    gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES = before[1:]
+    torch.set_num_threads(before[0])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +67,22 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two domains to learn, and an exam of them."""
     folder = tmp_path_factory.mktemp("texts")
     chance = random.Random(0)
-    words = "the river a stone under over green old house runs sleeps and quietly never".split()
+    words = [
+        "the",
+        "river",
+        "a",
+        "stone",
+        "under",
+        "over",
+        "green",
+        "old",
+        "house",
+        "runs",
+        "sleeps",
+        "and",
+        "quietly",
+        "never",
+    ]
     lines = {
         "prose": lambda: " ".join(chance.choices(words, k=12)).capitalize() + ".",
         "table": lambda: ";".join(str(chance.randrange(100, 1000)) for _ in range(8)),
@@ -96,7 +123,7 @@ def grown(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lineag
     return lineage, maintainer
 
 
-def contribute(lineage: Lineage, home: Home, file: Path, options: KindOptions, kind: str = "expert@1") -> None:
+def contribute(lineage: Lineage, home: Home, file: Path, options: KindOptions, seed: int = 0) -> None:
     """A patch by the home's key, in the lineage's round."""
     own = Lineage.create(home, lineage.home.objects.load(lineage.model))
     for row in lineage.home.index.records(lineage.model):
@@ -107,9 +134,9 @@ def contribute(lineage: Lineage, home: Home, file: Path, options: KindOptions, k
                 home.objects.put(lineage.home.objects.load(ref.digest))
             intake.store(own, row.kind, record, refs)
             own.refresh()
-    output = home.objects.folder.parent / "new.p2patch" if hasattr(home.objects, "folder") else file.parent / "new"
+    output, chosen = file.parent / "new.p2patch", replace(OPTIONS, seed=seed)
     train_patch(
-        Assignment(own, starter.MODEL, own.head, kind, (file,), options=OPTIONS, kind_options=options),
+        Assignment(own, starter.MODEL, own.head, "expert@1", (file,), options=chosen, kind_options=options),
         output,
         lambda step: None,
     )
@@ -141,7 +168,54 @@ def accept(lineage: Lineage, maintainer: Maintainer, version: VersionId) -> Vers
 
 
 def some_ids(tokens: int, rows: int = 1) -> Tensor:
+    """The beginning of each domain's text, or of one."""
     return torch.randint(0, 4096, (rows, tokens), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def whole() -> PreTrainedModel:
+    return load_whole(starter.MODEL)
+
+
+@pytest.fixture(scope="module")
+def stages() -> list[Stage]:
+    checkpoint = read_checkpoint(starter.MODEL)
+    return [load_stage(checkpoint, span) for span in (Span(0, 3), Span(3, 6))]
+
+
+class Chain:
+    """Two stages, each with a runner, that serve some versions of a lineage."""
+
+    def __init__(self, stages: Sequence[Stage], lineage: Lineage, versions: Sequence[VersionId]) -> None:
+        self.model = lineage.model
+        self.runners = []
+        for stage in stages:
+            table = VersionTable(stage)
+            for version in versions:
+                table.put(version, version_state(lineage, version))
+            self.runners.append(Runner(stage, lineage.model, table, max_cached_tokens=4096))
+
+    def open(self, version: VersionId, rewinds: bool = False) -> list[Any]:
+        spans = (Span(0, 3), Span(3, 6))
+        return [
+            runner.open(SessionRequest("s" * 32, self.model, version, "fp32", span, 256, 1, rewinds=rewinds))
+            for runner, span in zip(self.runners, spans, strict=True)
+        ]
+
+    def step(self, sessions: Sequence[Sequence[Any]], hidden: Sequence[Tensor], at: Sequence[int]) -> list[Note]:
+        """A step of each session; `hidden` becomes what comes out."""
+        metas = [b""] * len(sessions)
+        for stage, runner in enumerate(self.runners):
+            batch = [
+                (session[stage], position, meta, CODEC.encode(h.reshape(1, -1, h.shape[-1])))
+                for session, position, meta, h in zip(sessions, at, metas, hidden, strict=True)
+            ]
+            for index, output in enumerate(runner.step(batch)):
+                assert not isinstance(output, Exception), output
+                body, metas[index] = (output.body, output.meta) if isinstance(output, Noted) else (output, metas[index])
+                count = hidden[index].shape[1]
+                hidden[index].copy_(CODEC.decode(body, count, hidden[index].shape[-1]).view(hidden[index].shape))
+        return [Note.decode(meta, 1, h.shape[1]) for meta, h in zip(metas, hidden, strict=True)]
 
 
 def test_experts_of_two_contributors_are_adopted_as_a_minor_version(grown: tuple[Lineage, Maintainer]) -> None:
@@ -153,3 +227,94 @@ def test_experts_of_two_contributors_are_adopted_as_a_minor_version(grown: tuple
     state = version_state(lineage, version.id)
     own = [name for name in state if (place := place_of(name)) is not None and place.expert == "prose"]
     assert len(own) == 6 * 4
+    verify_proof(prove(lineage, version.id))
+    views = experts_of(lineage, version.id)
+    assert [(view.name, view.since, len(view.contributions)) for view in views] == [
+        ("prose", "1.1.0", 1),
+        ("table", "1.1.0", 1),
+    ]
+
+
+def test_two_stages_give_what_the_whole_model_gives(
+    grown: tuple[Lineage, Maintainer], whole: PreTrainedModel, stages: list[Stage], texts: Path
+) -> None:
+    """A prompt in chunks, then token by token, two sessions at two versions in one batch; one that goes back."""
+    lineage, _ = grown
+    first = lineage.versions[0].id
+    text = (texts / "table.txt").read_text()
+    ids = torch.tensor([load_tokenizer(starter.MODEL)(text)["input_ids"][: LEAD + 14]])
+    end = ids.shape[1]
+    state = version_state(lineage, first)
+    expected: dict[VersionId, Tensor] = {}
+    inputs = whole.base_model.get_input_embeddings()(ids).detach()
+    last = whole.base_model.layers[-1]
+    for version in (first, lineage.model):
+        with attached(whole, Kinds(KINDS), state) as applier, torch.inference_mode():
+            caught: list[Tensor] = []
+            handle = last.register_forward_hook(lambda module, args, output, caught=caught: caught.append(output))
+            with applier.use(version_state(lineage, version)):
+                whole.base_model(input_ids=ids, use_cache=False)
+            handle.remove()
+            expected[version] = caught[0].clone()
+    assert not torch.allclose(expected[first][:, LEAD:], expected[lineage.model][:, LEAD:], atol=1e-3)
+    assert torch.equal(expected[first][:, :LEAD], expected[lineage.model][:, :LEAD])
+
+    chain = Chain(stages, lineage, [first, lineage.model])
+    sessions = [chain.open(first, rewinds=True), chain.open(lineage.model), chain.open(first)]
+    versions = [first, lineage.model, first]
+    found = [torch.empty(1, 0, inputs.shape[-1])] * 3
+    notes = []
+    for begin, stop in ((0, 20), (20, LEAD + 4), *((at, at + 1) for at in range(LEAD + 4, end))):
+        parts = [inputs[:, begin:stop].clone() for _ in sessions]
+        notes += [chain.step(sessions, parts, [begin] * 3)]
+        found = [torch.cat([old, new], dim=1) for old, new in zip(found, parts, strict=True)]
+    for version, output in zip(versions, found, strict=True):
+        torch.testing.assert_close(output, expected[version], atol=2e-4, rtol=1e-4)
+    decided = [(step, note) for step, notes_of in enumerate(notes) for note in notes_of if note.shares is not None]
+    assert [step for step, _ in decided] == [1, 1]
+    shares = decided[0][1].shares
+    assert decided[0][1].routed == 6
+    assert shares is not None
+    assert float(shares[0, 1] / 6) > 0.5, "the table's expert has most of the table"
+    again = inputs[:, end - 1 :].clone()
+    chain.step(sessions[:1], [again], [end - 1])
+    torch.testing.assert_close(again, expected[first][:, -1:], atol=2e-4, rtol=1e-4)
+
+
+def test_an_update_is_a_patch_and_removing_gives_back_every_bit(
+    grown: tuple[Lineage, Maintainer], texts: Path, tmp_path: Path
+) -> None:
+    lineage, maintainer = grown
+    base = maintainer._examiner.score(version_state(lineage, lineage.model), "test")
+    one = maintainer._examiner.score(version_state(lineage, lineage.versions[0].id), "test")
+    assert one["prose"] < base["prose"]
+    assert one["table"] < base["table"]
+    for seed, name in enumerate(("a", "b")):
+        home = Home.open(tmp_path / name)
+        contribute(lineage, home, texts / "prose.txt", KindOptions(expert="prose"), seed=seed)
+    adopt(lineage, maintainer)
+    assert str(lineage.number(lineage.head)) == "1.1.1"
+    before, after = version_state(lineage, lineage.versions[0].id), version_state(lineage, lineage.head)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    places = [place_of(name) for name in moved]
+    assert {place.expert for place in places if place} == {"prose"}
+
+    with pytest.raises(NotFound, match="has no expert 'law'"):
+        removing.propose(lineage, ["law"])
+    _, version = removing.propose(lineage, ["prose"])
+    accept(lineage, maintainer, version)
+    assert str(lineage.number(lineage.head)) == "1.2.0"
+    _, version = removing.propose(lineage, ["table"])
+    accept(lineage, maintainer, version)
+    assert str(lineage.number(lineage.head)) == "1.3.0"
+    assert maintainer._examiner.score(version_state(lineage, lineage.head), "test") == base
+    verify_proof(prove(lineage, lineage.head))
+
+
+def test_parts_of_experts_that_are_nowhere_are_refused(grown: tuple[Lineage, Maintainer]) -> None:
+    lineage, _ = grown
+    slot = "expert:layers.0.experts.law.router"
+    pools = [slot for slot in lineage.manifest.slots if slot.name.startswith("expert:")]
+    change = read(blob.pack({slot: torch.zeros(256)}), pools, 1 << 20)
+    with pytest.raises(Rejected, match="'law', which its parent version does not have"):
+        check_parent(change, pools, ())

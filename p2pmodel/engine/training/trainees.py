@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.engine.data import Blocks
-from p2pmodel.engine.training.losses import row_nats
 from p2pmodel.engine.training.gates import fit_gates, gate_slots
+from p2pmodel.engine.training.losses import row_nats
 from p2pmodel.tensors import dense, experts, fish, ia3, lora, weights
 from p2pmodel.tensors.kinds import Applier, Kinds, Trainee
 from p2pmodel.tensors.weights import Ground
@@ -114,7 +114,9 @@ def _expert_trainee(
     )
 
 
-def _rest(model: PreTrainedModel, parent: Mapping[str, Tensor], prefix: str) -> tuple[Applier | None, dict[str, Tensor]]:
+def _rest(
+    model: PreTrainedModel, parent: Mapping[str, Tensor], prefix: str
+) -> tuple[Applier | None, dict[str, Tensor]]:
     """What runs the model at the parent's slots of other prefixes, where they change anything."""
     others = {name: tensor for name, tensor in parent.items() if not name.startswith(prefix)}
     rest = {n: t.to(model.device) for n, t in others.items() if not n.startswith(weights.PREFIX) or bool(t.any())}

@@ -76,9 +76,7 @@ def combine(
     lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
 ) -> dict[str, Tensor]:
     """δ̄ by slot, float64, of kinds that change slots of the parent. sources: sorted by id. Raises Rejected, NotFound."""
-    return get_strategy(spec.strategy).combine(
-        parent, lambda: _contributions(lineage, sources), dict(spec.parameters)
-    )
+    return get_strategy(spec.strategy).combine(parent, lambda: _contributions(lineage, sources), dict(spec.parameters))
 
 
 def _contributions(lineage: Lineage, sources: Sequence[Source]) -> Iterator[Contribution]:
