@@ -1,8 +1,8 @@
 """Modular experts: small adapters that layers carry in pools, each with a row of the layer's router.
 
-A Manifest whose kinds hold `expert@1` has one pool slot a layer, `expert:<layer>.experts`. It is no tensor but a rule: a
-version may have slots `expert:<layer>.experts.<name>.<part>` there, for experts of any name. Its shape [2R + 2, H] says
-how many values one expert may have in that layer: R is the highest rank, H the width of the hidden state.
+A Manifest whose kinds hold `expert@1` has one pool slot a layer, `expert:<layer>.experts`. It is no tensor but a rule:
+a version may have slots `expert:<layer>.experts.<name>.<part>` there, for experts of any name. Its shape [2R + 2, H]
+says how many values one expert may have in that layer: R is the highest rank, H the width of the hidden state.
 
     down    [r, H]  from the hidden state into the bottleneck
     up      [r, H]  and back, added to the hidden state

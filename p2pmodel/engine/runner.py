@@ -368,8 +368,8 @@ class Runner:
 def _noted(
     works: Sequence[Work], outputs: Sequence[Buffer], spread: Tensor | None
 ) -> Sequence[Buffer | Noted | Exception]:
-    """The outputs of those whose gates were spread say so, and of those whose routers decided, how. spread: of all their
-    rows, one after another."""
+    """The outputs of those whose gates were spread say so, and of those whose routers decided, how. spread: of all
+    their rows, one after another."""
     counts = [work.hidden.shape[0] * work.hidden.shape[1] for work in works]
     parts = [None] * len(works) if spread is None else [int(part.sum()) for part in torch.split(spread, counts)]
     noted: list[Buffer | Noted | Exception] = []

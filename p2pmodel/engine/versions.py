@@ -1,7 +1,7 @@
 """The versions that a stage serves, kept beside each other. A session keeps its own to its end.
 
-What is by row, (IA)³ vectors and modular experts, is kept as it is, and rows of one forward may differ. Weights are folded once
-when a version comes, on the thread that brings it, and a forward of that version is given them in place of the
+What is by row, (IA)³ vectors and modular experts, is kept as it is: rows of one forward may differ. Weights are folded
+once when a version comes, on the thread that brings it, and a forward of that version is given them in place of the
 checkpoint's own: to change over is to set pointers. Weights that a version leaves alone, or shares with another
 version, are the same tensors. At most MAX_FOLDED versions with weights of their own are kept, besides those that open
 sessions still use.

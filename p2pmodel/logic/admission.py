@@ -1,7 +1,8 @@
 """What a record has to satisfy, besides its signature and schema, before it is kept and passed on.
 
 `Rejected.reason` is one word: model, parent, kind, size, duplicate, proposer, round, number, experts, merge, patches,
-amendment, maintainer, scores. What is inside the tensors (slots, shapes, finiteness) is checked where they are unpacked.
+amendment, maintainer, scores. What is inside the tensors (slots, shapes, finiteness) is checked where they are
+unpacked.
 """
 
 from collections.abc import Collection

@@ -17,8 +17,8 @@ class Pooled:
 
 
 def pooled(before: Experts, brought: Sequence[tuple[PatchId, Experts]]) -> Pooled:
-    """before: the parent's; brought: by patch, sorted by id, those that it adds. Two patches may bring one expert, which
-    is merged, but of two ranks the first one stands."""
+    """before: the parent's; brought: by patch, sorted by id, those that it adds. Two patches may bring one expert,
+    which is merged, but of two ranks the first one stands."""
     experts = before
     left_out: list[LeftOut] = []
     for patch, new in brought:

@@ -85,7 +85,7 @@ def check_parent(change: Change, pools: Sequence[Slot], before: Experts) -> Expe
         if place is not None and place.expert not in known and place.expert not in held:
             raise Rejected(
                 "expert",
-                f"The patch has a {place.part} row for expert {place.expert!r}, which its parent version does not have.",
+                f"The patch has a {place.part} row for expert {place.expert!r}, which its parent version lacks.",
                 "See what it has: p2pmodel expert list",
             )
     for name, expert in held.items():

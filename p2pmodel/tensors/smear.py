@@ -147,8 +147,8 @@ class _Memory:
 class Course:
     """What the routers of some layers have seen of some rows, and what they decided: of one session, or one forward.
 
-    Before each step `begin` is told of it, then each layer asks `update`. shares: by layer, [B, E + 1], as decided last;
-    fresh: the layers that decided in this step."""
+    Before each step `begin` is told of it, then each layer asks `update`. shares: by layer, [B, E + 1], as decided
+    last; fresh: the layers that decided in this step."""
 
     pools: Pools
     decide: Decide = softmax

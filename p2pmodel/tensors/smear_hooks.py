@@ -102,6 +102,7 @@ class Applier:
         self._pools: Pools = {}
         self._courses: WeakKeyDictionary[Any, Course] = WeakKeyDictionary()
         self._handle = base.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.course: type[Course] = Course
         self.latest: Course | None = None
         """Of the last forward."""
 
@@ -135,7 +136,7 @@ class Applier:
         start = 0 if cache is None else int(cache.get_seq_length())
         course = None if cache is None or not start else self._courses.get(cache)
         if course is None:
-            course = Course(self._pools, self._decide)
+            course = self.course(self._pools, self._decide)
         if cache is not None:
             self._courses[cache] = course
         real = mask[:, -tokens:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

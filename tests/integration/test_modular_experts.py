@@ -316,5 +316,5 @@ def test_parts_of_experts_that_are_nowhere_are_refused(grown: tuple[Lineage, Mai
     slot = "expert:layers.0.experts.law.router"
     pools = [slot for slot in lineage.manifest.slots if slot.name.startswith("expert:")]
     change = read(blob.pack({slot: torch.zeros(256)}), pools, 1 << 20)
-    with pytest.raises(Rejected, match="'law', which its parent version does not have"):
+    with pytest.raises(Rejected, match="'law', which its parent version lacks"):
         check_parent(change, pools, ())

@@ -1,9 +1,9 @@
 """Router rows for an expert, from its own data and the model alone.
 
 What routers see does not depend on any expert, so a row needs no training with the others: it is the discriminant
-(Fisher, 1936) between what the layer makes of the contributor's own text and of text that the model itself writes, which
-stands for all that it was made for. Two experts' rows are then comparable, since both are measured from the same point:
-the softmax over them is the posterior of a Gaussian for each expert and one for the model.
+(Fisher, 1936) between what the layer makes of the contributor's own text and of text that the model itself writes,
+which stands for all that it was made for. Two experts' rows are then comparable, since both are measured from the same
+point: the softmax over them is the posterior of a Gaussian for each expert and one for the model.
 """
 
 from collections.abc import Mapping, Sequence

@@ -28,8 +28,8 @@ OF_PREFIX = {"dense@1": weights.PREFIX, "ia3@1": ia3.PREFIX, modular.KIND: modul
 @dataclass(frozen=True)
 class KindOptions:
     """density: share of the weights that a FISH mask chooses; mask_examples: how many examples the Fisher is of that it
-    is chosen by. rank, alpha: of LoRA; the product of its factors is scaled by alpha / rank. expert: the name of the one
-    that is trained, of that rank where it is new; router: train the rows of all experts instead, and no adapter."""
+    is chosen by. rank, alpha: of LoRA; the product of its factors is scaled by alpha / rank. expert: the name of the
+    one that is trained, of that rank where it is new; router: train the rows of all experts instead, and no adapter."""
 
     density: float = 0.005
     mask_examples: int = 64

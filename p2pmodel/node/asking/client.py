@@ -68,8 +68,8 @@ class Answer:
     """bytes_sent and bytes_received are the client's own activations, beside what stages sent each other;
     reused_tokens: of the prompt, which the stages had computed for an earlier session; spread_gates: how often the
     weight of an expert that nobody hosted went to others. experts: the share of each of the version's modular experts,
-    as a mean over the layers, and of none of them by the name `none`; empty where there are none, and for an answer that
-    ended before the routers decided."""
+    as a mean over the layers, and of none of them by the name `none`; empty where there are none, and for an answer
+    that ended before the routers decided."""
 
     text: str
     tokens: int

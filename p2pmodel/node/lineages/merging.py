@@ -75,7 +75,8 @@ def merge(lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Sour
 def combine(
     lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
 ) -> dict[str, Tensor]:
-    """δ̄ by slot, float64, of kinds that change slots of the parent. sources: sorted by id. Raises Rejected, NotFound."""
+    """δ̄ by slot, float64, of kinds that change slots of the parent. sources: sorted by id. Raises Rejected,
+    NotFound."""
     return get_strategy(spec.strategy).combine(parent, lambda: _contributions(lineage, sources), dict(spec.parameters))
 
 

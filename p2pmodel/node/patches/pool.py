@@ -118,8 +118,8 @@ class Shares:
 
 
 def shares_on(lineage: Lineage, version: VersionId, base: Path | None, files: Sequence[Path]) -> Shares:
-    """What the routers choose for excerpts of texts. Raises InvalidInput for a text that is too short, and for a version
-    without experts; NotFound."""
+    """What the routers choose for excerpts of texts. Raises InvalidInput for a text that is too short, and for a
+    version without experts; NotFound."""
     names = tuple(expert.name for expert in lineage.experts(version))
     if not names:
         raise InvalidInput(f"{lineage.manifest.name} {lineage.number(version)} has no experts.")
