@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Modular experts against their alternatives: held-out loss, time and bytes; growing by one and shrinking again.
 
-    python scripts/bench/experts.py [--seeds 3] [--steps 20] [--rank 4] [--section arms|cost] [--json]
+    python scripts/bench/experts.py [--seeds 3] [--steps 10] [--rank 4] [--section arms|cost] [--json]
 
-The starter model knows Python. The domains are texts that its dependencies bring along: C++ headers, licences, CMake,
-and Python that it has not seen; a fifth, protobuf, comes later. All arms train as many values (four experts of the rank, or
-one of four times the rank), see as many tokens, and leave the first tokens of a text to the model as it is. "routed
-once" is what p2pmodel does. Held-out loss is in nats per token, over the domains.
+The starter model knows Python. The domains are texts that its dependencies bring along: C++ headers, licences,
+CMake, and Python that it has not seen; a fifth, protobuf, comes later. All arms train as many values (four experts of
+the rank, or one of four times the rank), see as many tokens, and leave the first tokens of a text to the model as it is.
+Held-out loss is in nats per token, over the domains.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.stage import load_stage
-from p2pmodel.engine.training.gates import fit_gates, gate_slots
+from p2pmodel.engine.training import gates
 from p2pmodel.engine.training.losses import row_nats
 from p2pmodel.tensors import smear
 from p2pmodel.tensors.experts import find_pools, new_adapter
 from p2pmodel.tensors.smear import Adapter, Course, Decide, softmax
 from p2pmodel.tensors.smear_hooks import Applier
 
-TOKENS, BATCH, HELD_OUT, TEXT_BYTES = 128, 8, 24, 160_000
+TOKENS, BATCH, HELD_OUT, TEXT_BYTES = 96, 6, 16, 80_000
 RATE, GATE_RATE = 1e-2, 1e-1
 OPEN = 30.0
 State = dict[str, Tensor]
@@ -47,12 +47,13 @@ State = dict[str, Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of each domain; joint arms make four times as many")
+    parser.add_argument("--steps", type=int, default=10, help="of each domain; joint arms make four times as many")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--section", choices=("arms", "cost"), help="only this one")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES = 128, 96
     found: dict[str, object] = {}
     if options.section != "cost":
         found["arms"] = compare(options.seeds, options.steps, options.rank)
@@ -184,7 +185,7 @@ class Bench:
 
     def gates(self, domain: str) -> State:
         """As a contributor finds them."""
-        return gate_slots(fit_gates(self.model, self.train[domain], self.layers, self.seed), domain)
+        return gates.gate_slots(gates.fit_gates(self.model, self.train[domain], self.layers, self.seed), domain)
 
 
 class Mixing(Course):
@@ -281,9 +282,9 @@ def compare(seeds: int, steps: int, rank: int) -> dict[str, object]:
             note(arm, bench.learn(start, {}, four, 4 * steps, RATE, decide, merging), decide, merging)
             say(arm)
         grown: State = {}
-        gates = {domain: bench.gates(domain) for domain in [*four, bench.late]}
+        rows_of = {domain: bench.gates(domain) for domain in [*four, bench.late]}
         for domain in four:
-            still = {**grown, **gates[domain]}
+            still = {**grown, **rows_of[domain]}
             grown = {**still, **bench.learn(bench.adapter(domain, rank), still, [domain], steps)}
         before = note("SMEAR, grown by one contributor at a time", grown)
         say("grown")
@@ -303,7 +304,7 @@ def compare(seeds: int, steps: int, rank: int) -> dict[str, object]:
         mean = {name: torch.stack([each[name] for each in rounds]).mean(0) for name in routing}
         note("grown, and a router round", {**rest, **mean})
         say("router round")
-        still = {**grown, **gates[bench.late]}
+        still = {**grown, **rows_of[bench.late]}
         five = {**still, **bench.learn(bench.adapter(bench.late, rank), still, [bench.late], steps)}
         after = bench.losses(five, [*four, bench.late])
         alone = bench.losses(grown, [bench.late])
@@ -315,7 +316,8 @@ def compare(seeds: int, steps: int, rank: int) -> dict[str, object]:
                 "others, largest": max((after[d] / before[d] - 1 for d in four), key=abs),
             }
         )
-        say(f"fifth: {growth[-1]}")
+        say(f"a fifth: {growth[-1]}")
+        say(json.dumps({arm: statistics.mean(losses[-1].values()) for arm, losses in results.items()}))
         values = sum(t.numel() for t in grown.values())
     rows = []
     for arm, losses in results.items():
