@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from p2pmodel import starter
 from p2pmodel.domain.errors import NotFound, Rejected
-from p2pmodel.domain.ids import VersionId
+from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import Limits, Schedule
 from p2pmodel.domain.modular import Expert, place_of
 from p2pmodel.domain.ports import Noted
@@ -31,18 +31,22 @@ from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.lineages.states import patch_change, patch_file_state, version_state
 from p2pmodel.node.patches.contributing import Assignment, train_patch
+from p2pmodel.node.patches.patchbook import open_patch
 from p2pmodel.node.patches.pool import experts_of
+from p2pmodel.node.patches.rebasing import rebase
 from p2pmodel.node.rounds import removing
 from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.node.versions.checkout import prove, verify_proof
+from p2pmodel.node.versions.comparing import compare
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.tensors.experts import check_parent, read
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.smear import LEAD
+from p2pmodel.wire import bundle
 
 KINDS = ("ia3@1", "expert@1")
 OPTIONS = TrainingOptions(
@@ -309,6 +313,21 @@ def test_an_update_is_a_patch_and_removing_gives_back_every_bit(
     assert str(lineage.number(lineage.head)) == "1.3.0"
     assert maintainer._examiner.score(version_state(lineage, lineage.head), "test") == base
     verify_proof(prove(lineage, lineage.head))
+    assert compare(lineage, lineage.model, lineage.versions[0].id).added == ("prose", "table")
+
+    # A patch of an expert that is gone, or that was never merged, goes onto a later version as it is.
+    brought = next(p for p in lineage.versions[0].candidate.patches if experts_in_patch(lineage, p) == {"table"})
+    moved = rebase(open_patch(lineage.home.path, brought), lineage, lineage.head, tmp_path / "moved")
+    opened = bundle.open_bundle((tmp_path / "moved").read_bytes())
+    assert opened.raw.adapter == lineage.home.objects.load(lineage.patches[brought].adapter.digest)
+    assert not moved.dropped
+    state = patch_file_state(lineage, tmp_path / "moved")
+    assert maintainer._examiner.score(state, "test")["table"] < base["table"]
+
+
+def experts_in_patch(lineage: Lineage, patch: PatchId) -> set[str]:
+    places = map(place_of, patch_change(lineage, lineage.patches[patch]).values)
+    return {place.expert for place in places if place is not None}
 
 
 def test_parts_of_experts_that_are_nowhere_are_refused(grown: tuple[Lineage, Maintainer]) -> None:
