@@ -1,9 +1,6 @@
 """Modular experts of the starter model: trained, adopted, served in stages, updated, removed."""
 
-import json
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from transformers import PreTrainedModel
 from p2pmodel import starter
 from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.ids import PatchId, VersionId
-from p2pmodel.domain.model import Limits, Schedule
 from p2pmodel.domain.modular import Expert, place_of
 from p2pmodel.domain.ports import Noted
 from p2pmodel.domain.swarm import SessionRequest, Span
@@ -24,15 +20,11 @@ from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
-from p2pmodel.engine.training import gates
-from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.trainees import KindOptions
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.lineages import intake
-from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_change, patch_file_state, version_state
-from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.node.patches.patchbook import open_patch
 from p2pmodel.node.patches.pool import experts_of
 from p2pmodel.node.patches.rebasing import rebase
@@ -47,105 +39,33 @@ from p2pmodel.tensors.experts import check_parent, read
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.smear import LEAD
 from p2pmodel.wire import bundle
+from tests.modular_support import KINDS, begin, contribute, small_trainings, write_domains
 
-KINDS = ("ia3@1", "expert@1")
-OPTIONS = TrainingOptions(
-    steps=8, batch=4, sequence=96, learning_rate=1e-2, checkpoint_every=6, fisher_examples=2, held_out_blocks=2
-)
 CODEC = get_codec("fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """One thread, and router rows from few examples."""
-    before = torch.get_num_threads(), gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES
-    torch.set_num_threads(1)
-    gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES = 32, 24
-    yield
-    gates.OWN_EXAMPLES, gates.WRITTEN_EXAMPLES = before[1:]
-    torch.set_num_threads(before[0])
+    with small_trainings():
+        yield
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains to learn, and an exam of them."""
-    folder = tmp_path_factory.mktemp("texts")
-    chance = random.Random(0)
-    words = [
-        "the",
-        "river",
-        "a",
-        "stone",
-        "under",
-        "over",
-        "green",
-        "old",
-        "house",
-        "runs",
-        "sleeps",
-        "and",
-        "quietly",
-        "never",
-    ]
-    lines = {
-        "prose": lambda: " ".join(chance.choices(words, k=12)).capitalize() + ".",
-        "table": lambda: ";".join(str(chance.randrange(100, 1000)) for _ in range(8)),
-    }
-    index = 'name = "two"\nlicence = "CC0-1.0"\n'
-    for name, line in lines.items():
-        (folder / f"{name}.txt").write_text("\n".join(line() for _ in range(400)))
-        for split in ("tune", "test"):
-            text = json.dumps({"text": "\n".join(line() for _ in range(12))})
-            (folder / f"{name}.{split}.jsonl").write_text(text + "\n")
-        index += f'[[domain]]\nname = "{name}"\ntune = "{name}.tune.jsonl"\ntest = "{name}.test.jsonl"\n'
-    (folder / "exam.toml").write_text(index)
-    return folder
+    return write_domains(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def grown(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lineage, Maintainer]:
     """A lineage whose second version has two experts, of different contributors and ranks."""
     home = Home.open(tmp_path_factory.mktemp("home"))
-    lineage = found(
-        home,
-        starter.MODEL,
-        Founding(
-            name="modular",
-            maintainers=(home.key.peer,),
-            threshold=1,
-            exam=texts,
-            schedule=Schedule(min_patches=1),
-            limits=Limits(regression_tolerance=0.02),
-            kinds=KINDS,
-        ),
-    )
+    lineage = begin(home, texts)
     maintainer = Maintainer(lineage, home.key.peer, starter.MODEL, lambda seconds: None)
     for name, rank in (("prose", 4), ("table", 6)):
         other = Home.open(tmp_path_factory.mktemp(name))
         contribute(lineage, other, texts / f"{name}.txt", KindOptions(expert=name, rank=rank))
     adopt(lineage, maintainer)
     return lineage, maintainer
-
-
-def contribute(lineage: Lineage, home: Home, file: Path, options: KindOptions, seed: int = 0) -> None:
-    """A patch by the home's key, in the lineage's round."""
-    own = Lineage.create(home, lineage.home.objects.load(lineage.model))
-    for row in lineage.home.index.records(lineage.model):
-        if row.kind != "manifest":
-            record = lineage.home.objects.load(row.record.digest)
-            refs = intake.needed_blobs(own, row.kind, record)
-            for ref in refs:
-                home.objects.put(lineage.home.objects.load(ref.digest))
-            intake.store(own, row.kind, record, refs)
-            own.refresh()
-    output, chosen = file.parent / "new.p2patch", replace(OPTIONS, seed=seed)
-    train_patch(
-        Assignment(own, starter.MODEL, own.head, "expert@1", (file,), options=chosen, kind_options=options),
-        output,
-        lambda step: None,
-    )
-    intake.take_in(lineage, output.read_bytes())
-    lineage.refresh()
 
 
 def adopt(lineage: Lineage, maintainer: Maintainer) -> VersionId:
@@ -268,9 +188,9 @@ def test_two_stages_give_what_the_whole_model_gives(
     versions = [first, lineage.model, first]
     found = [torch.empty(1, 0, inputs.shape[-1])] * 3
     notes = []
-    for begin, stop in ((0, 20), (20, LEAD + 4), *((at, at + 1) for at in range(LEAD + 4, end))):
-        parts = [inputs[:, begin:stop].clone() for _ in sessions]
-        notes += [chain.step(sessions, parts, [begin] * 3)]
+    for start, stop in ((0, 20), (20, LEAD + 4), *((at, at + 1) for at in range(LEAD + 4, end))):
+        parts = [inputs[:, start:stop].clone() for _ in sessions]
+        notes += [chain.step(sessions, parts, [start] * 3)]
         found = [torch.cat([old, new], dim=1) for old, new in zip(found, parts, strict=True)]
     for version, output in zip(versions, found, strict=True):
         torch.testing.assert_close(output, expected[version], atol=2e-4, rtol=1e-4)
