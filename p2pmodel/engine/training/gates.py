@@ -33,9 +33,9 @@ def fit_gates(model: PreTrainedModel, blocks: Blocks, layers: Sequence[str], see
 
 def discriminant(own: Tensor, other: Tensor) -> Gate:
     """own [N, H], other [M, H]: what a router has seen."""
-    width, count = own.shape[1], len(other)
+    width, count = own.shape[1], len(own) + len(other)
     here, there = own.double().mean(0), other.double().mean(0)
-    spread, apart = other.double() - there, here - there
+    spread, apart = torch.cat([own.double() - here, other.double() - there]), here - there
     ridge = float(spread.square().mean()) * SHRINKAGE + EPS
     # (ridge + spreadᵀ·spread / count)⁻¹ · apart, by a system of as many unknowns as there are examples.
     inner = torch.linalg.solve(
