@@ -19,6 +19,7 @@ keeps the model that it had.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def beginning(pool: str, rank: int, width: int) -> Tensor:
     updates of one, are of parameters that mean the same (up starts from zeros)."""
     seed = int.from_bytes(hashlib.sha256(pool.encode()).digest()[:7], "little")
     rows = [torch.randn(width, generator=torch.Generator().manual_seed(seed + row)) for row in range(rank)]
-    return torch.stack(rows) / width**0.5
+    return torch.stack(rows) / sqrt(width)
 
 
 @dataclass

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId
+from p2pmodel.domain.model import Limits
 from p2pmodel.domain.modular import (
+    KIND,
     MAX_EXPERTS,
     NONE,
     Expert,
@@ -27,7 +29,7 @@ from p2pmodel.domain.modular import (
 )
 from p2pmodel.domain.version import BASE_NUMBER, REMOVE, RESTORE, VersionNumber
 from p2pmodel.engine.training.gates import discriminant
-from p2pmodel.logic.admission import result_limit
+from p2pmodel.logic.admission import check_patch, result_limit
 from p2pmodel.logic.pooling import pooled
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.experts import check_parent, merge, new_adapter, read, without_experts
@@ -291,6 +293,15 @@ def test_a_round_brings_each_expert_once() -> None:
     assert [left.patch for left in clash.left_out] == [B]
     full = tuple(sorted(Expert(f"e{index}", 1) for index in range(MAX_EXPERTS)))
     assert [left.patch for left in pooled(full, [(A, (LAW,))]).left_out] == [A]
+
+
+def test_an_expert_larger_than_the_limit_is_refused() -> None:
+    key = Key.generate()
+    manifest = replace(factories.manifest(key), kinds=(KIND,), slots=POOLS, limits=Limits(max_patch_bytes=8))
+    patch = replace(factories.patch(key), kind=KIND)
+    with pytest.raises(Rejected, match="takes 1 to 8") as caught:
+        check_patch(patch, manifest, patch.parent, [], model=patch.model)
+    assert caught.value.reason == "size"
 
 
 def test_a_versions_values_may_be_as_large_as_its_experts() -> None:

@@ -64,7 +64,7 @@ def _seen(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> dict[st
         for layer in layers
     ]
     try:
-        for part in ids.split(BATCH):
+        for part in torch.split(ids, BATCH):
             model(input_ids=part.to(model.device), use_cache=False)
     finally:
         for handle in handles:
