@@ -27,6 +27,10 @@ def amend(
     verdict_seconds: Annotated[
         float | None, typer.Option("--verdict-seconds", help="For verdicts; enough for people who are asked.")
     ] = None,
+    planned_rounds: Annotated[
+        int | None,
+        typer.Option("--planned-rounds", help="The contributors' learning rate follows one schedule over so many."),
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", help="How much worse a version may be on any domain.")
     ] = None,
@@ -57,6 +61,7 @@ def amend(
         "open_seconds": open_seconds,
         "proposer_seconds": proposer_seconds,
         "verdict_seconds": verdict_seconds,
+        "planned_rounds": planned_rounds,
     }
     limits: dict[str, Any] = {
         "regression_tolerance": tolerance,

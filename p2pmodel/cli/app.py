@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -10,7 +12,9 @@ from p2pmodel import __version__
 from p2pmodel.cli import (
     amending,
     collecting,
+    controlling,
     experts,
+    identity,
     inspecting,
     joining,
     merging,
@@ -22,6 +26,8 @@ from p2pmodel.cli import (
     rebasing,
     rounds,
     serving,
+    simulating,
+    swarm_keys,
     testing,
     training,
     versioning,
@@ -67,9 +73,19 @@ app.command(rich_help_panel=LOOK)(versioning.deps)
 app.command(rich_help_panel=LOOK)(versioning.tag)
 app.add_typer(versioning.app, name="version", rich_help_panel=LOOK)
 app.add_typer(monitoring.app, name="monitor", rich_help_panel=LOOK)
-app.add_typer(inspecting.identity, name="id", rich_help_panel=LOOK)
+app.add_typer(identity.app, name="id", rich_help_panel=LOOK)
+app.add_typer(controlling.app, name="control", rich_help_panel=LOOK)
+app.add_typer(swarm_keys.app, name="swarm-key", rich_help_panel=USE)
 app.command(rich_help_panel=LOOK)(inspecting.fsck)
 app.command(rich_help_panel=LOOK)(collecting.gc)
+app.command(rich_help_panel=LOOK)(simulating.sim)
+
+
+def _print_version(wanted: bool) -> None:
+    """As a callback of the option it works without a command."""
+    if wanted:
+        typer.echo(f"p2pmodel {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -77,21 +93,35 @@ def options(
     context: typer.Context,
     home: Home = None,
     log_level: str = typer.Option("WARNING", "--log-level", help="DEBUG, INFO, WARNING or ERROR.", show_default=True),
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+    log_format: str = typer.Option("text", "--log-format", help="Of logs on stderr: text, or json, an object a line."),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+    ),
 ) -> None:
-    if version:
-        typer.echo(f"p2pmodel {__version__}")
-        raise typer.Exit
     if context.resilient_parsing or "--help" in sys.argv or "-h" in sys.argv:
         return
     from p2pmodel.store.home import Home as HomeFolder
     from p2pmodel.telemetry.logs import configure
 
-    configure(log_level)
+    configure(log_level, form=log_format)
     if home is not None:
         os.environ["P2PMODEL_HOME"] = str(home)
     with contextlib.suppress(NotFound):
-        context.default_map = HomeFolder.open(home, create=False).settings()
+        context.default_map = HomeFolder.open(named_home(sys.argv) or home, create=False).settings()
+
+
+def named_home(words: Sequence[str]) -> Path | None:
+    """What the last `--home` names. It may stand behind the command, whose options are read only after config.toml,
+    which is in there, has given their defaults."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--":
+            break
+        if word == "--home" and following:
+            found = Path(following)
+        elif word.startswith("--home="):
+            found = Path(word.removeprefix("--home="))
+    return found
 
 
 def main() -> None:
@@ -99,7 +129,10 @@ def main() -> None:
     try:
         app()
     except P2PModelError as error:
-        typer.echo(f"p2pmodel: {error}", err=True)
+        from p2pmodel.telemetry.logs import report
+
+        if not report(error):
+            typer.echo(f"p2pmodel: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

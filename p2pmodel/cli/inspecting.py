@@ -1,4 +1,4 @@
-"""`p2pmodel status`, `log`, `doctor`, `id` and `fsck`."""
+"""`p2pmodel status`, `log`, `doctor` and `fsck`."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,18 +15,6 @@ from p2pmodel.domain.version import BASE_NUMBER
 if TYPE_CHECKING:
     from p2pmodel.domain.version import Version
     from p2pmodel.node.lineages.lineage import Lineage
-
-identity = typer.Typer(no_args_is_help=True, help="This home's key.")
-
-
-@identity.command("show")
-def show_identity(home: options.Home = None, json: options.Json = False) -> None:
-    """The peer id that this home signs with; it is made at the first use."""
-    from p2pmodel.store.home import Home
-
-    folder = Home.open(home)
-    peer = folder.key.peer
-    emit({"peer": peer, "key": str(folder.key_path)}, f"{peer}\nkey file: {folder.key_path}", json)
 
 
 def status(
@@ -146,17 +134,34 @@ def _contributor(lineage: "Lineage", patch: PatchId) -> str:
     return lineage.patches[patch].contributor if patch in lineage.patches else "not here"
 
 
-def doctor(home: options.Home = None, json: options.Json = False) -> None:
-    """What works on this machine, what does not, and what to do about it."""
-    from p2pmodel.node.machine.checkup import examine_machine
+def doctor(
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peers", help="Multiaddr of a peer to reach, and to compare clocks with; may be repeated."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address that join would listen on.", show_default="as join")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port that join would take.", show_default="as join", min=0, max=65534)
+    ] = None,
+    swarm_key: options.SwarmKey = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """What works on this machine, what does not, and what to do about it; something bad ends with status 1.
 
-    findings = examine_machine(home)
+    With --peers it also says whether these can be reached from here. So that you know whether your own node can be
+    reached from outside, run it on another machine with your node's address.
+    """
+    from p2pmodel.node.machine.diagnosis import diagnose
+
+    findings = diagnose(home, tuple(peers or ()), host, port, swarm_key)
     marks = {"ok": "ok  ", "note": "note", "bad": "BAD "}
-    emit(
-        findings,
-        "\n".join(f"{marks[f.level]}  {f.what}{'  → ' + f.advice if f.advice else ''}" for f in findings),
-        json,
-    )
+    lines = [
+        f"{marks[f.level]}  {f.topic:<8}  {f.what}" + (f"\n{'':16}→ {f.advice}" if f.advice else "") for f in findings
+    ]
+    emit(findings, "\n".join(lines), json)
     if any(f.level == "bad" for f in findings):
         raise typer.Exit(1)
 

@@ -1,5 +1,6 @@
 """`p2pmodel join`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,7 @@ def join(
     ] = None,
     model: options.Model = None,
     peers: options.Peers = None,
+    swarm_key: options.SwarmKey = None,
     layers: Annotated[str, typer.Option("--layers", metavar="A:B", help="Span to host, `auto`, or `none`.")] = "auto",
     experts: Annotated[
         str | None,
@@ -78,6 +80,20 @@ def join(
             help="Serve the status page and Prometheus metrics, on 127.0.0.1 by default.",
         ),
     ] = None,
+    control_listen: Annotated[
+        str | None,
+        typer.Option(
+            "--control-listen", metavar="HOST:PORT", help="Serve the control API over TCP too; needs --control-tls."
+        ),
+    ] = None,
+    control_tls: Annotated[
+        Path | None,
+        typer.Option(
+            "--control-tls",
+            metavar="DIR",
+            help="Certificates for it: of the node, and of the authority of its clients.",
+        ),
+    ] = None,
     maintain: Annotated[
         bool, typer.Option("--maintain", help="Take part in rounds as a maintainer: needs the whole checkpoint.")
     ] = False,
@@ -89,7 +105,10 @@ def join(
     ] = None,
     home: options.Home = None,
 ) -> None:
-    """Host a part of a model. With no model named it is the starter model; with no peers, a swarm begins here."""
+    """Host a part of a model. With no model named it is the starter model; with no peers, a swarm begins here.
+
+    On a terminal a panel shows what the node does; elsewhere there is a line for each thing that happens.
+    """
     if gpu is not None and cpu:
         raise UsageError("--gpu and --cpu exclude each other.", "Choose one.")
     if ask and not maintain:
@@ -102,33 +121,37 @@ def join(
     hosted, cached = parse_layers(layers), None if cache_memory is None else options.parse_size(cache_memory)
     import uvloop
 
+    from p2pmodel.cli.panel import LivePanel
     from p2pmodel.node.node import NodeOptions, run
 
-    uvloop.run(
-        run(
-            NodeOptions(
-                home=home,
-                model=model,
-                peers=tuple(peers or ()),
-                layers=hosted,
-                capacity=capacity,
-                experts=chosen,
-                spread_missing=missing_experts == "spread",
-                expert_codec=expert_codec,
-                base=base,
-                gpu=gpu,
-                dtype=dtype,
-                cache_memory=cached,
-                host=host,
-                port=port,
-                http=None if http is None else options.parse_address(http),
-                maintain=maintain,
-                ask=ask,
-                threads=threads,
-            ),
-            say=lambda line: typer.echo(line),
-        )
+    chosen_options = NodeOptions(
+        home=home,
+        model=model,
+        peers=tuple(peers or ()),
+        swarm_key=swarm_key,
+        layers=hosted,
+        capacity=capacity,
+        experts=chosen,
+        spread_missing=missing_experts == "spread",
+        expert_codec=expert_codec,
+        base=base,
+        gpu=gpu,
+        dtype=dtype,
+        cache_memory=cached,
+        host=host,
+        port=port,
+        http=None if http is None else options.parse_address(http),
+        control_listen=None if control_listen is None else options.parse_address(control_listen),
+        control_tls=control_tls,
+        maintain=maintain,
+        ask=ask,
+        threads=threads,
     )
+    if not LivePanel.has_place():
+        uvloop.run(run(chosen_options, say=lambda line: typer.echo(line)))
+        return
+    with LivePanel() as panel:
+        uvloop.run(run(chosen_options, say=panel.say, show=panel.show))
 
 
 def parse_layers(text: str) -> Span | str:

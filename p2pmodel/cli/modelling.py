@@ -40,6 +40,9 @@ def create(
     open_seconds: Annotated[
         float, typer.Option("--open-seconds", help="Or after this time, with one patch at least.")
     ] = 3600.0,
+    planned_rounds: Annotated[
+        int, typer.Option("--planned-rounds", help="The contributors' learning rate follows one schedule over so many.")
+    ] = 0,
     kind: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,8 +65,6 @@ def create(
     json: options.Json = False,
 ) -> None:
     """Make, sign and store the Manifest of a new lineage."""
-    import dataclasses
-
     from p2pmodel import starter
     from p2pmodel.domain.errors import InvalidInput
     from p2pmodel.domain.model import Limits, Schedule
@@ -77,7 +78,7 @@ def create(
         raise InvalidInput(f"{checkpoint!r} is neither a folder here nor a hub id such as org/name.")
     try:
         limits = Limits(regression_tolerance=tolerance)
-        schedule = dataclasses.replace(Schedule(), min_patches=min_patches, open_seconds=open_seconds)
+        schedule = Schedule(min_patches=min_patches, open_seconds=open_seconds, planned_rounds=planned_rounds)
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     maintainers = tuple(PeerId(m) for m in maintainer or [folder.key.peer])
@@ -130,6 +131,7 @@ def show(
         f"patches      {', '.join(m.kinds)}: {len(m.slots)} slots",
         f"merge        {m.merge.strategy} {dict(m.merge.parameters) or ''}".rstrip(),
         f"rounds       close at {m.schedule.min_patches} patches, or after {m.schedule.open_seconds:.0f} s with one",
+        *([f"planned      {m.schedule.planned_rounds} rounds"] if m.schedule.planned_rounds else []),
         f"tolerance    {m.limits.regression_tolerance:.2%} on any domain of the exam",
         f"exam         {short(m.exam.digest)}, {size(m.exam.size)}",
         f"licence      {m.licence or 'not stated'}",

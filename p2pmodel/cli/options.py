@@ -35,6 +35,16 @@ Peers = Annotated[
     list[str] | None,
     typer.Option("--peers", help="Multiaddr of a node of the swarm (/ip4/…/tcp/…/p2p/…); may be repeated."),
 ]
+SwarmKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        metavar="FILE",
+        help="Key of a private swarm: without it nobody can join, list or call its peers.",
+        show_default="config.toml's, or anybody may join",
+        envvar="P2PMODEL_SWARM_KEY",
+    ),
+]
 Version = Annotated[str, typer.Option("--version", help="Number (1.0.2), id, `base` or `head`.")]
 
 

@@ -55,5 +55,19 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def duration(seconds: float) -> str:
+    """Time as people read it: 40 s, 3 min, 5 h."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 patch`, `2 patches`, `3 layers`."""
+    plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
 def _is_figure(text: str) -> bool:
     return text.strip("-+% ").replace(".", "").replace(",", "").isdigit() or text in ("", "-")

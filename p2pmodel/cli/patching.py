@@ -118,8 +118,8 @@ def _training(patch: Patch) -> Iterator[str]:
             "do some of it again with: p2pmodel patch audit"
         )
         for at, digest in enumerate(provenance.checkpoints):
-            if at in (0, len(provenance.checkpoints) - 1) or digest == patch.adapter.digest:
-                chosen = " (the patch)" if digest == patch.adapter.digest else ""
+            if at in (0, len(provenance.checkpoints) - 1) or digest == patch.checkpoint:
+                chosen = " (the patch)" if digest == patch.checkpoint else ""
                 yield f"             step {provenance.step_of(at)}  {digest}{chosen}"
 
 
@@ -142,6 +142,7 @@ def audit(
         typer.Option("--checkpoints", help="Folder of states, named by digest.", exists=True, file_okay=False),
     ] = None,
     peers: options.Peers = None,
+    swarm_key: options.SwarmKey = None,
     base: options.Base = None,
     home: options.Home = None,
     json: options.Json = False,
@@ -157,7 +158,8 @@ def audit(
     opened = open_patch(home, patch)
     folder = opened.lineage.home
     places = [in_folder(checkpoints)] if checkpoints else []
-    with SwarmFinder(folder, peers or (), opened.patch.contributor, MAX_KEPT_BYTES) as swarm:
+    key = folder.swarm_key(swarm_key)
+    with SwarmFinder(folder, peers or (), opened.patch.contributor, MAX_KEPT_BYTES, key) as swarm:
         find = find_in(in_home(folder), *places, swarm.find)
         report = examine(opened, find_base(folder, opened.lineage, base), data, find, segments=segments, seed=seed)
     emit(report, _audited(opened.id, report), json)

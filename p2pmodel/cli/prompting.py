@@ -18,6 +18,7 @@ def infer(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     model: options.Model = None,
     peers: options.Peers = None,
+    swarm_key: options.SwarmKey = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0 takes the likeliest token each time.", min=0.0)
@@ -73,7 +74,7 @@ def infer(
             typer.echo("".join(pieces), nl=False)
         pieces.clear()
 
-    with SwarmClient.connect(home, tuple(peers or ()), model, base) as client:
+    with SwarmClient.connect(home, tuple(peers or ()), model, base, swarm_key) as client:
         answer = client.generate(text, sampling, version, codec or DEFAULT_CODEC, show, patch)
     summary = (
         f"{answer.tokens} tokens of {answer.model} {answer.number if patch is None else f'with {patch}'} "

@@ -22,6 +22,7 @@ def quickstart(
             "--folder", help="Where the nodes' homes and logs go.", show_default="a temporary folder", file_okay=False
         ),
     ] = None,
+    swarm_key: options.SwarmKey = None,
     json: options.Json = False,
 ) -> None:
     """See it all work, on this machine, in a few minutes: host, answer, train, gossip, merge, adopt, answer again."""
@@ -36,6 +37,7 @@ def quickstart(
         prompt=prompt.replace("\\n", "\n"),
         keep=keep,
         folder=folder,
+        swarm_key=swarm_key,
     )
     report = rehearse(plan, quiet=json)
     emit(report, report_text(report), json)

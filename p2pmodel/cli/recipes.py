@@ -26,6 +26,7 @@ KEYS: dict[str, type] = {
     "mask-examples": int,
     "rank": int,
     "alpha": float,
+    "bits": int,
     "version": str,
     "steps": int,
     "batch": int,
@@ -48,7 +49,7 @@ KEYS: dict[str, type] = {
 }
 """Each is called what the option of `p2pmodel train` is called."""
 
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of file names"}
+NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of file names"}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def recipe_of(patch: Patch) -> str:
             name.replace("_", "-"): int(value) if KEYS.get(name.replace("_", "-")) is int else value
             for name, value in recipe.kind_options
         },
+        "bits": 32 if provenance.chosen is None else 4,
         "version": patch.parent,
         "steps": recipe.steps,
         "batch": recipe.batch,
@@ -129,7 +131,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
             return [path.parent / name for name in names]
     elif type(value) is wanted:
         return value
-    raise InvalidInput(f"{path.name} gives {key} as {str(value)[:32]!r}; it has to be {_NAMES[wanted]}.")
+    raise InvalidInput(f"{path.name} gives {key} as {str(value)[:32]!r}; it has to be {NAMES[wanted]}.")
 
 
 def _toml(value: Any) -> str:

@@ -48,6 +48,7 @@ class Plan:
     max_new_tokens: int = 48
     keep: bool = False
     folder: Path | None = None
+    swarm_key: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
     spans = split_layers(lineage.manifest.layers, plan.hosts)
     with progress.step(f"starting {1 + plan.hosts + plan.maintainers + plan.contributors} nodes", "start") as more:
         common: tuple[str, ...] = ("--model", lineage.model)
+        if plan.swarm_key:
+            common = (*common, "--swarm-key", str(plan.swarm_key.resolve()))
         bootstrap = swarm.start("bootstrap", *common, "--layers", "none", "--threads", "1")
         bootstrap.wait_until_serving(time.monotonic() + 120)
         common = (*common, "--peers", bootstrap.address)
@@ -161,7 +164,7 @@ def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
     for index, span in enumerate(spans):
         progress.say(f"  host-{index + 1} holds layers {span} of {lineage.manifest.layers}")
 
-    with SwarmClient.connect(homes / "client", (bootstrap.address,), lineage.model, None) as client:
+    with SwarmClient.connect(homes / "client", (bootstrap.address,), lineage.model, None, plan.swarm_key) as client:
         answers = [_ask(client, plan, progress)]
         versions: list[VersionReport] = []
         number = VersionNumber(1, 0, 0)

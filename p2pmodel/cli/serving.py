@@ -11,6 +11,7 @@ from p2pmodel.cli import options
 def serve(
     model: options.Model = None,
     peers: options.Peers = None,
+    swarm_key: options.SwarmKey = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; beyond this machine only with keys.")
     ] = "127.0.0.1",
@@ -45,6 +46,7 @@ def serve(
                 home=home,
                 model=model,
                 peers=tuple(peers or ()),
+                swarm_key=swarm_key,
                 base=base,
                 host=host,
                 port=port,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from p2pmodel.node.lineages.lineage import Lineage
     from p2pmodel.node.patches.contributing import Assignment, Estimate, NewPatch
 
-PLACES = ("through_swarm", "peers", "codec")
+PLACES = ("through_swarm", "peers", "swarm_key", "codec")
 DATA, PATCH, STEPS, MERGING, RUN = "Data", "Patch", "Training", "For merging", "Running"
 
 
@@ -99,6 +99,9 @@ def train(
     alpha: Annotated[
         float | None, _option(PATCH, "--alpha", help="lora: the update is scaled by alpha / rank.", default="16")
     ] = None,
+    bits: Annotated[
+        int | None, _option(PATCH, "--bits", help="Of a value in the patch: 4 or 32.", default="4 for ia3 and dense")
+    ] = None,
     version: Annotated[
         str | None,
         _option(PATCH, "--version", help="What it is against: number (1.0.2), id, base or head.", default="head"),
@@ -177,6 +180,7 @@ def train(
         _option(RUN, "--through-swarm", help="Run the layers on the swarm's peers; this machine holds none of them."),
     ] = False,
     peers: options.Peers = None,
+    swarm_key: options.SwarmKey = None,
     codec: Annotated[
         str | None,
         _option(RUN, "--codec", help="How activations and gradients travel: fp32, bf16, int8, …", default="bf16"),
@@ -219,7 +223,7 @@ def train(
             from p2pmodel.node.asking.client import SwarmClient
             from p2pmodel.node.patches.apprentice import DEFAULT_CODEC, ThroughSwarm
 
-            client = stack.enter_context(SwarmClient.connect(home, tuple(peers or ()), model, base))
+            client = stack.enter_context(SwarmClient.connect(home, tuple(peers or ()), model, base, swarm_key))
             lineage, place = client.lineage, client.checkpoint.path
             workplace: Workplace = ThroughSwarm(client, codec or DEFAULT_CODEC)
         elif peers or codec:
@@ -246,7 +250,7 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
     from p2pmodel.engine.training.recipes import TrainingOptions
     from p2pmodel.engine.training.trainees import LEARNING_RATES, KindOptions
     from p2pmodel.node.lineages.states import round_mean
-    from p2pmodel.node.patches.contributing import Assignment
+    from p2pmodel.node.patches.contributing import FOUR_BITS, Assignment
 
     names = {"dtype": "precision", "validation_blocks": "held_out_blocks"}
     values = {names.get(name, name): value for name, value in chosen.items()}
@@ -259,6 +263,9 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
     if kind in LEARNING_RATES:
         values.setdefault("learning_rate", LEARNING_RATES[kind])
     parent = lineage.find_version(chosen.get("version", "head"))
+    values["round"], values["rounds"] = lineage.place_in_plan(parent)
+    if values["rounds"] > 1:
+        values.setdefault("schedule", "wsd")
     mean = round_mean(lineage, parent, kind) if chosen.get("control", True) else None
     values["control"] = chosen.get("control", mean is not None)
 
@@ -278,6 +285,7 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
         skip_broken=chosen.get("skip_broken", False),
         fresh=chosen.get("fresh", False),
         restart=chosen.get("restart", False),
+        bits=chosen.get("bits", 4 if kind in FOUR_BITS else 32),
         mean=mean,
     )
 

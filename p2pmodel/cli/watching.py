@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from p2pmodel.cli.output import duration
 from p2pmodel.control.client import ControlClient
 from p2pmodel.domain.errors import P2PModelError, UsageError
 from p2pmodel.domain.ids import short
@@ -44,7 +45,7 @@ def _look(socket: Path) -> RenderableType:
 
 def view(reply: pb.StatusReply) -> RenderableType:
     """The whole screen. What peers say of themselves is shown without the characters that steer a terminal."""
-    head = Text.assemble(("p2pmodel ", "bold"), f"peer …{reply.peer[-8:]}, up {_duration(reply.uptime_seconds)}")
+    head = Text.assemble(("p2pmodel ", "bold"), f"peer …{reply.peer[-8:]}, up {duration(reply.uptime_seconds)}")
     join = [Text(f"join with: p2pmodel join --peers {address}", "dim", overflow="fold") for address in reply.addresses]
     blocks: list[RenderableType] = [head, *join[:1]]
     for model in reply.models:
@@ -77,7 +78,7 @@ def _host_count(hosts: int) -> tuple[str, str]:
 
 def _round(state: pb.RoundStatus) -> Text:
     return Text(
-        f"round {state.number}: {state.phase} for {_duration(state.since_seconds)}, {state.patches} patches, "
+        f"round {state.number}: {state.phase} for {duration(state.since_seconds)}, {state.patches} patches, "
         f"{state.accepts} of {state.threshold} accepting verdicts"
     )
 
@@ -109,10 +110,3 @@ def _peers(model: pb.ModelStatus) -> Text:
 
 def _clean(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 
-from p2pmodel.domain.ids import Digest, PeerId, check_digest, check_peer, short
+from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, check_digest, check_peer, short
 
 MAX_SLOTS = 100_000
 MAX_MAINTAINERS = 64
+MAX_PLANNED_ROUNDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Schedule:
     min_patches: the round is sealed as soon as that many are admitted; open_seconds: or after this, if there is one;
     proposer_seconds: how long the next proposer waits for a silent one; verdict_seconds: for verdicts, before the round
     is abandoned.
+
+    planned_rounds: that contributors' learning rate follows one schedule over, from the version on that planned them;
+    0: every training has a schedule of its own.
     """
 
     min_patches: int = 3
@@ -75,8 +79,11 @@ class Schedule:
     open_seconds: float = 3600.0
     proposer_seconds: float = 120.0
     verdict_seconds: float = 600.0
+    planned_rounds: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.planned_rounds <= MAX_PLANNED_ROUNDS:
+            raise ValueError(f"schedule: 0 to {MAX_PLANNED_ROUNDS} rounds can be planned")
         if not 1 <= self.min_patches <= self.max_patches:
             raise ValueError("schedule: 1 <= min_patches <= max_patches does not hold")
         if min(self.open_seconds, self.proposer_seconds, self.verdict_seconds) <= 0:
@@ -139,9 +146,30 @@ def _check_maintainers(maintainers: tuple[PeerId, ...], threshold: int) -> None:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The version that a branch begins with. model, version, number: which one it is of which lineage over the same
+    files, as its founder says; result: the values of all slots there, which are those of the branch's base version."""
+
+    model: ModelId
+    version: VersionId
+    number: str
+    result: BlobRef
+
+    def __post_init__(self) -> None:
+        check_digest(self.model, "origin's model")
+        check_digest(self.version, "origin's version")
+        parts = self.number.split(".")
+        if len(self.number) > 32 or len(parts) != 3 or not all(p.isascii() and p.isdecimal() for p in parts):
+            raise ValueError("the origin's number is none of a version, such as 1.0.2")
+        if not self.result.size:
+            raise ValueError("the origin has no values")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`files`: config, weights and tokenizer of the base, sorted by name. `exam`: the suite's archive.
-    `source`: where the base can be had (`org/name@commit` on a model hub), or empty."""
+    `source`: where the base can be had (`org/name@commit` on a model hub), or empty. `origin`: of a branch; without
+    one the slots of the base version are neutral."""
 
     name: str
     created: int
@@ -158,6 +186,7 @@ class Manifest:
     limits: Limits
     maintainers: tuple[PeerId, ...]
     threshold: int
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 64 or not all(c.isalnum() or c in "-_." for c in self.name):
@@ -177,6 +206,11 @@ class Manifest:
         if amendment is None:
             return self
         return replace(self, **{field.name: getattr(amendment, field.name) for field in fields(Amendment)})
+
+    @property
+    def base_values(self) -> BlobRef | None:
+        """Of all slots at the base version; None where they are neutral, which the slots alone say."""
+        return None if self.origin is None else self.origin.result
 
     @property
     def amendment(self) -> Amendment:

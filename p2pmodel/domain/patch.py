@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, check_digest, check_peer
-from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.model import MAX_PLANNED_ROUNDS, BlobRef
 
 MAX_STEPS = 1_000_000
 MAX_COUNT = 1 << 20
@@ -36,8 +36,9 @@ class Recipe:
     batch: examples in a forward pass; accumulate: of these in a step; sequence: tokens in an example; warm_up: share of
     the steps; clip: the largest norm of a gradient, 0 for any; precision: what the model computed in; early_stopping:
     checkpoints without improvement, 0 for never; validation: share held out; fisher: whose labels it is of, or `adam`;
-    control: whether the mean gradient was taken. kind_options: those of the patch's kind, sorted by name. continued:
-    whether the optimiser's moments are those of the contributor's training before this one.
+    control: whether the mean gradient was taken. rounds: trainings that the schedule spans, of which this is number
+    `round`, from 0. kind_options: those of the patch's kind, sorted by name. continued: whether the optimiser's moments
+    are those of the contributor's training before this one.
     """
 
     seed: int
@@ -59,6 +60,8 @@ class Recipe:
     fisher: str = "model"
     control: bool = False
     held_out_blocks: int = 4
+    rounds: int = 1
+    round: int = 0
     kind_options: tuple[tuple[str, float], ...] = ()
     continued: bool = False
 
@@ -66,6 +69,8 @@ class Recipe:
         counts = (self.batch, self.sequence, self.accumulate, self.fisher_examples, self.held_out_blocks)
         if not 0 <= self.steps <= MAX_STEPS or min(counts) < 1 or max(counts) > MAX_COUNT:
             raise ValueError("recipe is out of range")
+        if not 0 <= self.round < self.rounds <= MAX_PLANNED_ROUNDS:
+            raise ValueError("recipe is of a round that was not planned")
         if not (0 <= self.seed < 1 << 63 and 0 <= self.early_stopping <= MAX_COUNT):
             raise ValueError("recipe is out of range")
         figures = (self.learning_rate, self.warm_up, self.weight_decay, self.clip, self.validation)
@@ -84,6 +89,7 @@ class Recipe:
 class Provenance:
     """checkpoints: digests of the adapter every `checkpoint_every` steps, the first before step 0, and after the last
     step; states: of the whole state of the training at the same steps, from which the next ones can be done again.
+    chosen: which of the checkpoints the patch's adapter is, where it is rounded to four bits a value.
     software: (package, version), sorted; threads: how many computed, on which the last bits depend. correction: blob of
     what was added to every gradient, where the contributors' control variates were used."""
 
@@ -96,6 +102,7 @@ class Provenance:
     validation: tuple[DataFile, ...] = ()
     threads: int = 1
     correction: Digest | None = None
+    chosen: Digest | None = None
 
     def __post_init__(self) -> None:
         if len(self.data) + len(self.validation) > MAX_FILES or len(self.software) > 64:
@@ -106,7 +113,8 @@ class Provenance:
             raise ValueError("provenance has checkpoints out of range")
         if not 1 <= self.threads <= MAX_COUNT or (self.states and len(self.states) != len(self.checkpoints)):
             raise ValueError("provenance has states that are not those of its checkpoints")
-        for digest in (*self.checkpoints, *self.states, *((self.correction,) if self.correction else ())):
+        single = (digest for digest in (self.correction, self.chosen) if digest is not None)
+        for digest in (*self.checkpoints, *self.states, *single):
             check_digest(digest, "checkpoint digest")
 
     @property
@@ -150,6 +158,11 @@ class Patch:
             raise ValueError("a patch was trained on at least one sample")
         if not (isfinite(self.loss_before) and isfinite(self.loss_after)):
             raise ValueError("patch losses have to be finite")
+
+    @property
+    def checkpoint(self) -> Digest:
+        """Which of the training's the adapter is, before any rounding."""
+        return self.provenance.chosen or self.adapter.digest
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:

@@ -46,7 +46,8 @@ class Host(Protocol):
 
 
 class VersionTable:
-    """Thread-safe, but for `put`, which one thread calls at a time. The base version's state is empty."""
+    """Thread-safe, but for `put`, which one thread calls at a time. The state of a version that changes nothing of
+    the checkpoint is empty."""
 
     def __init__(self, stage: Host) -> None:
         self._stage = stage

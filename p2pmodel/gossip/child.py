@@ -48,7 +48,7 @@ async def serve(sock: socket.socket) -> None:
     from p2pmodel.gossip.mesh import open_mesh
     from p2pmodel.gossip.service import Service
 
-    async with open_mesh(start.key[SEED], start.listen) as mesh, trio.open_nursery() as nursery:
+    async with open_mesh(start.key[SEED], start.listen, start.psk) as mesh, trio.open_nursery() as nursery:
         await Service(link, mesh, nursery).run(messages)
         leave_quietly()
         nursery.cancel_scope.cancel()
@@ -98,10 +98,10 @@ def die_with_parent() -> None:
 
 
 def log_warnings() -> None:
-    """libp2p's loggers have handlers and levels of their own: the limit is our handler's."""
+    """The parent logs them. libp2p's loggers have handlers and levels of their own: the limit is our handler's."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(asctime)s gossip %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("libp2p").propagate = True
 

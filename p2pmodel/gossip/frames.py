@@ -21,10 +21,12 @@ T = TypeVar("T")
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """The first frame. key: the child's Ed25519 private key in libp2p's format; listen: the multiaddr to listen on."""
+    """The first frame. key: the child's Ed25519 private key in libp2p's format; listen: the multiaddr to listen on;
+    psk: 32 bytes that every connection needs, or none."""
 
     key: bytes
     listen: str
+    psk: bytes = b""
 
 
 class Subscribe(msgspec.Struct, frozen=True, tag=True):

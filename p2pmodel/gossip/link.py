@@ -53,12 +53,16 @@ class _Outgoing:
 class GossipLink:
     """Announcements of others come as bytes, valid, once each, never our own."""
 
-    def __init__(self, key: Key, on_message: Callable[[bytes], None], *, listen: str = "/ip4/127.0.0.1/tcp/0") -> None:
+    def __init__(
+        self, key: Key, on_message: Callable[[bytes], None], *, listen: str = "/ip4/127.0.0.1/tcp/0", psk: bytes = b""
+    ) -> None:
         """key: the node's; gossip's own is derived from it. on_message: called in the event loop, must not block.
-        listen: a multiaddr; with port 0, the child keeps the port that it was given first."""
+        listen: a multiaddr; with port 0, the child keeps the port that it was given first. psk: 32 bytes that every
+        connection of a private swarm needs, or none."""
         self._key = key.derive("gossip")
         self._on_message = on_message
         self._listen = listen
+        self._psk = psk
         self._topics: dict[str, TokenBucket] = {}
         self._addresses_known: OrderedDict[str, None] = OrderedDict()
         self._unanswered: dict[int, _Outgoing] = {}
@@ -155,7 +159,7 @@ class GossipLink:
         child = await ChildProcess.start()
         try:
             async with asyncio.timeout(START_SECONDS):
-                await child.send(frames.Start(self._key.to_libp2p(), listen))
+                await child.send(frames.Start(self._key.to_libp2p(), listen, self._psk))
                 ready = await child.ready()
         except TimeoutError:
             await child.close()

@@ -43,6 +43,7 @@ from multiaddr import Multiaddr
 
 from p2pmodel.domain.ids import ModelId
 from p2pmodel.gossip.gate import REPLAY_SECONDS, Gate, refusal, topic_name
+from p2pmodel.gossip.protected import protect_connections
 
 log = logging.getLogger(__name__)
 
@@ -131,18 +132,22 @@ class Mesh:
 
 
 @asynccontextmanager
-async def open_mesh(seed: bytes, listen: str) -> AsyncIterator[Mesh]:
+async def open_mesh(seed: bytes, listen: str, psk: bytes = b"") -> AsyncIterator[Mesh]:
     """A host with the Ed25519 key of `seed`, listening on the multiaddr `listen`. To be left in the task that entered.
+    psk: 32 bytes, of a private network: who lacks them gets no answer, not even a handshake.
 
     Sets limits of the libp2p modules that have no parameters: a process has one mesh.
     """
     private = Ed25519PrivateKey.from_bytes(seed)
     key = KeyPair(private, private.get_public_key())
+    if psk:
+        protect_connections()
     host = new_host(
         key_pair=key,
         listen_addrs=[Multiaddr(listen)],
         sec_opt={NOISE: NoiseTransport(key, noise_privkey=create_new_key_pair().private_key)},
         muxer_opt={TProtocol(YAMUX): Yamux},
+        psk=psk.hex() or None,
         connection_config=ConnectionConfig(
             max_connections=MAX_CONNECTIONS,
             high_watermark=MAX_CONNECTIONS - 64,

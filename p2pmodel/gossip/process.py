@@ -1,17 +1,23 @@
 """One gossip child, as a process: started with its end of a socketpair, spoken to in frames, and reaped."""
 
 import asyncio
+import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import IO
 
 import p2pmodel
 from p2pmodel.domain.errors import Busy, PeerFailed, UsageError
 from p2pmodel.gossip import frames
 
+log = logging.getLogger(__name__)
+
 READ_BYTES = 64 << 10
+MAX_LINE_CHARACTERS = 2000
 SILENCE_SECONDS = 60.0
 """A child that says nothing for so long is stuck: it reports at least every ten seconds."""
 
@@ -98,11 +104,22 @@ def _execute(fd: int) -> "subprocess.Popen[bytes]":
     """Imports from where we did, not from the current directory. Not in a thread of its own: the child dies with the
     thread that made it (PR_SET_PDEATHSIG). Its own process group keeps the terminal's Ctrl-C away while it starts."""
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-P", "-m", "p2pmodel.gossip.child", str(fd)],
         pass_fds=[fd],
         process_group=0,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
     )
+    assert process.stderr
+    threading.Thread(target=_relay, args=(process.stderr,), name="gossip-log", daemon=True).start()
+    return process
+
+
+def _relay(lines: IO[bytes]) -> None:
+    """What the child says becomes this process's log, whatever its format, until the child has ended."""
+    with lines:
+        while line := lines.readline(MAX_LINE_CHARACTERS):
+            log.warning("%s", line.decode(errors="replace").rstrip())

@@ -121,7 +121,7 @@ def _check_amendment(amendment: Amendment, manifest: Manifest) -> None:
         raise Rejected("size", f"The amendment's exam has {amendment.exam.size} bytes; {MAX_EXAM_BYTES} may be.")
 
 
-def result_limit(manifest: Manifest, experts: Experts) -> int:
+def result_limit(manifest: Manifest, experts: Experts = ()) -> int:
     """The most bytes that the values of all slots of a version with these experts may take."""
     slots = slots_at(manifest.slots, experts)
     return sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in slots) + _OVERHEAD_EACH

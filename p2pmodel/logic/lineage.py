@@ -33,7 +33,7 @@ def verify_chain(
     Raises Rejected("chain") for a gap, a fork, a number or round out of order, another model, or verdicts too few.
     """
     chain: list[Version] = []
-    parent, number, round, result = VersionId(model), BASE_NUMBER, 0, None
+    parent, number, round, result = VersionId(model), BASE_NUMBER, 0, manifest.base_values
     experts: Experts = ()
     passed: set[VersionId] = set()
     for version, candidate, verdicts in versions:
@@ -86,6 +86,17 @@ def in_force(manifest: Manifest, chain: Iterable[Version | Candidate]) -> Manife
     return manifest
 
 
+def place_in_plan(manifest: Manifest, chain: Iterable[Candidate]) -> tuple[int, int]:
+    """(which of the planned rounds follows the chain, how many are planned): (0, 1) where none are, or all are over.
+    `chain` begins at the base; what counts are versions that merged something."""
+    planned, done = manifest.schedule.planned_rounds, 0
+    for candidate in chain:
+        if candidate.amendment is not None and candidate.amendment.schedule.planned_rounds != planned:
+            planned, done = candidate.amendment.schedule.planned_rounds, 0
+        done += bool(candidate.patches)
+    return (done, planned) if done < planned else (0, 1)
+
+
 def history(
     manifest: Manifest, model: ModelId, candidates: Mapping[VersionId, Candidate], verdicts: Iterable[Verdict]
 ) -> tuple[Version, ...]:
@@ -116,7 +127,7 @@ def _adopted(
     for version, candidate in sorted(candidates.items(), key=lambda item: (item[1].round, item[0])):
         if candidate.parent not in force or version in force:
             continue
-        number, round, result = BASE_NUMBER, 0, None
+        number, round, result = BASE_NUMBER, 0, manifest.base_values
         experts: Experts = ()
         if candidate.parent in adopted:
             parent = adopted[candidate.parent].candidate
@@ -133,7 +144,7 @@ def _adopted(
 def _flaw(
     candidate: Candidate, model: ModelId, number: VersionNumber, round: int, result: BlobRef | None, experts: Experts
 ) -> str:
-    """What is wrong with a candidate whose parent has this number, round, result (None: it is the base) and experts;
+    """What is wrong with a candidate whose parent has this number, round, result (None: neutral values) and experts;
     empty when nothing is."""
     if candidate.model != model:
         return "belongs to another model"

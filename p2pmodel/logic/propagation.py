@@ -88,7 +88,7 @@ def want(backlog: Backlog, digest: Digest, kind: str, holder: PeerId, size: int,
         backlog = done(backlog, max(idle, key=lambda known: (known.failures, known.order)).digest)
     new = Wanted(digest, kind, size, holder, (holder,), backlog.heard, after=now)
     named = {**backlog.named, holder: backlog.named.get(holder, 0) + 1}
-    return replace(_put(backlog, new), named=named, heard=backlog.heard + 1)
+    return Backlog(rules, {**backlog.entries, digest: new}, named, backlog.heard + 1)
 
 
 def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch, ...]]:
@@ -97,26 +97,27 @@ def due(backlog: Backlog, now: float, slots: int) -> tuple[Backlog, tuple[Fetch,
     Verdicts before candidates before patches before all else, because the small decide about the large; then in the
     order in which they were heard of, one from each holder in turn.
     """
-    busy = Counter(entry.asking for entry in backlog.entries.values() if entry.asking is not None)
-    if busy.total() >= slots:
+    asking = [entry.asking for entry in backlog.entries.values() if entry.asking is not None]
+    free = slots - len(asking)
+    ready = [entry for entry in backlog.entries.values() if entry.asking is None and entry.after <= now]
+    if free <= 0 or not ready:
         return backlog, ()
-    ready = sorted(
-        (entry for entry in backlog.entries.values() if entry.asking is None and entry.after <= now),
-        key=lambda entry: (_urgency(entry.kind), entry.order),
-    )
+    ready.sort(key=lambda entry: (_urgency(entry.kind), entry.order))
+    busy = Counter(asking)
     fetches: list[Fetch] = []
+    entries = dict(backlog.entries)
     for load in range(backlog.rules.slots_each):
         left: list[Wanted] = []
         for entry in ready:
             holder = next((peer for peer in entry.holders if busy[peer] <= load), None)
-            if holder is None or busy.total() >= slots:
+            if holder is None or len(fetches) == free:
                 left.append(entry)
                 continue
             busy[holder] += 1
-            backlog = _put(backlog, replace(entry, asking=holder))
+            entries[entry.digest] = replace(entry, asking=holder)
             fetches.append(Fetch(entry.digest, entry.kind, entry.size, holder))
         ready = left
-    return backlog, tuple(fetches)
+    return (_with(backlog, entries) if fetches else backlog), tuple(fetches)
 
 
 def sources(backlog: Backlog, fetch: Fetch) -> tuple[PeerId, ...]:
@@ -135,7 +136,7 @@ def done(backlog: Backlog, digest: Digest) -> Backlog:
     named = {**backlog.named, entry.named_by: backlog.named[entry.named_by] - 1}
     if not named[entry.named_by]:
         del named[entry.named_by]
-    return replace(backlog, entries=entries, named=named)
+    return Backlog(backlog.rules, entries, named, backlog.heard)
 
 
 def failed(backlog: Backlog, digest: Digest, holder: PeerId, now: float, *, has_not: bool = False) -> Backlog:
@@ -183,7 +184,11 @@ def next_due(backlog: Backlog) -> float | None:
 
 
 def _put(backlog: Backlog, entry: Wanted) -> Backlog:
-    return replace(backlog, entries={**backlog.entries, entry.digest: entry})
+    return _with(backlog, {**backlog.entries, entry.digest: entry})
+
+
+def _with(backlog: Backlog, entries: Mapping[Digest, Wanted]) -> Backlog:
+    return Backlog(backlog.rules, entries, backlog.named, backlog.heard)
 
 
 def _urgency(kind: str) -> int:

@@ -21,8 +21,10 @@ def needed_blobs(
     that may still matter, however they are going; own: whose patches are kept with all that an audit wants.
 
     Of versions: the values, and the blobs of all patches that were merged. Of the round that is open: the patches on
-    the head, and every candidate on it with its patches, left out or not. The exam, always."""
+    the head, and every candidate on it with its patches, left out or not. The exam, and the values that a branch begins
+    with, always."""
     kept = {manifest.exam.digest}
+    kept.update(() if manifest.base_values is None else (manifest.base_values.digest,))
     adopted = [version.candidate for version in versions]
     open_round = [c for i, c in candidates.items() if c.parent == head or i in recent]
     for candidate in (*adopted, *open_round):

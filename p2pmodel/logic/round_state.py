@@ -47,9 +47,9 @@ class Proposal:
 @dataclass(frozen=True)
 class RoundState:
     """since: when the phase began, opened: when the round did, by the local clock; patches: admitted to this round,
-    sorted; late: admitted after it was sealed; settled: those of failed candidates on this parent, never taken again;
-    signed: the version of this round that this node examines or has signed; signed_round: the highest round that it
-    signed in, on any parent."""
+    sorted; late: admitted after it was sealed; settled: those that rejected candidates on this parent have spoiled,
+    never taken again; signed: the version of this round that this node examines or has signed; signed_round: the
+    highest round that it signed in, on any parent."""
 
     phase: Phase
     round: int

@@ -7,7 +7,10 @@ agree.
 
 A round's number moves only when a candidate fails, so nodes that know the same candidates are in the same round. One
 that waits in an earlier round follows a candidate of a later one; one that votes ends its round first. All candidates
-and verdicts on the same parent stay in the state from round to round, since a verdict can be late.
+and verdicts on the same parent stay in the state from round to round, since a verdict can be late. Patches are tried
+again in the next round unless candidates with them, by so many proposers that one is honest, were rejected: a
+contributor has one patch on a parent, so to give up those of a round in which maintainers were silent, or its proposer
+lied, could leave nothing to merge, ever.
 
 A maintainer signs one version a round, and none of a round before one that it signed in. It stops signing when
 `verdict_seconds` have passed and gives the round up `proposer_seconds` later, so that a verdict signed at the last
@@ -24,8 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from p2pmodel.domain.ids import PeerId, VersionId
-from p2pmodel.logic.quorum import Electorate, Vote, is_hopeless, proposers, tally
+from p2pmodel.domain.ids import PatchId, PeerId, VersionId
+from p2pmodel.logic.quorum import Electorate, Vote, is_hopeless, proposers, tally, tolerated_liars
 from p2pmodel.logic.round_state import (
     Abandon,
     Adopt,
@@ -71,6 +74,7 @@ __all__ = [
     "follow",
     "may_propose",
     "may_sign",
+    "next_tick",
     "reopen",
     "start",
 ]
@@ -95,9 +99,7 @@ def follow(state: RoundState, parent: VersionId, round: int, now: float) -> Roun
 
 def reopen(state: RoundState, now: float) -> RoundState:
     """The next round on the same parent after a rejected or abandoned one, with the patches that are not settled."""
-    failed = [c for c in state.candidates if c.round <= state.round]
-    settled = state.settled.union(*(c.patches for c in failed))
-    patches = tuple(sorted(p for p in {*state.patches, *state.late} if p not in settled))
+    patches = tuple(sorted(p for p in {*state.patches, *state.late} if p not in state.settled))
     return replace(
         state,
         phase=Phase.OPEN,
@@ -106,7 +108,6 @@ def reopen(state: RoundState, now: float) -> RoundState:
         opened=now,
         patches=patches,
         late=(),
-        settled=settled,
         proposed=False,
         signed=None,
     )
@@ -125,6 +126,23 @@ def may_sign(state: RoundState, version: VersionId, now: float, rules: RoundRule
         and state.signed_round < state.round
         and now - state.since < rules.schedule.verdict_seconds
     )
+
+
+def next_tick(state: RoundState, rules: RoundRules, me: PeerId | None) -> float | None:
+    """From when on a Tick changes something, if nothing else happens; None: never."""
+    schedule = rules.schedule
+    if state.phase is Phase.OPEN:
+        if any(candidate.round >= state.round for candidate in state.candidates):
+            return state.since
+        if not state.patches:
+            return None
+        return state.since + (0.0 if len(state.patches) >= schedule.min_patches else schedule.open_seconds)
+    if state.phase is Phase.SEALED:
+        rank = _rank(me, state.round, rules)
+        return None if rank is None or state.proposed else state.since + rank * schedule.proposer_seconds
+    if state.phase is Phase.VOTING:
+        return state.since + schedule.verdict_seconds + schedule.proposer_seconds
+    return None
 
 
 def advance(state: RoundState, event: Event, now: float, rules: RoundRules, me: PeerId | None) -> Outcome:
@@ -238,7 +256,8 @@ def _expire(state: RoundState, event: Tick, here: _Here) -> Outcome:
         return _decide(state, here)
     heard = {vote.maintainer for vote in state.votes if vote.round == state.round}
     reason = f"{len(heard)} of {len(here.rules.maintainers)} maintainers gave a verdict in time"
-    return replace(state, phase=Phase.ABANDONED, since=here.now), (Abandon(state.round, reason),)
+    ended = replace(state, phase=Phase.ABANDONED, since=here.now, settled=_settled(state, here.rules))
+    return ended, (Abandon(state.round, reason),)
 
 
 def _decide(state: RoundState, here: _Here) -> Outcome:
@@ -268,7 +287,7 @@ def _is_accepted(candidate: Proposal, state: RoundState, rules: RoundRules) -> b
 def _vote(state: RoundState, here: _Here) -> Outcome:
     rules = here.rules
     if is_hopeless(state.round, state.votes, rules.maintainers, rules.threshold):
-        rejected = replace(state, phase=Phase.REJECTED, since=here.now)
+        rejected = replace(state, phase=Phase.REJECTED, since=here.now, settled=_settled(state, rules))
         return rejected, (Reject(state.round, f"no candidate can get {rules.threshold} accepting verdicts any more"),)
     late = here.now - state.since >= rules.schedule.verdict_seconds
     if late or here.me not in rules.maintainers or state.signed or state.signed_round >= state.round:
@@ -282,6 +301,24 @@ def _vote(state: RoundState, here: _Here) -> Outcome:
     if first is None:
         return state, ()
     return replace(state, signed=first.version), (Examine(first.version),)
+
+
+def _settled(state: RoundState, rules: RoundRules) -> frozenset[PatchId]:
+    """With the patches of candidates that so many maintainers have rejected that they can't be adopted, made by so many
+    proposers that one of them is honest: a lying one could spoil any patch. Where maintainers were silent, or divided,
+    patches are tried again."""
+    maintainers = len(rules.maintainers)
+    enough = min(maintainers, max(1, tolerated_liars(maintainers, rules.threshold)) + 1)
+    spoiled: dict[PatchId, set[PeerId]] = {}
+    for candidate in state.candidates:
+        if _rejects(candidate, state, rules) > maintainers - rules.threshold:
+            for patch in candidate.patches:
+                spoiled.setdefault(patch, set()).add(candidate.proposer)
+    return state.settled.union(patch for patch, by in spoiled.items() if len(by) >= enough)
+
+
+def _rejects(candidate: Proposal, state: RoundState, rules: RoundRules) -> int:
+    return len(tally(candidate.version, candidate.round, state.votes, rules.maintainers).rejects)
 
 
 def _rank(me: PeerId | None, round: int, rules: RoundRules) -> int | None:

@@ -23,6 +23,7 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire import records
 from p2pmodel.wire.signing import Key
+from p2pmodel.wire.swarm_key import SwarmKey
 
 if TYPE_CHECKING:
     from p2pmodel.node.rounds.maintaining import Maintainer
@@ -36,11 +37,20 @@ CATCH_UP_SECONDS = 60.0
 
 class Community:
     def __init__(
-        self, host: PeerHost, home: Home, lineage: Lineage, directory: Directory, metrics: Metrics, *, listen: str
+        self,
+        host: PeerHost,
+        home: Home,
+        lineage: Lineage,
+        directory: Directory,
+        metrics: Metrics,
+        *,
+        listen: str,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
-        """listen: multiaddr of the gossip child."""
+        """listen: multiaddr of the gossip child; swarm_key: of a private swarm."""
         self._host, self._home, self._lineage, self._directory, self._metrics = host, home, lineage, directory, metrics
-        self._gossip = GossipLink(home.key, self._heard, listen=listen)
+        psk = swarm_key.gossip_psk() if swarm_key else b""
+        self._gossip = GossipLink(home.key, self._heard, listen=listen, psk=psk)
         self.exchange = Exchange(host, lineage, self)
         self._keeper: RoundKeeper | None = None
         self.presences: dict[PeerId, Presence] = {}

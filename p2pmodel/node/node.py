@@ -26,9 +26,11 @@ from p2pmodel.node.lineages.contacts import remember_contacts
 from p2pmodel.node.lineages.discovery import bootstrap_peers, local_lineage, swarm_lineage
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.machine.device import Device, choose_device
+from p2pmodel.node.machine.remote_control import remote_control
 from p2pmodel.node.machine.threads import in_daemon, use_threads
 from p2pmodel.node.service import Service
 from p2pmodel.node.watching.gauges import Gauges
+from p2pmodel.node.watching.glance import Glance, Glancer
 from p2pmodel.node.watching.overview import NodeView
 from p2pmodel.node.watching.traffic import Traffic
 from p2pmodel.store.home import Home
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GAUGE_SECONDS = 2.0
+GLANCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class NodeOptions:
     home: Path | None = None
     model: str | None = None
     peers: tuple[str, ...] = ()
+    swarm_key: Path | None = None
     layers: Span | str = "auto"
     capacity: int | None = None
     experts: tuple[int, ...] | None = None
@@ -68,13 +72,16 @@ class NodeOptions:
     host: str = "127.0.0.1"
     port: int = 0
     http: tuple[str, int] | None = None
+    control_listen: tuple[str, int] | None = None
+    control_tls: Path | None = None
     maintain: bool = False
     ask: bool = False
     threads: int | None = None
 
 
-async def run(options: NodeOptions, say: Callable[[str], None]) -> None:
-    """Runs a node until SIGINT or SIGTERM; `say` is told what a person wants to know. Raises P2PModelError."""
+async def run(options: NodeOptions, say: Callable[[str], None], show: Callable[[Glance], None] | None = None) -> None:
+    """Runs a node until SIGINT or SIGTERM; `say` is told what a person wants to know, and `show` what there is to see,
+    every second once it serves. Raises P2PModelError."""
     began = time.monotonic()
     device = choose_device(options.gpu, options.dtype, options.cache_memory)
     use_threads(options.threads)
@@ -92,7 +99,7 @@ async def run(options: NodeOptions, say: Callable[[str], None]) -> None:
             return
         node = starting.result()
         say(f"{node.serving} (ready after {time.monotonic() - began:.1f} s)")
-        failing = asyncio.ensure_future(node.run())
+        failing = asyncio.ensure_future(node.run(show))
         await asyncio.wait({failing, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             failing.result()
@@ -111,10 +118,13 @@ class Node:
     host: PeerHost
     mover: "Mover | None"
     trunk: "Trunk | None"
+    glancer: Glancer
     serving: str
 
-    async def run(self) -> None:
+    async def run(self, show: Callable[[Glance], None] | None = None) -> None:
         async with asyncio.TaskGroup() as tasks:
+            if show:
+                tasks.create_task(self._show(show))
             if self.mover:
                 tasks.create_task(self.mover.run())
             if self.trunk:
@@ -129,6 +139,11 @@ class Node:
             await self.gauges.refresh()
             await asyncio.sleep(GAUGE_SECONDS)
 
+    async def _show(self, show: Callable[[Glance], None]) -> None:
+        while True:
+            show(self.glancer.take())
+            await asyncio.sleep(GLANCE_SECONDS)
+
     async def _watch_daemon(self) -> None:
         status = await self.host.ended()
         raise P2PModelError(
@@ -139,9 +154,10 @@ class Node:
 async def _start(
     options: NodeOptions, device: Device, stack: AsyncExitStack, stopping: asyncio.Event, say: Callable[[str], None]
 ) -> Node:
+    remote = remote_control(options.control_listen, options.control_tls)
     home = Home.open(options.home)
     stack.callback(home.lock().release)
-    key = home.key
+    key, swarm_key = home.key, home.swarm_key(options.swarm_key)
     metrics = Metrics()
     feed = Feed()
     if options.http is not None:
@@ -150,7 +166,7 @@ async def _start(
         say(f"status at {server.url}/, metrics at {server.url}/metrics")
     local = None if options.peers else await in_daemon(local_lineage, home, options.model, say)
     host = await PeerHost.start(
-        home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers
+        home.key_path, listen=[f"/ip4/{options.host}/tcp/{options.port}"], bootstrap=options.peers, swarm_key=swarm_key
     )
     stack.push_async_callback(host.stop)
     contacts = bootstrap_peers(options.peers)
@@ -166,6 +182,7 @@ async def _start(
         directory,
         metrics,
         listen=f"/ip4/{options.host}/tcp/{options.port + 1 if options.port else 0}",
+        swarm_key=swarm_key,
     )
     stack.push_async_callback(community.stop)
     blobs = BlobServer(host, home.objects)
@@ -211,16 +228,23 @@ async def _start(
         Service(
             home, host, lineage, directory, community, attendance, hosting, traffic, options.maintain, stopping.set
         ),
+        remote,
     )
     await control.start()
+    if remote:
+        say(f"control API at {remote.host}:{control.port}, for clients with a certificate")
     stack.push_async_callback(control.stop)
     for address in host.addresses:
         say(f"to join this swarm: p2pmodel join --peers {address}")
+    if swarm_key:
+        say(f"private: only with the swarm key {swarm_key.fingerprint}")
     remember_contacts(home, host.addresses)
     feed.begin(NodeView(host, lineage, directory, community, hosting).status)
     gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
     mover = _mover(options, lineage, host, attendance, hosting, say) if hosting else None
-    return Node(community, attendance, gauges, host, mover, trunk, _serving(lineage, hosting, experts, options))
+    glancer = Glancer(host, lineage, attendance, community, hosting, experts)
+    serving = _serving(lineage, hosting, experts, options)
+    return Node(community, attendance, gauges, host, mover, trunk, glancer, serving)
 
 
 def _note_head(home: Home, lineage: Lineage) -> None:

@@ -13,6 +13,7 @@ from p2pmodel.logic.routing import coverage
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.patches.patchbook import entries
 from p2pmodel.node.watching.traffic import Traffic
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.directory import Directory
@@ -75,6 +76,38 @@ class Service:
             models=[model],
             traffic=self._traffic.totals(),
         )
+
+    async def versions(self, request: pb.ListVersionsRequest) -> pb.ListVersionsReply:
+        found = [
+            pb.VersionInfo(
+                version=self._ref(version.id),
+                parent=self._ref(version.candidate.parent),
+                round=version.candidate.round,
+                strategy=version.candidate.merge.strategy,
+                alpha=version.candidate.alpha,
+                patches=version.candidate.patches,
+                left_out=[left.patch for left in version.candidate.left_out],
+                accepted_by=[verdict.maintainer for verdict in version.verdicts if verdict.accept],
+            )
+            for version in self._lineage.versions
+        ]
+        return pb.ListVersionsReply(model=self._lineage.model, versions=found)
+
+    async def patches(self, request: pb.ListPatchesRequest) -> pb.ListPatchesReply:
+        found = [
+            pb.PatchInfo(
+                id=entry.id,
+                contributor=entry.patch.contributor,
+                parent=self._ref(entry.patch.parent),
+                kind=entry.patch.kind,
+                state=entry.state,
+                bytes=entry.patch.adapter.size,
+                samples=entry.patch.samples,
+                licence=entry.patch.licence,
+            )
+            for entry in entries(self._lineage)
+        ]
+        return pb.ListPatchesReply(model=self._lineage.model, patches=found)
 
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         self._lineage.refresh()

@@ -157,10 +157,11 @@ class Node:
 class VirtualSwarm:
     """The same seed and the same calls give the same history."""
 
-    def __init__(self, seed: int, conditions: Conditions) -> None:
+    def __init__(self, seed: int, conditions: Conditions, clock: Clock | None = None) -> None:
+        """clock: of a world that the swarm is a part of."""
         self.chance = random.Random(seed)
         self.conditions = conditions
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.directory = Directory(self.clock, conditions.layers)
         self.record = Record(conditions.layers)
         self.nodes: list[Node] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import platformdirs
 
-from p2pmodel.domain.errors import InvalidInput, NotFound, StorageError
+from p2pmodel.domain.errors import InvalidInput, NotFound, StorageError, UsageError
 from p2pmodel.store.disk import demand_writable, locked, make_folder, storage_error, storage_errors
 from p2pmodel.store.index import Index
 from p2pmodel.store.lock import HomeLock
@@ -19,7 +19,9 @@ from p2pmodel.store.objects import ObjectStore
 from p2pmodel.store.refs import Refs
 from p2pmodel.store.scan import scan
 from p2pmodel.store.scratch import Scratch
+from p2pmodel.store.secrets import read_swarm_key
 from p2pmodel.wire.signing import Key
+from p2pmodel.wire.swarm_key import SwarmKey
 
 MAX_SOCKET_PATH = 100
 """Bytes; the kernel's sockaddr_un has 108, of which gRPC and its prefix take some."""
@@ -76,6 +78,28 @@ class Home:
             except OSError as error:
                 raise storage_error(error, self.key_path) from error
 
+    def demand_place_for(self, peer: str, *, replace: bool) -> None:
+        """Raises UsageError when this home has another peer's key, unless it may be replaced; StorageError."""
+        if not replace and self.key_path.exists() and self.key.peer != peer:
+            raise UsageError(
+                f"{self.path} already has the key of {self.key.peer}.",
+                "Use another --home, or replace it with --force.",
+            )
+
+    def take_key(self, key: Key, *, replace: bool) -> Path | None:
+        """Makes `key` this home's. A key that is replaced is kept; where, is returned. To be called while `lock` is
+        held. Raises UsageError as `demand_place_for`, StorageError."""
+        self.demand_place_for(key.peer, replace=replace)
+        kept = None
+        with locked(self.path / "key.lock"), storage_errors(self.key_path):
+            old = self.key_path.read_bytes() if self.key_path.exists() else key.to_libp2p()
+            if old != key.to_libp2p():
+                kept = self.path / f"key.{hashlib.sha256(old).hexdigest()[:8]}"
+                self._scratch.write(kept, old, 0o600)
+            self._scratch.write(self.key_path, key.to_libp2p(), 0o600)
+        self.__dict__.pop("key", None)
+        return kept
+
     @property
     def control_socket(self) -> Path:
         """Where this home's node listens: in the home, or, where that path is too long for a socket, in a private
@@ -116,6 +140,19 @@ class Home:
             line = int((said and said[2]) or raw.count(b"\n") + 1)
             what = f"is not valid TOML: {said[1] if said else error}"
         raise InvalidInput(f"Line {line} of {path} {what}.", "Correct that line, or delete the file.")
+
+    def swarm_key(self, path: Path | None = None) -> SwarmKey | None:
+        """Of the private swarm: the file at `path`, else at P2PMODEL_SWARM_KEY, else where config.toml's `swarm_key`
+        says, from the home on; None in a swarm that anybody may join. Raises NotFound, InvalidInput, StorageError."""
+        named = path or os.environ.get("P2PMODEL_SWARM_KEY")
+        if not named:
+            configured = self.settings().get("swarm_key")
+            if configured is None:
+                return None
+            if not isinstance(configured, str):
+                raise InvalidInput(f"swarm_key in {self.path / 'config.toml'} is no text.", "Name the key's file.")
+            named = self.path / Path(configured).expanduser()
+        return read_swarm_key(Path(named).expanduser())
 
     def close(self) -> None:
         """Closes the index's file; what is used again opens again."""

@@ -17,7 +17,9 @@ from p2pmodel.domain.ids import PeerId, check_peer
 from p2pmodel.swarm.addresses import check_listen_address, parse_peer_address
 from p2pmodel.swarm.daemon import Daemon
 from p2pmodel.swarm.dht import create_node
+from p2pmodel.swarm.membership import Membership
 from p2pmodel.wire.signing import Key
+from p2pmodel.wire.swarm_key import SwarmKey
 
 T = TypeVar("T")
 
@@ -46,9 +48,11 @@ class PeerHost:
         listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
         bootstrap: Sequence[str] = (),
         client_only: bool = False,
+        swarm_key: SwarmKey | None = None,
     ) -> "PeerHost":
         """key_path: a libp2p Ed25519 key file; None: a key for this run only. bootstrap: full multiaddrs of peers to
-        join, of which one has to answer; client_only: use the DHT without storing for others.
+        join, of which one has to answer; client_only: use the DHT without storing for others; swarm_key: of a private
+        swarm, whose members alone are spoken with.
 
         Raises UsageError for addresses that are none, NotFound and StorageError for the key, Busy when a port is in
         use, Unreachable when none of the bootstrap peers answers; the last after 20 s at most.
@@ -63,7 +67,8 @@ class PeerHost:
             os.close(descriptor)
         try:
             peer = _read_key(key_file).peer
-            p2p = await Daemon.launch(key_file, ways, bootstrap, client_only)
+            membership = Membership(swarm_key, peer)
+            p2p = await Daemon.launch(key_file, ways, bootstrap, client_only, membership)
         finally:
             if key_path is None:
                 os.unlink(key_file)
@@ -76,6 +81,10 @@ class PeerHost:
             raise
         return self
 
+    @property
+    def membership(self) -> Membership:
+        return self.p2p.membership
+
     async def join(self, addresses: Sequence[str]) -> None:
         """Meets the swarm through any of these peers; again, when it was lost. Raises UsageError, Unreachable."""
         others = [(peer, way) for peer, way in map(parse_peer_address, addresses) if peer != self.peer]
@@ -86,7 +95,7 @@ class PeerHost:
             ways.setdefault(peer, []).append(way)
         met = await asyncio.gather(*(self._meet(peer, some) for peer, some in ways.items()))
         if not any(met):
-            hint = "Check that one of them runs and can be reached."
+            hint = "Check that one of them runs and can be reached, and whether its swarm is private (--swarm-key)."
             raise Unreachable(f"None of the bootstrap peers answers: {', '.join(addresses)}.", hint)
         try:
             async with asyncio.timeout(_JOIN_SECONDS):

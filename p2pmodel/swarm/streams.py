@@ -11,6 +11,7 @@ import math
 import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from p2pmodel.domain.errors import Busy, PeerFailed, Unreachable
 from p2pmodel.domain.ids import PeerId
+from p2pmodel.swarm.membership import Membership, WaitingRoom
 
 MAX_CONTROL_BYTES = 1 << 20
 CONTROL_SECONDS = 5.0
@@ -42,6 +44,9 @@ class Host(Protocol):
     @property
     def peer(self) -> str: ...
 
+    @property
+    def membership(self) -> Membership: ...
+
 
 def open_stream(host: Host, peer: PeerId, protocol: str, timeout: float = 10.0) -> socket.socket:
     """A blocking socket; bytes written to it come out at `peer`'s Listener of `protocol`. A stream to a peer that is
@@ -51,7 +56,10 @@ def open_stream(host: Host, peer: PeerId, protocol: str, timeout: float = 10.0) 
     daemon is gone, Busy when the process is out of descriptors.
     """
     if peer == host.peer:
-        return _open_local(peer, protocol)
+        local = _open_local(peer, protocol)
+        host.membership.greet(local, protocol, peer, timeout)
+        return local
+    until = time.monotonic() + timeout
     dial = p2pd_pb2.StreamOpenRequest(
         peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol], timeout=max(1, math.ceil(timeout))
     )
@@ -63,6 +71,7 @@ def open_stream(host: Host, peer: PeerId, protocol: str, timeout: float = 10.0) 
     if response.type == p2pd_pb2.Response.ERROR:
         stream.close()
         raise PeerFailed(f"Peer …{peer[-8:]} could not be reached: {response.error.msg[:200]}.", peer)
+    host.membership.greet(stream, protocol, peer, max(0.001, until - time.monotonic()))
     return stream
 
 
@@ -86,9 +95,12 @@ class Listener:
         self._path = str(Path(self._folder.name) / "streams.sock")
         self._socket = socket.socket(socket.AF_UNIX)
         self._closed = threading.Event()
+        self._waiting: WaitingRoom | None = None
         try:
             self._socket.bind(self._path)
             self._socket.listen(backlog)
+            if host.membership.private:
+                self._waiting = WaitingRoom(host.membership, protocol, self._socket)
             self._tell(
                 p2pd_pb2.Request(
                     type=p2pd_pb2.Request.STREAM_HANDLER,
@@ -96,18 +108,23 @@ class Listener:
                 )
             )
         except BaseException:
+            if self._waiting is not None:
+                self._waiting.close()
             self._socket.close()
             self._folder.cleanup()
             raise
         _local[host.peer, protocol] = self._path
 
     def accept(self) -> tuple[socket.socket, PeerId]:
-        """The next stream, blocking, and who opened it, as p2pd has authenticated it.
+        """The next stream, blocking, and who opened it, as p2pd has authenticated it; in a private swarm, a member's.
+        For one thread at a time.
 
         Raises EOFError once the listener is closed. Waits a little where the process is out of descriptors, so that
         nobody spins.
         """
         while not self._closed.is_set():
+            if self._waiting is not None and (member := self._waiting.next()):
+                return member
             try:
                 stream, _ = self._socket.accept()
             except OSError as error:
@@ -118,9 +135,14 @@ class Listener:
                 stream.settimeout(CONTROL_SECONDS)
                 info = _get(stream, p2pd_pb2.StreamInfo())
                 stream.settimeout(None)
-                return stream, PeerId(PeerID(info.peer).to_base58())
+                caller = PeerId(PeerID(info.peer).to_base58())
+                if self._waiting is None:
+                    return stream, caller
+                self._waiting.enter(stream, caller)
             except (OSError, EOFError, DecodeError):
                 stream.close()
+        if self._waiting is not None:
+            self._waiting.close()
         raise EOFError("the listener is closed")
 
     def close(self) -> None:

@@ -96,6 +96,18 @@ def unpack(raw: bytes | bytearray | memoryview, slots: Sequence[Slot] | None, li
     return tensors
 
 
+def names(raw: bytes) -> frozenset[str]:
+    """Of the tensors that a blob says it holds; none when it is no blob."""
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or length > len(raw) - 8:
+        return frozenset()
+    parse = _cached_layout if length <= _CACHED_HEADER_BYTES else _layout
+    try:
+        return frozenset(parse(raw[8 : 8 + length], len(raw) - 8 - length).names)
+    except Rejected:
+        return frozenset()
+
+
 @dataclass(frozen=True)
 class _Layout:
     """(name, dtype, shape, begin, end) of every tensor, in the order of the data, and what follows from them."""

@@ -6,13 +6,14 @@ and in a fixed order, and no library's matrix products or sums.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, prod
 
 import torch
 from torch import Tensor
 
+from p2pmodel.domain.model import Slot
 from p2pmodel.tensors.blob import Tensors
 
 _CACHED_ELEMENTS = 1 << 15
@@ -150,6 +151,10 @@ class Factored(_ByRows):
         if not stacked:
             return own * by_column
         return own * by_column[torch.arange(low, high) // count]
+
+
+def slot_places(slots: Sequence[Slot]) -> Places:
+    return tuple((slot.name, slot.shape) for slot in sorted(slots, key=lambda slot: slot.name))
 
 
 def factored_places(name: str, shape: Shape) -> Places:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p2pmodel.tensors import blob, fourbit
 from p2pmodel.tensors.blob import Tensors
-from p2pmodel.tensors.changes import Places
+from p2pmodel.tensors.changes import Change, Places
 
 CONTINUED = ("ia3@1", "fish@1", "dense@1")
 """Kinds whose parameters mean the same in the next round; LoRA begins with new factors."""
@@ -23,11 +23,18 @@ def write(gradient: Mapping[str, Tensor], error: Mapping[str, Tensor] | None = N
     return blob.pack(encoded), left
 
 
-def read(control: bytes, adapter: bytes, limit: int) -> Tensors:
-    """By parameter, float32. adapter: the same patch's; its float32 tensors are what was trained, so that they say what
-    the gradient is of. Raises Rejected("size" | "schema" | "shape" | "finite")."""
-    return fourbit.decode(control, places(blob.unpack(adapter, None, limit)), limit)
+def read(control: bytes, places: Places, limit: int) -> Tensors:
+    """By parameter, float32. Raises Rejected("size" | "schema" | "shape" | "finite")."""
+    return fourbit.decode(control, places, limit)
 
 
-def places(adapter: Mapping[str, Tensor]) -> Places:
+def places(adapter: bytes, change: Change, limit: int) -> Places:
+    """Of the parameters that a patch was trained in, which its gradient is of. change: what the adapter blob holds."""
+    if fourbit.holds(adapter):
+        return tuple((slot, change.shape(slot)) for slot in sorted(change.values))
+    return parameters(blob.unpack(adapter, None, limit))
+
+
+def parameters(adapter: Mapping[str, Tensor]) -> Places:
+    """What is float32 in an adapter is what was trained."""
     return tuple((n, tuple(t.shape)) for n, t in sorted(adapter.items()) if t.dtype == torch.float32)

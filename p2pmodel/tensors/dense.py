@@ -1,4 +1,5 @@
-"""Dense patches: an update of every weight of the layers. The blob holds the updates against the parent, by slot."""
+"""Dense patches: an update of every weight of the layers. The blob holds the updates against the parent, by slot, or
+all of them in four bits."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +8,8 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
-from p2pmodel.tensors import blob
-from p2pmodel.tensors.changes import Change, factored_places, factors
+from p2pmodel.tensors import blob, fourbit
+from p2pmodel.tensors.changes import Change, factored_places, factors, slot_places
 from p2pmodel.tensors.weights import Ground, WeightTrainee, leaf
 
 
@@ -31,7 +32,7 @@ class Trainee(WeightTrainee):
 
 def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
     """Raises Rejected."""
-    values = blob.unpack(raw, slots, limit)
+    values = fourbit.decode(raw, slot_places(slots), limit) if fourbit.holds(raw) else blob.unpack(raw, slots, limit)
     if not values:
         raise Rejected("shape", "The patch changes nothing.")
     places = sorted(place for slot, update in values.items() for place in factored_places(slot, tuple(update.shape)))

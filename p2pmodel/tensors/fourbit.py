@@ -19,6 +19,12 @@ from p2pmodel.tensors.changes import Places, end_to_end, taken_apart
 
 BLOCK = 64
 LARGEST = 7
+_NAMES = frozenset(("codes", "scales", "unit"))
+
+
+def holds(raw: bytes) -> bool:
+    """Whether a blob is of four bits a value."""
+    return blob.names(raw) == _NAMES
 
 
 def encode(
@@ -56,7 +62,7 @@ def decode(raw: bytes, places: Places, limit: int) -> Tensors:
         Slot("unit", (1,), "float32"),
     )
     found = blob.unpack(raw, expected, limit)
-    if found.keys() != {slot.name for slot in expected}:
+    if found.keys() != _NAMES:
         raise Rejected("schema", "A blob of four bits a value lacks its codes, scales or unit.")
     codes = found["codes"]
     whole = torch.stack([codes & 15, codes >> 4], 1).view(-1)[:size].to(torch.float32) - 8

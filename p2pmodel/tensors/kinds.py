@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.model import Slot
-from p2pmodel.tensors import blob, compact, dense, experts, fish, ia3, lora, smear_hooks, weights
-from p2pmodel.tensors.changes import Change, Factored
+from p2pmodel.tensors import blob, compact, dense, experts, fish, fourbit, ia3, lora, smear_hooks, weights
+from p2pmodel.tensors.changes import Change, Factored, slot_places
 
 GROUP = "p2pmodel.patch_kinds"
 
@@ -112,6 +112,9 @@ class _IA3:
         return ia3.Applier(base, slots)
 
     def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        if fourbit.holds(adapter):
+            places = slot_places(slots)
+            return Change(fourbit.decode(adapter, places, limit), True, places)
         values = blob.unpack(adapter, slots, limit)
         if not values:
             raise Rejected("shape", "The patch changes nothing.")

@@ -75,6 +75,7 @@ def statement(record: bytes) -> dict[str, Any]:
         "software": dict(provenance.software),
         "threads": provenance.threads,
         "correction": provenance.correction,
+        "chosen": provenance.chosen,
         "checkpoints": [
             {"step": step, "adapter": adapter, "state": state}
             for step, adapter, state in zip(steps, provenance.checkpoints, states, strict=True)

@@ -32,6 +32,7 @@ from p2pmodel.domain.ports import Buffer
 from p2pmodel.domain.swarm import Hop, Route, SessionRequest, Span
 from p2pmodel.swarm.chain_client import ChainClient
 from p2pmodel.swarm.chain_server import ChainServer
+from p2pmodel.swarm.membership import Membership
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
 
@@ -52,6 +53,10 @@ class Host:
             file.write_bytes(key.to_libp2p())
             p2p = await P2P.create(identity_path=str(file), check_if_identity_free=False, startup_timeout=60)
         return cls(p2p, key.peer, [str(address) for address in await p2p.get_visible_maddrs()])
+
+    @property
+    def membership(self) -> Membership:
+        return Membership(None, self.peer)
 
     async def meet(self, peer: str, addresses: Sequence[str]) -> None:
         ways = [Multiaddr(address.split("/p2p/")[0]) for address in addresses]

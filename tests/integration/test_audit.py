@@ -22,7 +22,7 @@ from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.patches.auditing import MISSING, NEAR, OTHER, SAME, Audit, audit
-from p2pmodel.node.patches.contributing import ESTIMATING_STEPS, Assignment, train_patch
+from p2pmodel.node.patches.contributing import ESTIMATING_STEPS, FOUR_BITS, Assignment, rounded, train_patch
 from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
@@ -64,7 +64,16 @@ def training(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     data.write_text(PROSE * 60)
     home = Home.open(folder / "home")
     lineage = found(home, base, Founding("tiny", (home.key.peer,), 1, starter.EXAM, kinds=("ia3@1", "lora@1")))
-    assignment = Assignment(lineage, base, lineage.head, request.param, (data,), options=OPTIONS, licence="CC0-1.0")
+    assignment = Assignment(
+        lineage,
+        base,
+        lineage.head,
+        request.param,
+        (data,),
+        options=OPTIONS,
+        licence="CC0-1.0",
+        bits=4 if request.param in FOUR_BITS else 32,
+    )
     train_patch(assignment, folder / "a.p2patch", lambda step: None)
     torch.set_num_threads(threads)
     return Training(lineage, base, data, open_patch(home.path, str(folder / "a.p2patch")))
@@ -123,6 +132,24 @@ def test_a_segment_that_was_altered_is_noticed_where_it_is_replayed(training: Tr
     verdicts = [segment.verdict for segment in report.segments]
     assert verdicts[1:3] == [OTHER, OTHER]
     assert verdicts[0] == verdicts[3] == SAME
+
+
+def test_an_adapter_that_its_checkpoint_does_not_round_to_is_noticed(training: Training) -> None:
+    patch = training.opened.patch
+    if patch.kind not in FOUR_BITS:
+        assert patch.provenance.chosen is None
+        return
+    raw = training.find(patch.checkpoint)
+    assert raw is not None
+    values = blob.unpack(raw, None, len(raw))
+    state = version_state(training.lineage, patch.parent)
+    assert canonical.digest(rounded(patch.kind, values, state)) == patch.adapter.digest
+    forged = rounded(patch.kind, {name: 2 * value - state[name] for name, value in values.items()}, state)
+    ref = dataclasses.replace(patch.adapter, digest=canonical.digest(forged), size=len(forged))
+    opened = dataclasses.replace(training.opened, patch=dataclasses.replace(patch, adapter=ref), adapter=forged)
+    assert any("not its checkpoint" in problem for problem in training.audit(opened).problems)
+    lost = training.audit(find=lambda digest: None if digest == patch.checkpoint else training.find(digest))
+    assert any("not to be had" in gap for gap in lost.gaps)
 
 
 def test_other_rounding_is_close(training: Training, tmp_path: Path) -> None:
@@ -197,7 +224,7 @@ def test_a_corrected_training_is_audited_with_its_correction(training: Training,
 def test_states_that_are_gone_and_patches_without_any_are_said(training: Training) -> None:
     report = training.audit(find=lambda digest: None)
     assert {segment.verdict for segment in report.segments} == {MISSING}
-    assert len(report.gaps) == 4
+    assert len(report.gaps) == 4 + (training.opened.patch.kind in FOUR_BITS)
     assert not report.problems
     none = dataclasses.replace(training.opened.patch.provenance, states=(), checkpoints=())
     opened = training.saying(lambda patch: dataclasses.replace(patch, provenance=none))

@@ -52,6 +52,14 @@ class Service:
             traffic={"blobs_sent": 1 << 40},
         )
 
+    async def versions(self, request: pb.ListVersionsRequest) -> pb.ListVersionsReply:
+        self._check()
+        return pb.ListVersionsReply(model="m", versions=[pb.VersionInfo(version=pb.VersionRef(number="1.0.1"))])
+
+    async def patches(self, request: pb.ListPatchesRequest) -> pb.ListPatchesReply:
+        self._check()
+        return pb.ListPatchesReply(model="m")
+
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         self._check()
         return pb.PublishReply(patch=request.record, model="m", round=2)

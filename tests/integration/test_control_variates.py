@@ -13,7 +13,7 @@ from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.version import VersionNumber
 from p2pmodel.node.lineages.intake import needed_blobs, store, take_in
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import round_mean
+from p2pmodel.node.lineages.states import patch_change, round_mean
 from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.store.home import Home
@@ -99,7 +99,8 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
         patch = mine.patches[merged]
         assert patch.control is not None
         load = mine.home.objects.load
-        own.append(control.read(load(patch.control.digest), load(patch.adapter.digest), 1 << 20))
+        places = control.places(load(patch.adapter.digest), patch_change(mine, patch), 1 << 20)
+        own.append(control.read(load(patch.control.digest), places, 1 << 20))
     for slot, value in mean.items():
         expected = torch.stack([variate[slot] for variate in own]).mean(0)
         assert float((value - expected).norm()) <= 0.01 * float(expected.norm())

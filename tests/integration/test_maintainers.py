@@ -51,11 +51,11 @@ def run(home: Path, *arguments: str) -> Any:
 
 
 class Council:
-    """Three homes of maintainers, of whom two have to accept, and the lineage that all of them know."""
+    """Homes of maintainers, of whom `threshold` have to accept, and the lineage that all of them know."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, maintainers: int = 3, threshold: int = 2) -> None:
         self.folder = folder
-        homes = [Home.open(folder / f"m{n}") for n in (1, 2, 3)]
+        homes = [Home.open(folder / f"m{n + 1}") for n in range(maintainers)]
         exam = folder / "exam"
         exam.mkdir()
         rows = (starter.EXAM / "xml.test.jsonl").read_text().splitlines()[:2]
@@ -63,7 +63,7 @@ class Council:
             (exam / f"xml.{split}.jsonl").write_text("\n".join(rows) + "\n")
         (exam / "exam.toml").write_text('[[domain]]\nname = "xml"\ntune = "xml.tune.jsonl"\ntest = "xml.test.jsonl"\n')
         keys = tuple(home.key.peer for home in homes)
-        founding = Founding("council", keys, 2, exam, licence=starter.LICENCE, schedule=SCHEDULE)
+        founding = Founding("council", keys, threshold, exam, licence=starter.LICENCE, schedule=SCHEDULE)
         self.lineages = [found(homes[0], starter.MODEL, founding)]
         self.learned = self._learn(folder, rows)
         record = homes[0].objects.load(self.lineages[0].model)

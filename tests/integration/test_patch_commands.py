@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from p2pmodel import starter
@@ -16,6 +17,7 @@ from p2pmodel.domain.ids import Digest
 from p2pmodel.node.lineages.finding import SwarmFinder
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.lineages.states import patch_file_state
 from p2pmodel.node.patches.patchbook import open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobServer
@@ -133,8 +135,10 @@ def test_exports_imports_and_rebases(folder: Path, tmp_path: Path) -> None:
     where = ("--model", "tiny", *base, "--output", tmp_path / "back.p2patch")
     done = read(folder, "patch", "import", tmp_path / "adapter", *where)
     assert done["fisher"] == "flat"
-    adapters = [open_patch(folder / "home", str(path)).adapter for path in (folder / "a.p2patch", done["file"])]
-    assert adapters[0] == adapters[1]
+    lineage = open_patch(folder / "home", done["file"]).lineage
+    given, back = (patch_file_state(lineage, Path(path)) for path in (folder / "a.p2patch", done["file"]))
+    assert given.keys() == back.keys()
+    assert all(torch.equal(given[name], back[name]) for name in given)
     assert "names no states" in run(
         folder, "patch", "audit", done["file"], "--data", folder / "prose.txt", *base, code=3
     )

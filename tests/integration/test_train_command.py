@@ -24,6 +24,7 @@ from p2pmodel.engine.training.resuming import Progress
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.intake import check_patch_file, take_in
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.lineages.states import read_change
 from p2pmodel.node.patches import continuity, savepoints
 from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.node.patches.savepoints import Savepoints
@@ -134,7 +135,17 @@ def test_checkpoints_that_an_audit_wants_are_kept(founded: Path, home: Path, tmp
     assert [provenance.step_of(at) for at in range(len(provenance.checkpoints))] == [0, 3, 6]
     assert len(provenance.states) == len(provenance.checkpoints) == 3
     assert all(objects.verify(digest) for digest in (*provenance.checkpoints, *provenance.states))
-    assert opened.patch.adapter.digest in provenance.checkpoints
+    assert opened.patch.checkpoint in provenance.checkpoints
+    exact = objects.load(opened.patch.checkpoint)
+    change = read_change(lineage_of(home), "ia3@1", opened.raw.adapter)
+    assert opened.patch.adapter.size < len(exact)
+    updates = {name: value - 1 for name, value in blob.unpack(exact, None, len(exact)).items()}
+    apart = sum(float((change.values[name] - update).square().sum()) for name, update in updates.items())
+    assert apart <= 0.02 * sum(float(update.square().sum()) for update in updates.values())
+    run(command(founded, home, tmp_path / "b.p2patch", *SHORT, "--bits", "32"))
+    assert bundle.open_bundle((tmp_path / "b.p2patch").read_bytes()).raw.adapter == exact
+    run(command(founded, home, tmp_path / "b.p2patch", *SHORT, "--bits", "8"), code=4)
+    run(command(founded, home, tmp_path / "b.p2patch", *SHORT, "--bits", "4", "--kind", "lora"), code=4)
 
 
 def test_restarting_forgets_what_was_broken_off(founded: Path, home: Path, tmp_path: Path) -> None:
@@ -186,7 +197,8 @@ def test_a_dry_run_says_what_a_training_would_be(founded: Path, home: Path, tmp_
     run(command(founded, home, tmp_path / "a.p2patch", *SHORT))
     opened = bundle.open_bundle((tmp_path / "a.p2patch").read_bytes())
     assert report["bytes"] == opened.patch.adapter.size + opened.patch.fisher.size
-    assert report["values"] == sum(t.numel() for t in blob.unpack(opened.raw.adapter, None, 1 << 20).values())
+    change = read_change(lineage_of(home), "ia3@1", opened.raw.adapter)
+    assert report["values"] == sum(t.numel() for t in change.values.values())
 
 
 def test_what_is_large_goes_unless_a_record_needs_it(
@@ -213,8 +225,9 @@ def test_a_control_variate_is_checked_like_the_rest(founded: Path, home: Path, t
     check_patch_file(lineage, raw)
     opened = bundle.open_bundle(raw)
     assert opened.raw.control is not None
-    read = control.read(opened.raw.control, opened.raw.adapter, 1 << 20)
-    assert read.keys() == blob.unpack(opened.raw.adapter, None, 1 << 20).keys()
+    change = read_change(lineage, "ia3@1", opened.raw.adapter)
+    read = control.read(opened.raw.control, control.places(opened.raw.adapter, change, 1 << 20), 1 << 20)
+    assert read.keys() == change.values.keys()
     assert any(bool(tensor.any()) for tensor in read.values())
 
     def with_control(variate: bytes | None) -> bytes:

@@ -171,6 +171,27 @@ def test_accumulated_batches_are_one_larger_batch(model: LlamaForCausalLM, paren
         assert torch.allclose(small.adapter[name], tensor, atol=1e-6), name
 
 
+def test_a_schedule_spans_the_planned_rounds(model: LlamaForCausalLM, parent: State, parts: Parts) -> None:
+    """Two rounds of six steps on the same batches are one training of twelve, to the bit."""
+
+    def states(options: TrainingOptions, before: bytes | None, batches: list[Blocks]) -> bytes:
+        trainee = new_trainee(model, "ia3@1", parent, parts.train, KindOptions(), 0)
+        run = training.Run(model, trainee, parts.train, parts.train[:0], options, {})
+        with training.frozen(model, trainee):
+            if before is not None:
+                run.optimiser.load(before)
+            for number, batch in enumerate(batches):
+                run.step(number, batch)
+        trainee.remove()
+        return run.optimiser.save()
+
+    whole = dataclasses.replace(OPTIONS, schedule="wsd", steps=12)
+    batches = [parts.train[at * 4 : at * 4 + 4] for at in range(12)]
+    half = dataclasses.replace(whole, steps=6, rounds=2)
+    first = states(half, None, batches[:6])
+    assert states(dataclasses.replace(half, round=1), first, batches[6:]) == states(whole, None, batches)
+
+
 def test_tokens_count_alike_in_accumulated_batches(model: LlamaForCausalLM, parent: State, parts: Parts) -> None:
     """The mean is over all tokens of a step, not over its batches' means."""
     labels = parts.train.labels.clone()

@@ -40,6 +40,12 @@ class Service:
         )
         return pb.StatusReply(peer="12D3KooWabcdefgh", models=[model])
 
+    async def versions(self, request: pb.ListVersionsRequest) -> pb.ListVersionsReply:
+        return pb.ListVersionsReply()
+
+    async def patches(self, request: pb.ListPatchesRequest) -> pb.ListPatchesReply:
+        return pb.ListPatchesReply()
+
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         raise NotRunning("Nothing is published here.")
 

@@ -9,7 +9,7 @@ from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.model import Amendment, Manifest, MergeSpec
 from p2pmodel.domain.version import AMEND, Candidate, Verdict, VersionNumber
 from p2pmodel.logic.admission import check_candidate, check_verdict
-from p2pmodel.logic.lineage import assemble, in_force, verify_chain
+from p2pmodel.logic.lineage import assemble, in_force, place_in_plan, verify_chain
 from p2pmodel.logic.quorum import Electorate, double_signers, electorates
 from p2pmodel.logic.round_state import CandidateSeen, Phase, RoundRules, VerdictSeen
 from p2pmodel.logic.rounds import Outcome, advance, start
@@ -145,6 +145,17 @@ def test_a_round_waits_for_those_who_will_decide(order: tuple[int, ...]) -> None
         outcome: Outcome = advance(state, VerdictSeen(verdicts[at]), 2.0, rules, None)
         state = outcome[0]
     assert state.phase is Phase.ADOPTED
+
+
+def test_a_plan_counts_the_rounds_that_merged_something() -> None:
+    plan = dataclasses.replace(MANIFEST, schedule=dataclasses.replace(MANIFEST.schedule, planned_rounds=3))
+    merged, amended_limits = candidate(MODEL, 1), amending(amended(plan, exam=blob(b"another exam")))
+    assert place_in_plan(plan, []) == (0, 3)
+    assert place_in_plan(plan, [merged, amended_limits, merged]) == (2, 3)
+    assert place_in_plan(plan, [merged] * 3) == (0, 1)
+    another = amending(amended(plan, schedule=dataclasses.replace(plan.schedule, planned_rounds=7)))
+    assert place_in_plan(plan, [merged, merged, another, merged]) == (1, 7)
+    assert place_in_plan(MANIFEST, [merged]) == (0, 1)
 
 
 def test_signing_twice_in_a_round_is_proof() -> None:

@@ -11,7 +11,7 @@ from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
-from p2pmodel.tensors import blob, changes, compact, fish, lora, weights
+from p2pmodel.tensors import blob, changes, compact, fish, fourbit, lora, weights
 from p2pmodel.tensors.kinds import Kinds, Trainee, get_kind, largest_patch, slots_of
 from p2pmodel.tensors.merging import BUILT_IN, Contribution, apply_update, get_strategy
 from p2pmodel.wire import canonical
@@ -191,6 +191,26 @@ def test_a_patch_goes_on_from_its_parent(kind: str) -> None:
         trained = bench.logits()
     state = bench.read()[0].applied_to(parent)
     torch.testing.assert_close(bench.logits_at(state), trained, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["ia3@1", "dense@1"])
+def test_updates_in_four_bits_say_nearly_the_same(kind: str) -> None:
+    bench = Bench("llama", kind)
+    bench.train()
+    exact, own = bench.read()[0], slots_of(bench.kind, bench.slots)
+    state = exact.applied_to(bench.parent)
+    updates = {slot.name: state[slot.name] - bench.parent[slot.name] for slot in own}
+    raw = blob.pack(fourbit.encode(updates)[0])
+    change = bench.kind.read(raw, own, LIMIT)
+    assert change.relative
+    assert change.fisher_places == exact.fisher_places
+    apart = sum(float((change.values[name] - update).square().sum()) for name, update in updates.items())
+    assert 0 < apart <= 0.02 * sum(float(update.square().sum()) for update in updates.values())
+    for wrong in (own[:-1], (*own, Slot(own[0].name + "more", (64,), "float32"))):
+        with pytest.raises(Rejected):
+            bench.kind.read(raw, wrong, LIMIT)
+    with pytest.raises(Rejected):
+        bench.kind.read(raw, own, len(raw) - 1)
 
 
 @pytest.mark.parametrize("kind", ["ia3@1", "fish@1"])

@@ -205,7 +205,7 @@ def test_divided_maintainers_reject() -> None:
     assert isinstance(effects[0], Reject)
 
 
-def test_a_round_without_verdicts_is_abandoned_and_its_patches_are_not_tried_again() -> None:
+def test_a_round_without_verdicts_is_abandoned_and_its_patches_are_tried_again() -> None:
     rules = rules_of(3, 2)
     state, _ = voting(rules, None)
     state, effects = run(state, rules, None, (1.0, PatchAdmitted(PATCHES[5])), (29.0, Tick()))
@@ -214,8 +214,35 @@ def test_a_round_without_verdicts_is_abandoned_and_its_patches_are_not_tried_aga
     assert state.phase is Phase.ABANDONED
     assert isinstance(effects[0], Abandon)
     state = rounds.reopen(state, 31.0)
-    assert (state.phase, state.round, state.parent, state.patches) == (Phase.OPEN, 2, MODEL, (PATCHES[5],))
-    assert run(state, rules, None, (32.0, PatchAdmitted(PATCHES[0])))[0] == state
+    both = tuple(sorted((PATCHES[0], PATCHES[5])))
+    assert (state.phase, state.round, state.parent, state.patches) == (Phase.OPEN, 2, MODEL, both)
+
+
+@pytest.mark.parametrize(("maintainers", "threshold", "proposed"), [(1, 1, 1), (3, 2, 2), (5, 3, 2), (5, 4, 3)])
+def test_patches_are_given_up_when_more_proposers_failed_with_them_than_can_lie(
+    maintainers: int, threshold: int, proposed: int
+) -> None:
+    rules = rules_of(maintainers, threshold)
+    state = opened()
+    for round in range(1, proposed + 1):
+        of = version(f"of round {round}")
+        against = [verdict(each, of, False, round) for each in rules.maintainers]
+        state, _ = run(state, rules, None, *[(1.0, PatchAdmitted(patch)) for patch in PATCHES[:2]])
+        assert state.patches == tuple(sorted(PATCHES[:2])), round
+        seen = CandidateSeen(of, rules.maintainers[round - 1], (PATCHES[0],), round)
+        state, _ = run(state, rules, None, (1.0, seen), *[(2.0, event) for event in against])
+        assert state.phase is Phase.REJECTED
+        state = rounds.reopen(state, 2.0)
+    assert state.patches == (PATCHES[1],)
+    assert run(state, rules, None, (3.0, PatchAdmitted(PATCHES[0])))[0] == state
+
+
+def test_patches_are_tried_again_when_maintainers_were_divided() -> None:
+    rules = rules_of(2, 2)
+    state, _ = voting(rules, None)
+    divided = [verdict(p, version(text)) for p, text in zip(rules.maintainers, "ab", strict=True)]
+    state, _ = run(state, rules, None, *[(1.0, event) for event in divided])
+    assert rounds.reopen(state, 2.0).patches == (PATCHES[0],)
 
 
 def test_a_verdict_that_comes_too_late_still_adopts() -> None:

@@ -1,9 +1,12 @@
 """Metrics as a scrape sees them, and logs as they arrive."""
 
 import io
+import json
 import logging
 import re
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,35 @@ def test_a_terminal_gets_rich_logs() -> None:
 def test_an_unknown_level_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="WARNING"):
         logs.configure("LOUD")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_logs_for_programs_are_one_json_object_a_line() -> None:
+    stream = io.StringIO()
+    logs.configure("info", stream, "json")
+    logger = logging.getLogger("p2pmodel.node")
+    logger.info("a peer says %s", "this\nand\rthat, \udc80 θ")
+    try:
+        raise ValueError("a defect")
+    except ValueError:
+        logger.exception("it failed")
+    assert logs.report(InvalidInput("This is no text.", "Give another one."))
+    said = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(one["level"], one["logger"]) for one in said] == [
+        ("INFO", "p2pmodel.node"),
+        ("ERROR", "p2pmodel.node"),
+        ("ERROR", "p2pmodel"),
+    ]
+    assert said[0]["message"] == "a peer says this\nand\rthat, \udc80 θ"
+    assert "ValueError: a defect" in said[1]["traceback"]
+    assert said[2]["message"] == "This is no text. Give another one."
+    assert all(abs(datetime.fromisoformat(one["time"]).timestamp() - time.time()) < 60 for one in said)
+    assert all(one["time"].endswith("Z") for one in said)
+    with pytest.raises(UsageError, match="json"):
+        logs.configure("INFO", stream, "yaml")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_people_get_errors_without_a_log() -> None:
+    logs.configure("INFO", io.StringIO())
+    assert not logs.report(InvalidInput("This is no text."))

@@ -200,8 +200,10 @@ class Run:
         if self.sums is not None:
             for name, gradient in self.optimiser.gradients().items():
                 self.sums[name] += gradient
-        share = rate(self.options.schedule, number, self.options.steps, self.options.warm_up)
-        self.optimiser.step(self.options.learning_rate * share, self.correction)
+        options = self.options
+        at, of = options.round * options.steps + number, options.rounds * options.steps
+        share = rate(options.schedule, at, of, options.warm_up)
+        self.optimiser.step(options.learning_rate * share, self.correction)
         return _finite(loss), tokens
 
     def gradients(self, batch: Blocks) -> tuple[float, int]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.model import MAX_PLANNED_ROUNDS
 from p2pmodel.domain.patch import MAX_CHECKPOINTS, MAX_STEPS
 from p2pmodel.engine.training.schedule import SCHEDULES
 
@@ -17,7 +18,8 @@ class TrainingOptions:
     of the steps. weight_decay: pull towards the parent's values. clip: the largest norm of a gradient; 0 for any.
     precision: what the model computes in; parameters and losses are float32. early_stopping: end after so many
     checkpoints without improvement; 0 for never. validation: share that is held out; held_out_blocks: how many of these
-    are used, at most; each checkpoint costs a forward pass over them. checkpoint_every: steps.
+    are used, at most; each checkpoint costs a forward pass over them. checkpoint_every: steps. rounds: trainings of as
+    many steps that the schedule spans; this is number `round` of them, from 0.
 
     fisher: of the squared gradients of `fisher_examples` examples, with labels drawn from the `model` or those of the
     `data`; or from the second moments of `adam`, which takes no pass of its own. control: whether the mean gradient is
@@ -42,6 +44,8 @@ class TrainingOptions:
     control: bool = False
     checkpoint_every: int = 20
     held_out_blocks: int = 4
+    rounds: int = 1
+    round: int = 0
 
     def __post_init__(self) -> None:
         counts = (self.batch, self.accumulate, self.sequence, self.fisher_examples, self.checkpoint_every)
@@ -49,6 +53,8 @@ class TrainingOptions:
             raise InvalidInput(f"A training has 1 to {MAX_STEPS} steps, and its batch, sequence, counts are positive.")
         if self.steps // self.checkpoint_every > MAX_CHECKPOINTS - 2:
             raise InvalidInput(f"A training has at most {MAX_CHECKPOINTS} checkpoints.", "Raise --checkpoint-every.")
+        if not 0 <= self.round < self.rounds <= MAX_PLANNED_ROUNDS:
+            raise InvalidInput(f"Round {self.round} is none of {self.rounds} that a schedule spans.")
         if not 0 <= self.seed < 1 << 63 or self.early_stopping < 0:
             raise InvalidInput("The seed and the checkpoints of early stopping cannot be negative.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -43,6 +43,7 @@ from p2pmodel.swarm.chain_client import ChainClient
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.tensors.codecs import get_codec
+from p2pmodel.wire.swarm_key import SwarmKey
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ class Answer:
 class SwarmClient:
     """A context manager. Made by `connect`."""
 
-    def __init__(self, home: Home, peers: tuple[str, ...], model: str | None, base: Path | None) -> None:
+    def __init__(
+        self, home: Home, peers: tuple[str, ...], model: str | None, base: Path | None, swarm_key: SwarmKey | None
+    ) -> None:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="swarm", daemon=True)
         self._thread.start()
@@ -98,7 +101,7 @@ class SwarmClient:
         self._chain: ChainClient | None = None
         self._router: Router | None = None
         try:
-            self._host = self._await(PeerHost.start(None, bootstrap=peers, client_only=True))
+            self._host = self._await(PeerHost.start(None, bootstrap=peers, client_only=True, swarm_key=swarm_key))
             known = bootstrap_peers(peers)
             self.lineage: Lineage = self._await(swarm_lineage(home, self._host, known, model))
             self._directory = Directory(self._host, self.lineage.model)
@@ -120,10 +123,19 @@ class SwarmClient:
             raise
 
     @classmethod
-    def connect(cls, home: Path | None, peers: tuple[str, ...], model: str | None, base: Path | None) -> "SwarmClient":
-        """With no peers named: the node on this home, or else the peers that answered last. Raises Unreachable."""
+    def connect(
+        cls,
+        home: Path | None,
+        peers: tuple[str, ...],
+        model: str | None,
+        base: Path | None,
+        swarm_key: Path | None = None,
+    ) -> "SwarmClient":
+        """With no peers named: the node on this home, or else the peers that answered last. swarm_key: see
+        `Home.swarm_key`. Raises Unreachable, and NotFound and InvalidInput for the key."""
         folder = Home.open(home)
-        return cls(folder, peers or contacts(folder), model, base)
+        key = folder.swarm_key(swarm_key)
+        return cls(folder, peers or contacts(folder), model, base, key)
 
     def __enter__(self) -> "SwarmClient":
         return self

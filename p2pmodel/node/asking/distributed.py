@@ -35,6 +35,7 @@ class DistributedModelForCausalLM:
         trainable: bool = False,
         home: Path | None = None,
         base: Path | None = None,
+        swarm_key: Path | None = None,
     ) -> Any:
         """The family's own CausalLM: `model(input_ids).logits`, `labels=` for the loss, `generate()` with streamers,
         sampling, beams, padded batches and an `assistant_model`. Embeddings and head are here, the layers on peers.
@@ -42,7 +43,7 @@ class DistributedModelForCausalLM:
         model: its id or name, where the swarm has several; peers: multiaddrs, or those of the node on this machine;
         version: a number or an id, kept to the end; patch: a file, or the id of a known patch, of kind ia3, that nobody
         has to have merged: its vectors travel with this model's own sessions; base: the folder of the base checkpoint,
-        if it is not found. `model.tokenizer` goes with it.
+        if it is not found; swarm_key: the key file of a private swarm. `model.tokenizer` goes with it.
 
         trainable: the model has (IA)³ vectors as its only parameters that require gradients, from those of the version
         or patch on; `loss.backward()` brings theirs back through the swarm, for any optimiser. They are
@@ -51,7 +52,7 @@ class DistributedModelForCausalLM:
         Close it, or use it in a `with` statement. It blocks, so it needs no event loop;
         threads may share it. Raises Unreachable, NotFound, InvalidInput.
         """
-        client = SwarmClient.connect(home, tuple(peers), model, base)
+        client = SwarmClient.connect(home, tuple(peers), model, base, swarm_key)
         try:
             wanted = client.lineage.find_version(version)
             vectors: Mapping[str, Tensor] = NO_VECTORS

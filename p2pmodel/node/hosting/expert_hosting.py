@@ -47,8 +47,8 @@ class ExpertHosting:
     def adopt(self, version: VersionId) -> None:
         """Serves the version too, from now on."""
         with self._adopting:
-            base = version == self._lineage.model
-            state = {} if base else self._shard.own_part(version_state(self._lineage, version))
+            neutral = self._lineage.result(version) is None
+            state = {} if neutral else self._shard.own_part(version_state(self._lineage, version))
             self._table.put(version, state)
             for old in self._table.versions[: -KEPT_VERSIONS - 1]:
                 if old != self._lineage.model:

@@ -196,7 +196,7 @@ def _load(
 
 
 def _adopt(table: VersionTable, lineage: Lineage, version: VersionId) -> None:
-    table.put(version, {} if version == lineage.model else version_state(lineage, version))
+    table.put(version, {} if lineage.result(version) is None else version_state(lineage, version))
     for old in table.versions[: -KEPT_VERSIONS - 1]:
         if old != lineage.model:
             table.drop(old)

@@ -136,6 +136,12 @@ def remember_base(home: Home, lineage: Lineage, folder: Path, names: Collection[
         home.refs.set(_ref(lineage), note)
 
 
+def inherit_base(home: Home, lineage: Lineage, branch: Lineage) -> None:
+    """What is noted of where a lineage's base lies goes for another one over the same files."""
+    if (note := home.refs.get(_ref(lineage))) and branch.manifest.files == lineage.manifest.files:
+        home.refs.set(_ref(branch), note)
+
+
 def _require(home: Home, lineage: Lineage, folder: Path, part: Part) -> None:
     """The files that describe the checkpoint, then those that `part` needs of the weights."""
     manifest = lineage.manifest

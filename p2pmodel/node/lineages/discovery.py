@@ -8,6 +8,7 @@ from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotFound, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId, short
 from p2pmodel.domain.swarm import LineageOffer
+from p2pmodel.logic.admission import result_limit
 from p2pmodel.node.lineages import bases, hub
 from p2pmodel.node.lineages.lineage import Lineage, find_lineage, known_lineages
 from p2pmodel.store.home import Home
@@ -25,7 +26,8 @@ def bootstrap_peers(addresses: Sequence[str]) -> tuple[PeerId, ...]:
 
 
 def local_lineage(home: Home, text: str | None, say: bases.Say = lambda _: None) -> Lineage:
-    """Of a name, an id, a checkpoint's folder or a hub id, without asking anybody; None is the starter model.
+    """Of a name, an id, a checkpoint's folder or a hub id, without asking anybody; None is the starter model. A folder
+    and a hub id stand for the lineage that was founded on it, rather than for a branch.
 
     A folder that no known lineage is based on begins one, with this home's key as its maintainer, and the starter's
     exam standing in for its own until a Manifest is made on purpose.
@@ -41,7 +43,7 @@ def local_lineage(home: Home, text: str | None, say: bases.Say = lambda _: None)
 
 
 def _lineage_of_hub(home: Home, text: str, say: bases.Say) -> Lineage:
-    found = bases.found_on_hub(text, known_lineages(home), say)
+    found = bases.found_on_hub(text, _branches_last(home), say)
     if isinstance(found, Lineage):
         return found
     from p2pmodel.node.lineages import founding  # loads transformers, which most commands can do without
@@ -50,12 +52,16 @@ def _lineage_of_hub(home: Home, text: str, say: bases.Say) -> Lineage:
     return founding.found_from_hub(home, found, founding.Founding(name, (home.key.peer,), 1, starter.EXAM))
 
 
+def _branches_last(home: Home) -> list[Lineage]:
+    return sorted(known_lineages(home), key=lambda lineage: lineage.founding.origin is not None)
+
+
 def _name_of(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)[:64]
 
 
 def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lineage:
-    for lineage in known_lineages(home):
+    for lineage in _branches_last(home):
         if bases.is_base_of(folder, lineage.manifest):
             return lineage
     from p2pmodel.node.lineages import founding  # loads transformers, which most commands can do without
@@ -64,9 +70,12 @@ def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lin
 
 
 async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:
-    """The lineage that the user means, among those that the peers take part in. Raises NotFound with what they
-    offer."""
-    return await _choose(home, host, await _offers(host, peers), text)
+    """The lineage that the user means, among those that the peers take part in, with the values of its base version.
+    Raises NotFound with what they offer."""
+    offers = await _offers(host, peers)
+    lineage = await _choose(home, host, offers, text)
+    await _fetch_base_values(lineage, host, offers[lineage.model][1])
+    return lineage
 
 
 async def _offers(host: PeerHost, peers: Sequence[PeerId]) -> dict[str, tuple[LineageOffer, list[PeerId]]]:
@@ -111,3 +120,22 @@ async def _with_manifest(home: Home, host: PeerHost, offer: LineageOffer, holder
             raise Rejected("schema", f"{holders[0]} offers a Manifest that is not the model's.")
         await BlobFetcher(host, home.objects.sink).fetch(offer.manifest, holders)
     return Lineage.create(home, home.objects.load(offer.model))
+
+
+async def _fetch_base_values(lineage: Lineage, host: PeerHost, holders: Sequence[PeerId]) -> None:
+    ref, objects = lineage.founding.base_values, lineage.home.objects
+    if ref is None or objects.has(ref.digest):
+        return
+    from p2pmodel.node.lineages.intake import check_values  # loads torch, which other lineages can do without
+
+    limit = result_limit(lineage.founding)
+    if ref.size > limit:
+        raise Rejected(
+            "size", f"{lineage.manifest.name} begins with {ref.size} bytes of values; its slots need {limit}."
+        )
+    await BlobFetcher(host, objects.sink).fetch(ref, holders)
+    try:
+        check_values(lineage.founding, objects.load(ref.digest, limit))
+    except Rejected:
+        objects.remove(ref.digest)
+        raise

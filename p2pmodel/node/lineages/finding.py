@@ -16,6 +16,7 @@ from p2pmodel.node.lineages.discovery import bootstrap_peers
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.host import PeerHost
+from p2pmodel.wire.swarm_key import SwarmKey
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -24,9 +25,12 @@ log = logging.getLogger(__name__)
 class SwarmFinder:
     """A context manager; it meets the swarm when something is first looked for."""
 
-    def __init__(self, home: Home, peers: Sequence[str], first: PeerId, limit: int) -> None:
+    def __init__(
+        self, home: Home, peers: Sequence[str], first: PeerId, limit: int, swarm_key: SwarmKey | None = None
+    ) -> None:
         """peers: addresses to begin with, else those that the home knows; first: who is asked first; limit: bytes of
-        one object."""
+        one object; swarm_key: of a private swarm."""
+        self._swarm_key = swarm_key
         self._home, self._peers, self._first, self._limit = home, tuple(peers), first, limit
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="finding", daemon=True)
@@ -60,7 +64,7 @@ class SwarmFinder:
     async def _fetch(self, digest: Digest) -> bytes:
         addresses = self._peers or await asyncio.to_thread(contacts, self._home)
         if self._host is None:
-            self._host = await PeerHost.start(None, bootstrap=addresses, client_only=True)
+            self._host = await PeerHost.start(None, bootstrap=addresses, client_only=True, swarm_key=self._swarm_key)
         sources = tuple(dict.fromkeys((self._first, *bootstrap_peers(addresses), *await self._host.peers())))
         fetcher = BlobFetcher(self._host, self._home.objects.sink)
         await fetcher.fetch(await fetcher.describe(digest, self._limit, sources), sources)

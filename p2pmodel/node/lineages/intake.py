@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest, PatchId, PeerId, short
-from p2pmodel.domain.model import BlobRef
-from p2pmodel.domain.modular import slots_at
+from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import BASE_NUMBER, Candidate
 from p2pmodel.logic import admission
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import new_experts, read_change, read_masses, version_state
+from p2pmodel.node.lineages.states import base_ref, new_experts, read_change, read_masses
 from p2pmodel.store.index import RecordRow
 from p2pmodel.tensors import blob, control, variates
 from p2pmodel.tensors.control import CONTINUED
@@ -70,7 +70,7 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
         raise Rejected("parent", f"The candidate's parent {short(candidate.parent)} is not known here.")
     restorable = set()
     if candidate.amends:
-        restorable = {parent.result.digest if parent else _neutral(lineage)}
+        restorable = {parent.result.digest if parent else base_ref(lineage.founding).digest}
     elif candidate.restores:
         restorable = _restorable(lineage, candidate)
     admission.check_candidate(
@@ -87,18 +87,13 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
 
 def _restorable(lineage: Lineage, candidate: Candidate) -> set[Digest]:
     """The values of the versions before the candidate's parent, and of the base."""
-    found = {_neutral(lineage)}
+    found = {base_ref(lineage.founding).digest}
     parent = lineage.candidates.get(candidate.parent)
     older = lineage.candidates.get(parent.parent) if parent else None
     while older:
         found.add(older.result.digest)
         older = lineage.candidates.get(older.parent)
     return found - {parent.result.digest} if parent else set()
-
-
-def _neutral(lineage: Lineage) -> Digest:
-    """Of the base's values."""
-    return canonical.digest(blob.pack(version_state(lineage, lineage.model)))
 
 
 def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
@@ -117,9 +112,7 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
         if kind == "patch":
             check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
         elif kind == "candidate":
-            slots = slots_at(manifest.slots, experts)
-            if len(blob.unpack(blobs[0], slots, limit)) != len(slots):
-                raise Rejected("shape", "The candidate does not give a value for every slot of the model.")
+            check_values(manifest, blobs[0], experts)
             for raw in blobs[1:]:
                 variates.read_mean(raw, manifest.kinds, manifest.slots, limit)
     except Rejected:
@@ -148,6 +141,13 @@ def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
     return store(lineage, "patch", opened.raw.header, refs)
 
 
+def check_values(manifest: Manifest, raw: bytes, experts: Experts = ()) -> None:
+    """A blob of the values of all slots of a version with these experts. Raises Rejected."""
+    slots = slots_at(manifest.slots, experts)
+    if len(blob.unpack(raw, slots, admission.result_limit(manifest, experts))) != len(slots):
+        raise Rejected("shape", "The version does not give a value for every slot of the model.")
+
+
 def check_tensors(
     lineage: Lineage, patch: Patch, adapter: bytes, fisher: bytes, control_variate: bytes | None = None
 ) -> None:
@@ -158,7 +158,8 @@ def check_tensors(
     new_experts(lineage, patch, change)
     read_masses(lineage, patch.kind, change, fisher)
     if control_variate is not None:
-        control.read(control_variate, adapter, lineage.manifest.limits.max_patch_bytes)
+        limit = lineage.manifest.limits.max_patch_bytes
+        control.read(control_variate, control.places(adapter, change, limit), limit)
 
 
 def check_patch_file(lineage: Lineage, raw: bytes) -> None:

@@ -15,7 +15,7 @@ from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
-from p2pmodel.logic.lineage import assemble, history, in_force
+from p2pmodel.logic.lineage import assemble, history, in_force, place_in_plan
 from p2pmodel.store.home import Home
 from p2pmodel.store.index import RecordRow
 from p2pmodel.wire import records
@@ -110,11 +110,19 @@ class Lineage:
 
     def manifest_at(self, version: VersionId) -> Manifest:
         """In force for what follows a version or a candidate that is known here."""
+        return in_force(self.founding, self._chain(version))
+
+    def place_in_plan(self, version: VersionId) -> tuple[int, int]:
+        """Of a training on the version. See `logic.lineage.place_in_plan`."""
+        return place_in_plan(self.founding, self._chain(version))
+
+    def _chain(self, version: VersionId) -> list[Candidate]:
+        """From the base on, to a version or a candidate that is known here."""
         chain: list[Candidate] = []
         while version in self.candidates:
             chain.append(self.candidates[version])
             version = chain[-1].parent
-        return in_force(self.founding, reversed(chain))
+        return chain[::-1]
 
     @property
     def entitled(self) -> frozenset[PeerId]:
@@ -178,6 +186,8 @@ class Lineage:
 
     def restored_by(self, candidate: Candidate) -> VersionId:
         """The oldest version with the values of a candidate that restores one; the base when no other has them."""
+        if candidate.result == self.founding.base_values:
+            return self.model
         same = (version.id for version in self.versions if version.candidate.result == candidate.result)
         return next(same, VersionId(self.model))
 
@@ -216,8 +226,8 @@ class Lineage:
         return found[0]
 
     def result(self, version: VersionId) -> BlobRef | None:
-        """The blob with the values of all slots at the version; None for the base, whose slots are neutral."""
-        return None if version == self.model else self.version(version).candidate.result
+        """The blob with the values of all slots at the version; None for a base whose slots are neutral."""
+        return self.founding.base_values if version == self.model else self.version(version).candidate.result
 
     def experts(self, version: VersionId) -> Experts:
         """Of a version or a candidate that is known here; the base has none."""
@@ -230,6 +240,8 @@ class Lineage:
     def blobs(self) -> Iterator[BlobRef]:
         """All that the lineage's records refer to."""
         yield self.founding.exam
+        if self.founding.base_values is not None:
+            yield self.founding.base_values
         for patch in self.patches.values():
             yield from patch.blobs
         for candidate in self.candidates.values():

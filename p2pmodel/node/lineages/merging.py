@@ -94,7 +94,9 @@ def mean_control(lineage: Lineage, sources: Sequence[Source]) -> bytes | None:
     def given() -> Iterator[Variate]:
         for source in sources:
             if source.control is not None and source.kind in variates.KINDS:
-                gradient = control.read(source.control(), source.adapter(), limit)
+                adapter = source.adapter()
+                places = control.places(adapter, read_change(lineage, source.kind, adapter), limit)
+                gradient = control.read(source.control(), places, limit)
                 yield Variate(source.id, source.kind, gradient, source.weight)
 
     return variates.write_mean(given, lineage.manifest.kinds, lineage.manifest.slots)

@@ -8,6 +8,7 @@ from torch import Tensor
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import NotFound
 from p2pmodel.domain.ids import VersionId, short
+from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.modular import Experts
 from p2pmodel.domain.patch import Patch
 from p2pmodel.logic.admission import result_limit
@@ -15,14 +16,14 @@ from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.tensors import blob, experts, variates
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds, get_kind, slots_of
-from p2pmodel.wire import bundle
+from p2pmodel.wire import bundle, canonical
 
 
 def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
-    """All slots' values at the version, the neutral ones for the base. Raises NotFound when they are not here."""
+    """All slots' values at the version. Raises NotFound when they are not here."""
     ref = lineage.result(version)
     if ref is None:
-        return Kinds(lineage.manifest.kinds).initial(lineage.manifest.slots)
+        return neutral_state(lineage.manifest)
     if not lineage.home.objects.has(ref.digest):
         raise NotFound(
             f"The values of version {short(version)} are not on this machine yet.",
@@ -30,6 +31,19 @@ def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
         )
     limit = result_limit(lineage.manifest, lineage.experts(version))
     return blob.unpack(lineage.home.objects.load(ref.digest, limit), lineage.slots(version), limit)
+
+
+def neutral_state(manifest: Manifest) -> dict[str, Tensor]:
+    """The values of all slots that leave the base checkpoint as it is."""
+    return Kinds(manifest.kinds).initial(manifest.slots)
+
+
+def base_ref(manifest: Manifest) -> BlobRef:
+    """Of the values of all slots at the base version; the neutral ones are nowhere kept."""
+    if manifest.base_values is not None:
+        return manifest.base_values
+    raw = blob.pack(neutral_state(manifest))
+    return BlobRef(canonical.digest(raw), len(raw))
 
 
 def read_change(lineage: Lineage, kind: str, adapter: bytes) -> Change:

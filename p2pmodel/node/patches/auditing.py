@@ -34,6 +34,7 @@ from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.node.evidence import Find, in_order, verified
 from p2pmodel.node.lineages.states import read_change, version_state
+from p2pmodel.node.patches.contributing import rounded
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.kinds import Trainee, get_kind
@@ -42,6 +43,8 @@ from p2pmodel.wire import canonical
 CLOSE = 0.01
 """Of a segment's own length: as far as other rounding takes two runs apart; another learning rate or text takes them
 farther."""
+ROUNDED_OTHERWISE = "The patch's adapter is not its checkpoint in four bits a value."
+NOT_ROUNDED_HERE = "Whether the adapter is its checkpoint in four bits cannot be told: the checkpoint is not to be had."
 SAME, NEAR, OTHER, MISSING = "same", "close", "differs", "missing"
 
 
@@ -95,11 +98,13 @@ def audit(
     comparable = _same_software(provenance.software) and provenance.threads <= _cores()
     problems: list[str] = []
     gaps: list[str] = []
-    if patch.adapter.digest not in provenance.checkpoints:
+    if patch.checkpoint not in provenance.checkpoints:
         problems.append("The patch's adapter is none of the checkpoints that it names.")
     with _computing_alike(provenance.threads), _Scene.open(opened, base, files) as scene:
         if not scene.begins_as_said(find):
             problems.append("The training did not begin with the values of the patch's parent.")
+        if (other := scene.rounded_otherwise(verified(find))) is not None:
+            (problems if other else gaps).append(ROUNDED_OTHERWISE if other else NOT_ROUNDED_HERE)
         done = [_replay(scene, at, verified(find), comparable) for at in chosen]
         fisher = _fisher(scene, opened, verified(find))
     for segment in done:
@@ -134,6 +139,7 @@ class _Scene:
     trainee: Trainee
     parts: data.Parts
     options: TrainingOptions
+    state: Mapping[str, Tensor]
     start: bytes
 
     @classmethod
@@ -155,9 +161,21 @@ class _Scene:
         model, state = load_whole(base), version_state(opened.lineage, patch.parent)
         trainee = new_trainee(model, patch.kind, state, parts.train, _kind_options(opened), options.seed)
         try:
-            yield cls(patch, model, trainee, parts, options, blob.pack(trainee.adapter()))
+            yield cls(patch, model, trainee, parts, options, state, blob.pack(trainee.adapter()))
         finally:
             trainee.remove()
+
+    def rounded_otherwise(self, find: Find) -> bool | None:
+        """Whether the adapter is not what its checkpoint gives in four bits a value; False where that cannot be said,
+        None where there is nothing to say."""
+        if self.patch.provenance.chosen is None:
+            return None
+        raw = find(self.patch.checkpoint)
+        if raw is None:
+            return False
+        values = blob.unpack(raw, None, len(raw))
+        given = rounded(self.patch.kind, values, self.state)
+        return True if canonical.digest(given) != self.patch.adapter.digest else None
 
     def begins_as_said(self, find: Find) -> bool:
         first = self.patch.provenance.checkpoints[0]
@@ -207,9 +225,9 @@ def _replay(scene: _Scene, at: int, find: Find, comparable: bool) -> Segment:
 def _fisher(scene: _Scene, opened: OpenedPatch, find: Find) -> str:
     """Made again at the checkpoint that the adapter is."""
     patch, provenance = scene.patch, scene.patch.provenance
-    if patch.adapter.digest not in provenance.checkpoints or not opened.fisher:
+    if patch.checkpoint not in provenance.checkpoints or not opened.fisher:
         return ""
-    state = find(provenance.states[provenance.checkpoints.index(patch.adapter.digest)])
+    state = find(provenance.states[provenance.checkpoints.index(patch.checkpoint)])
     last = find(provenance.states[-1])
     if state is None or last is None:
         return ""

@@ -29,10 +29,13 @@ from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.patches import continuity
 from p2pmodel.node.patches.savepoints import Savepoints
 from p2pmodel.store.scratch import Scratch
-from p2pmodel.tensors import blob, compact, control
+from p2pmodel.tensors import blob, compact, control, fourbit
 from p2pmodel.tensors.kinds import Trainee, get_kind
+from p2pmodel.tensors.variates import KINDS
 from p2pmodel.wire import bundle, canonical
 
+FOUR_BITS = KINDS
+"""Kinds whose updates can be sent in four bits a value."""
 KIND_OPTIONS = {"expert@1": ("rank", "router"), "fish@1": ("density", "mask_examples"), "lora@1": ("alpha", "rank")}
 """By kind, those of `KindOptions` that it asks for; sorted."""
 ESTIMATING_STEPS = 4
@@ -43,8 +46,8 @@ ESTIMATING_STEPS = 4
 class Assignment:
     """What is to be trained on what. base: folder of the checkpoint. skip_broken: leave out lines of the data that
     cannot be used. fresh: begin without what the contributor's optimiser learned in earlier rounds. restart: forget how
-    far the same training came before. mean: the mean of all contributors' mean gradients in the round before, by
-    parameter, when the parent has one."""
+    far the same training came before. bits: that a value of the adapter takes in the patch: 32, or 4. mean: the mean of
+    all contributors' mean gradients in the round before, by parameter, when the parent has one."""
 
     lineage: Lineage
     base: Path
@@ -58,6 +61,7 @@ class Assignment:
     skip_broken: bool = False
     fresh: bool = False
     restart: bool = False
+    bits: int = 32
     mean: Mapping[str, Tensor] | None = None
 
     @property
@@ -125,9 +129,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Ready:
-    """All that a training needs. layout: of the trainee's parameters; key: of all that the patch depends on."""
+    """All that a training needs. state: of the parent's slots. layout: of the trainee's parameters; key: of all that
+    the patch depends on."""
 
     assignment: Assignment
+    state: Mapping[str, Tensor]
     model: PreTrainedModel
     trainee: Trainee
     parts: data.Parts
@@ -173,6 +179,7 @@ def estimate(assignment: Assignment, workplace: Workplace = ALONE) -> Estimate:
     with _ready(assignment, workplace) as ready:
         options, parts = assignment.options, ready.parts
         pace: Pace = measure(ready.model, ready.trainee, parts.train, parts.held_out, options)
+        adapter = _adapter_blob(assignment, pace.adapter, ready.state)
         begun = ready.savepoints.found()
         return Estimate(
             examples=sum(source.examples for source in ready.sources),
@@ -182,7 +189,7 @@ def estimate(assignment: Assignment, workplace: Workplace = ALONE) -> Estimate:
             tokens=parts.train.tokens,
             epochs=options.steps * options.batch * options.accumulate / len(parts.train),
             values=pace.values,
-            bytes=len(blob.pack(pace.adapter)) + len(_fisher_blob(assignment.kind, options, pace.fisher)),
+            bytes=len(adapter) + len(_fisher_blob(assignment.kind, options, pace.fisher)),
             seconds=pace.total(options),
             tokens_per_second=pace.tokens / pace.step,
             resumes=begun.step if begun else 0,
@@ -198,6 +205,10 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
         )
     tokenizer = load_tokenizer(assignment.base)
     load = partial(data.load, tokenizer=tokenizer, skip_broken=assignment.skip_broken)
+    if assignment.bits not in (4, 32):
+        raise InvalidInput(f"A value of a patch takes 4 or 32 bits, not {assignment.bits}.")
+    if assignment.bits == 4 and kind.name not in FOUR_BITS:
+        raise InvalidInput(f"Patches of kind {kind.name} cannot be rounded to 4 bits a value.", "Use --bits 32.")
     corpus = load(assignment.files)
     validation = load(assignment.validation) if assignment.validation else None
     parts = data.split(
@@ -225,6 +236,7 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
         sources, held_out = tuple(corpus.sources), tuple(validation.sources) if validation else ()
         yield _Ready(
             assignment,
+            state,
             model,
             trainee,
             parts,
@@ -278,7 +290,8 @@ def _key(
 
 def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
     assignment, options, lineage = ready.assignment, ready.assignment.options, ready.assignment.lineage
-    adapter, fisher = blob.pack(trained.adapter), _fisher_blob(assignment.kind, options, trained.fisher)
+    exact, fisher = blob.pack(trained.adapter), _fisher_blob(assignment.kind, options, trained.fisher)
+    adapter = _adapter_blob(assignment, trained.adapter, ready.state)
     variate, left = None, None
     if trained.control is not None:
         variate, left = control.write(trained.control, ready.past.error if ready.past else None)
@@ -309,17 +322,29 @@ def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
             validation=_data_files(ready.validation, assignment.licence),
             threads=torch.get_num_threads(),
             correction=_kept(lineage, ready.correction),
+            chosen=None if adapter == exact else canonical.digest(exact),
         ),
         control=None if variate is None else _ref(variate),
     )
     header = lineage.home.key.sign("patch", patch)
     file = bundle.pack(header, adapter, fisher, variate)
     Scratch(output.resolve().parent).write(output, file, 0o644)
-    read = None if variate is None else control.read(variate, adapter, len(variate) + len(adapter))
+    read = None if variate is None else control.read(variate, control.parameters(trained.adapter), len(variate))
     continuity.bequeath(lineage, assignment.kind, assignment.parent, ready.layout, trained.final_state, read, left)
     ready.savepoints.forget(keep=trained.states[-1])
     skipped = sum(source.skipped for source in (*ready.sources, *ready.validation))
     return NewPatch(canonical.digest(header), patch, trained, len(file), skipped)
+
+
+def _adapter_blob(assignment: Assignment, adapter: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> bytes:
+    return rounded(assignment.kind, adapter, parent) if assignment.bits == 4 else blob.pack(adapter)
+
+
+def rounded(kind: str, adapter: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> bytes:
+    """The blob of the updates in four bits a value. adapter: as the kind has it in 32; parent: values by slot."""
+    relative = kind == "dense@1"
+    updates = adapter if relative else {name: value - parent[name] for name, value in adapter.items()}
+    return blob.pack(fourbit.encode(updates)[0])
 
 
 def _kept(lineage: Lineage, correction: Mapping[str, Tensor] | None) -> Digest | None:

@@ -47,8 +47,11 @@ def export_adapter(opened: OpenedPatch, base: Path, folder: Path, onto: Path | N
     patch's parent was exported. Raises InvalidInput for what peft cannot say."""
     lineage, patch = opened.lineage, opened.patch
     adapter: Mapping[str, Tensor] = blob.unpack(opened.adapter, None, lineage.manifest.limits.max_patch_bytes)
-    read_change(lineage, patch.kind, opened.adapter)
+    change = read_change(lineage, patch.kind, opened.adapter)
     parent, name = version_state(lineage, patch.parent), _source(lineage) or str(base.resolve())
+    if patch.kind == "ia3@1":
+        values = change.applied_to(parent)
+        adapter = {slot: values[slot] for slot in change.values}
     model = skeleton(read_checkpoint(base))
     if onto is not None:
         _demand_version(onto, lineage, patch.parent)

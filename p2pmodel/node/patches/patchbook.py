@@ -118,7 +118,7 @@ def _read(path: Path) -> bytes:
 
 def _entry(lineage: Lineage, patch_id: PatchId) -> PatchEntry:
     patch = lineage.patches[patch_id]
-    return PatchEntry(patch_id, patch, lineage.manifest.name, _parent(lineage, patch), _state(lineage, patch_id, patch))
+    return PatchEntry(patch_id, patch, lineage.manifest.name, _parent(lineage, patch), state_of(lineage, patch_id))
 
 
 def _parent(lineage: Lineage, patch: Patch) -> str:
@@ -128,7 +128,8 @@ def _parent(lineage: Lineage, patch: Patch) -> str:
         return short(patch.parent)
 
 
-def _state(lineage: Lineage, patch_id: PatchId, patch: Patch) -> str:
+def state_of(lineage: Lineage, patch_id: PatchId) -> str:
+    """What became of a patch that the lineage knows: see PatchEntry."""
     for version in lineage.versions:
         number = version.candidate.number
         if patch_id in version.candidate.patches:
@@ -136,4 +137,4 @@ def _state(lineage: Lineage, patch_id: PatchId, patch: Patch) -> str:
         for left in version.candidate.left_out:
             if left.patch == patch_id:
                 return f"left out of {number}: {left.reason}"
-    return "waits for its round" if patch.parent == lineage.head else "missed its round"
+    return "waits for its round" if lineage.patches[patch_id].parent == lineage.head else "missed its round"

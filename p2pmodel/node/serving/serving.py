@@ -48,6 +48,7 @@ class ServeOptions:
     home: Path | None = None
     model: str | None = None
     peers: tuple[str, ...] = ()
+    swarm_key: Path | None = None
     base: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -77,7 +78,9 @@ async def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
         turnstile = Turnstile(options.answers, options.waiting, metrics.wait_seconds.observe)
         metrics.at_work.set_function(lambda: turnstile.at_work)
         metrics.waiting.set_function(lambda: turnstile.waiting)
-        client = await asyncio.to_thread(SwarmClient.connect, options.home, options.peers, options.model, options.base)
+        client = await asyncio.to_thread(
+            SwarmClient.connect, options.home, options.peers, options.model, options.base, options.swarm_key
+        )
         stack.push_async_callback(asyncio.to_thread, client.close)
         gateway = Gateway(client, options.answers, options.codec, metrics)
         stack.callback(gateway.close)

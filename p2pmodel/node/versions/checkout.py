@@ -26,11 +26,10 @@ from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.logic.lineage import verify_chain
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.lineages.states import base_ref, version_state
 from p2pmodel.store.disk import storage_errors
 from p2pmodel.store.scratch import Scratch
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.wire import canonical, records
 
 STATE, DESCRIPTION, PROOF = "state.safetensors", "version.json", "proof.msgpack"
@@ -49,7 +48,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class Proven:
-    """What a verified chain ends in."""
+    """What a verified chain ends in. state: of its values; None for the neutral ones of a base, which follow from the
+    slots."""
 
     manifest: Manifest
     model: Digest
@@ -118,7 +118,7 @@ def software() -> dict[str, str]:
 
 
 def state_bytes(lineage: Lineage, version: VersionId) -> bytes:
-    """The blob of the version's slots; the base's is made here. Raises NotFound."""
+    """The blob of the version's slots; a neutral base's is made here. Raises NotFound."""
     ref = lineage.result(version)
     if ref is None:
         return blob.pack(version_state(lineage, version))
@@ -169,13 +169,12 @@ def verify_proof(proof: Proof) -> Proven:
             raise Rejected(
                 "merge", f"Version {short(link.id)} amends the Manifest, and has other values than its parent."
             )
-    return Proven(manifest, model, chain, chain[-1].candidate.result if chain else None)
+    return Proven(manifest, model, chain, chain[-1].candidate.result if chain else manifest.base_values)
 
 
 def _older(manifest: Manifest, chain: Sequence[Version]) -> list[BlobRef]:
     """The values of the base and of the versions after it."""
-    base = blob.pack(Kinds(manifest.kinds).initial(manifest.slots))
-    return [BlobRef(canonical.digest(base), len(base)), *(version.candidate.result for version in chain)]
+    return [base_ref(manifest), *(version.candidate.result for version in chain)]
 
 
 def verify_version(lineage: Lineage, version: VersionId) -> tuple[Proven, int]:
@@ -197,7 +196,7 @@ def verify_folder(folder: Path) -> Proven:
     proven = verify_proof(proof)
     raw = _read(folder / STATE, result_limit(proven.manifest, proven.experts))
     if proven.state is None:
-        # Nobody signed the base's neutral values, but they follow from the slots.
+        # Nobody signed neutral values, but they follow from the slots.
         blob.unpack(raw, slots_at(proven.manifest.slots, ()), len(raw))
     else:
         check_state(proven.manifest, proven.state, proven.experts, raw)

@@ -4,8 +4,9 @@ isort:skip_file
 The control API of a node: what the commands on the same machine ask it.
 
 It is served on a Unix socket in the node's home folder, which only the home's owner may open; who can open it is
-trusted. Nothing here travels between peers. Digests are 64 lower-case hexadecimal digits, peers are libp2p PeerIds,
-times are seconds. What lies in the home's store (versions, patches) is read there, not asked for here.
+trusted. Over TCP it is served to clients with a certificate alone, who are trusted as much. Nothing here travels
+between peers. Digests are 64 lower-case hexadecimal digits, peers are libp2p PeerIds, times are seconds. p2pmodel's own
+commands read versions and patches from the home's store, with or without a node; here they are for other programs.
 
 A call that fails with a p2pmodel error carries it in the trailing metadata entry `p2pmodel-error-bin`: a JSON object
 with `class`, `message`, `hint`, and `reason` or `peer` where the class has one.
@@ -37,7 +38,9 @@ class VersionRef(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """A digest: of the candidate that became the version, or the model's id for the base."""
     number: _builtins.str
+    """Empty where this node has not heard of the version yet."""
     def __init__(
         self,
         *,
@@ -61,7 +64,9 @@ class Span(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     start: _builtins.int
+    """The first layer."""
     end: _builtins.int
+    """The first layer that is not part of it."""
     def __init__(
         self,
         *,
@@ -124,6 +129,7 @@ class StatusReply(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     TRAFFIC_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
+    """This node's PeerId."""
     home: _builtins.str
     """The home folder, as an absolute path."""
     pid: _builtins.int
@@ -131,12 +137,15 @@ class StatusReply(_message.Message):
     software: _builtins.str
     """Such as `p2pmodel/0.1.0`."""
     uptime_seconds: _builtins.float
+    """Since the node serves."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Full multiaddrs (`/ip4/…/tcp/…/p2p/…`) that others join with."""
 
     @_builtins.property
-    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]: ...
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]:
+        """What it takes part in."""
+
     @_builtins.property
     def traffic(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Bytes since the node started, by what they were: `activations_sent`, `activations_received`, `blobs_sent`,
@@ -182,17 +191,25 @@ class ModelStatus(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """Digest of its Manifest."""
     name: _builtins.str
+    """As its Manifest calls it."""
     layers: _builtins.int
+    """How many the model has."""
     maintains: _builtins.bool
     """Whether this node acts as one of the model's maintainers."""
     sessions: _builtins.int
-    """Sessions that are open on this node now, and how many positions of KV cache they have been promised together."""
+    """Sessions that are open on this node now."""
     cached_tokens: _builtins.int
+    """How many positions of KV cache they have been promised together."""
     @_builtins.property
-    def head(self) -> Global___VersionRef: ...
+    def head(self) -> Global___VersionRef:
+        """The newest version that this node can serve."""
+
     @_builtins.property
-    def round(self) -> Global___RoundStatus: ...
+    def round(self) -> Global___RoundStatus:
+        """The round on the head."""
+
     @_builtins.property
     def hosted(self) -> Global___Span:
         """What this node itself serves; absent when it serves nothing of the model."""
@@ -202,7 +219,9 @@ class ModelStatus(_message.Message):
         """All live leases that this node knows, its own among them."""
 
     @_builtins.property
-    def presences(self) -> _containers.RepeatedCompositeFieldContainer[Global___PresenceStatus]: ...
+    def presences(self) -> _containers.RepeatedCompositeFieldContainer[Global___PresenceStatus]:
+        """The peers that say that they are there."""
+
     @_builtins.property
     def coverage(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """How many live leases serve each layer at the head version; as many entries as the model has layers."""
@@ -233,6 +252,8 @@ Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
 
 @_typing.final
 class RoundStatus(_message.Message):
+    """An attempt to go from one version to the next."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: _builtins.int
@@ -250,8 +271,9 @@ class RoundStatus(_message.Message):
     since_seconds: _builtins.float
     """For how long the round has been in this phase, by this node's clock."""
     accepts: _builtins.int
-    """Verdicts that accept the round's candidate, and how many adopt it."""
+    """Verdicts that accept the round's candidate."""
     threshold: _builtins.int
+    """How many of them adopt it."""
     def __init__(
         self,
         *,
@@ -272,6 +294,8 @@ Global___RoundStatus: _TypeAlias = RoundStatus  # noqa: Y015
 
 @_typing.final
 class LeaseStatus(_message.Message):
+    """One peer's claim to serve a span."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
@@ -282,16 +306,23 @@ class LeaseStatus(_message.Message):
     LAYER_SECONDS_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_SECONDS_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
+    """Who serves."""
     dtype: _builtins.str
+    """What it computes in, such as `float32`."""
     queue: _builtins.int
     """Sessions that wait or run."""
     layer_seconds: _builtins.float
     """Measured time of one layer for one token."""
     expires_in_seconds: _builtins.float
+    """Until the claim ends, unless it is renewed."""
     @_builtins.property
-    def span(self) -> Global___Span: ...
+    def span(self) -> Global___Span:
+        """What it serves."""
+
     @_builtins.property
-    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionRef]: ...
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionRef]:
+        """At which versions."""
+
     def __init__(
         self,
         *,
@@ -313,6 +344,8 @@ Global___LeaseStatus: _TypeAlias = LeaseStatus  # noqa: Y015
 
 @_typing.final
 class PresenceStatus(_message.Message):
+    """What a peer says of itself."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
@@ -320,13 +353,17 @@ class PresenceStatus(_message.Message):
     SOFTWARE_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     peer: _builtins.str
+    """Its PeerId."""
     software: _builtins.str
+    """Such as `p2pmodel/0.1.0`."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Such as `host`, `contributor`, `maintainer`."""
 
     @_builtins.property
-    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Full multiaddrs that it can be reached by."""
+
     def __init__(
         self,
         *,
@@ -342,6 +379,220 @@ class PresenceStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PresenceStatus: _TypeAlias = PresenceStatus  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
+    interval_seconds: _builtins.float
+    """Between two replies: 0.5 to 3600, or 0 for 5."""
+    def __init__(
+        self,
+        *,
+        interval_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_seconds", b"interval_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class ListVersionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListVersionsRequest: _TypeAlias = ListVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListVersionsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Digest of the model's Manifest."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionInfo]:
+        """Oldest first, without the base."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        versions: _abc.Iterable[Global___VersionInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListVersionsReply: _TypeAlias = ListVersionsReply  # noqa: Y015
+
+@_typing.final
+class VersionInfo(_message.Message):
+    """An adopted version: what it was made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    PATCHES_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_BY_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """The round that made it."""
+    strategy: _builtins.str
+    """Such as `fisher@1`; `restore@1` for a rollback."""
+    alpha: _builtins.float
+    """The scale of the merged change."""
+    @_builtins.property
+    def version(self) -> Global___VersionRef:
+        """Its id and number."""
+
+    @_builtins.property
+    def parent(self) -> Global___VersionRef:
+        """The version that it follows."""
+
+    @_builtins.property
+    def patches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the patches that were merged."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the patches that were examined and left out."""
+
+    @_builtins.property
+    def accepted_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """PeerIds of the maintainers whose verdicts adopted it."""
+
+    def __init__(
+        self,
+        *,
+        version: Global___VersionRef | None = ...,
+        parent: Global___VersionRef | None = ...,
+        round: _builtins.int = ...,
+        strategy: _builtins.str = ...,
+        alpha: _builtins.float = ...,
+        patches: _abc.Iterable[_builtins.str] | None = ...,
+        left_out: _abc.Iterable[_builtins.str] | None = ...,
+        accepted_by: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_by", b"accepted_by", "alpha", b"alpha", "left_out", b"left_out", "parent", b"parent", "patches", b"patches", "round", b"round", "strategy", b"strategy", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionInfo: _TypeAlias = VersionInfo  # noqa: Y015
+
+@_typing.final
+class ListPatchesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPatchesRequest: _TypeAlias = ListPatchesRequest  # noqa: Y015
+
+@_typing.final
+class ListPatchesReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PATCHES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Digest of the model's Manifest."""
+    @_builtins.property
+    def patches(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatchInfo]:
+        """Oldest first, as this node learned of them."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        patches: _abc.Iterable[Global___PatchInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "patches", b"patches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPatchesReply: _TypeAlias = ListPatchesReply  # noqa: Y015
+
+@_typing.final
+class PatchInfo(_message.Message):
+    """A patch, as its contributor signed it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CONTRIBUTOR_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    LICENCE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Digest of its record."""
+    contributor: _builtins.str
+    """PeerId of who signed it."""
+    kind: _builtins.str
+    """`ia3`, `fish`, `lora`, `expert` or `dense`, or an extension's."""
+    state: _builtins.str
+    """What becomes of it, as `p2pmodel patch list` says it."""
+    bytes: _builtins.int
+    """Bytes of its adapter."""
+    samples: _builtins.int
+    """How many examples it was trained on."""
+    licence: _builtins.str
+    """SPDX licence."""
+    @_builtins.property
+    def parent(self) -> Global___VersionRef:
+        """The version that it changes."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        contributor: _builtins.str = ...,
+        parent: Global___VersionRef | None = ...,
+        kind: _builtins.str = ...,
+        state: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        samples: _builtins.int = ...,
+        licence: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "contributor", b"contributor", "id", b"id", "kind", b"kind", "licence", b"licence", "parent", b"parent", "samples", b"samples", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatchInfo: _TypeAlias = PatchInfo  # noqa: Y015
 
 @_typing.final
 class PublishRequest(_message.Message):
@@ -371,9 +622,11 @@ class PublishReply(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     patch: _builtins.str
+    """The record, as it was asked for."""
     model: _builtins.str
-    """The model and the round in which the patch will be judged."""
+    """The model in which the patch will be judged."""
     round: _builtins.int
+    """The round in which it will be judged."""
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """Missing associated documentation comment in .proto file."""
+    """What a running node answers.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -38,6 +39,21 @@ class ControlStub:
                 '/p2pmodel.wire.v1.Control/Status',
                 request_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusRequest.SerializeToString,
                 response_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusReply.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/p2pmodel.wire.v1.Control/Watch',
+                request_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.WatchRequest.SerializeToString,
+                response_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusReply.FromString,
+                _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/p2pmodel.wire.v1.Control/ListVersions',
+                request_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListVersionsReply.FromString,
+                _registered_method=True)
+        self.ListPatches = channel.unary_unary(
+                '/p2pmodel.wire.v1.Control/ListPatches',
+                request_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListPatchesRequest.SerializeToString,
+                response_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListPatchesReply.FromString,
                 _registered_method=True)
         self.Publish = channel.unary_unary(
                 '/p2pmodel.wire.v1.Control/Publish',
@@ -52,10 +68,32 @@ class ControlStub:
 
 
 class ControlServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What a running node answers.
+    """
 
     def Status(self, request, context):
         """What this node is, what it serves, and what it sees of its swarms.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """The same again and again, until the caller has enough or the node ends; the first at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """The versions from the base to the head.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPatches(self, request, context):
+        """The patches that this node knows, and what became of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +121,21 @@ def add_ControlServicer_to_server(servicer, server):
                     request_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusRequest.FromString,
                     response_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusReply.SerializeToString,
             ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.WatchRequest.FromString,
+                    response_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusReply.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListVersionsRequest.FromString,
+                    response_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListVersionsReply.SerializeToString,
+            ),
+            'ListPatches': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPatches,
+                    request_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListPatchesRequest.FromString,
+                    response_serializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListPatchesReply.SerializeToString,
+            ),
             'Publish': grpc.unary_unary_rpc_method_handler(
                     servicer.Publish,
                     request_deserializer=p2pmodel_dot_wire_dot_v1_dot_control__pb2.PublishRequest.FromString,
@@ -102,7 +155,8 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """Missing associated documentation comment in .proto file."""
+    """What a running node answers.
+    """
 
     @staticmethod
     def Status(request,
@@ -121,6 +175,87 @@ class Control:
             '/p2pmodel.wire.v1.Control/Status',
             p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusRequest.SerializeToString,
             p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/p2pmodel.wire.v1.Control/Watch',
+            p2pmodel_dot_wire_dot_v1_dot_control__pb2.WatchRequest.SerializeToString,
+            p2pmodel_dot_wire_dot_v1_dot_control__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/p2pmodel.wire.v1.Control/ListVersions',
+            p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListVersionsRequest.SerializeToString,
+            p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListVersionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPatches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/p2pmodel.wire.v1.Control/ListPatches',
+            p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListPatchesRequest.SerializeToString,
+            p2pmodel_dot_wire_dot_v1_dot_control__pb2.ListPatchesReply.FromString,
             options,
             channel_credentials,
             insecure,
