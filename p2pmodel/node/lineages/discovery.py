@@ -130,9 +130,7 @@ async def _fetch_base_values(lineage: Lineage, host: PeerHost, holders: Sequence
 
     limit = result_limit(lineage.founding)
     if ref.size > limit:
-        raise Rejected(
-            "size", f"{lineage.manifest.name} begins with {ref.size} bytes of values; its slots need {limit}."
-        )
+        raise Rejected("size", f"{lineage.manifest.name} begins with {ref.size} bytes of values; its slots need {limit}.")
     await BlobFetcher(host, objects.sink).fetch(ref, holders)
     try:
         check_values(lineage.founding, objects.load(ref.digest, limit))

@@ -113,13 +113,9 @@ def _parent(lineage: Lineage, named: str, version: VersionId | None, assume_base
     source = hub.Source.parse(lineage.manifest.source)
     folder = Path(named) if named else None
     marked = marked_version(folder, lineage) if folder and folder.is_dir() else None
-    is_base = (
-        bool(named)
-        and lineage.result(lineage.model) is None
-        and (
-            (source is not None and named == source.repository)
-            or (folder is not None and folder.is_dir() and is_base_of(folder, lineage.manifest))
-        )
+    is_base = bool(named) and lineage.result(lineage.model) is None and (
+        (source is not None and named == source.repository)
+        or (folder is not None and folder.is_dir() and is_base_of(folder, lineage.manifest))
     )
     found = marked or (VersionId(lineage.model) if is_base else None)
     if assume_base:
