@@ -160,7 +160,7 @@ def _adapter(
     opened: OpenedPatch, change: Change, updates: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[bytes, float]:
     """The blob, as the kind writes it."""
-    if opened.patch.kind == "ia3@1":
+    if opened.patch.kind in ("ia3@1", KIND):
         return blob.pack({name: (state[name].double() + u).float() for name, u in updates.items()}), 1.0
     if opened.patch.kind == "dense@1":
         return blob.pack({name: update.float() for name, update in updates.items()}), 1.0
