@@ -7,6 +7,7 @@ is put in before the first layer of the span, and an exception ends the forward 
 
 import inspect
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -28,10 +29,12 @@ from p2pmodel.engine.expert_layout import ExpertLayout
 from p2pmodel.engine.trial import try_out
 from p2pmodel.tensors import weights
 from p2pmodel.tensors.ia3 import Applier, find_slots
-from p2pmodel.tensors.smear import Course, is_expert, pools
+from p2pmodel.tensors.smear import Course, Pools, is_expert, pools
 from p2pmodel.tensors.smear_hooks import Hooks, Running, Together
 
 PAGE_BYTES = 4096
+POOLS_KEPT = 4
+"""Versions whose experts lie stacked for the sessions to come."""
 
 
 def load_stage(
@@ -116,6 +119,7 @@ class Stage:
         self._slots: frozenset[str] = frozenset()
         self._smear = Hooks(base, ())
         self._routed: frozenset[str] = frozenset()
+        self._pools: deque[tuple[Mapping[str, Tensor], Pools]] = deque(maxlen=POOLS_KEPT)
         self._places = weights.Places(base, ())
 
     @property
@@ -190,7 +194,7 @@ class Stage:
         Raises InvalidInput for a span that is not hosted.
         """
         arguments = {}
-        course = course_of(cache, vectors)
+        course = self._course_of(cache, vectors)
         if course is not None:
             mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].to(self.device).bool()
             course.begin(0 if cache is None else cache.seen, hidden.shape[1], mask)
@@ -271,6 +275,21 @@ class Stage:
                 self.scratch.calls = self._selected = None
         return calls
 
+    def _course_of(self, cache: StageCache | None, state: Mapping[str, Tensor] | None) -> Course | None:
+        """Of a session, begun by its first forward; of a forward without a cache its own. None without experts."""
+        if cache is not None and cache.course is not None:
+            return cache.course
+        if not state or not any(map(is_expert, state)):
+            return None
+        if cache is None:
+            return Course(pools(state))
+        found = next((known for other, known in self._pools if other is state), None)
+        if found is None:
+            found = pools(state)
+            self._pools.append((state, found))
+        cache.course = Course(found)
+        return cache.course
+
     def _select(self, span: Span) -> None:
         if not self.span.covers(span):
             raise InvalidInput(f"Layers {span} are not among those that are hosted, {self.span}.")
@@ -295,20 +314,6 @@ class Stage:
         if args:
             return (self._hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._hidden}
-
-
-def course_of(cache: StageCache | None, state: Mapping[str, Tensor] | None) -> Course | None:
-    """Of a session, begun by its first forward; of a forward without a cache its own. None where there are no
-    experts."""
-    if cache is not None and cache.course is not None:
-        return cache.course
-    found = pools(state) if state else {}
-    if not found:
-        return None
-    course = Course(found)
-    if cache is not None:
-        cache.course = course
-    return course
 
 
 class _Left(BaseException):
