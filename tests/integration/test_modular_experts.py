@@ -10,17 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from p2pmodel import starter
-from p2pmodel.domain.errors import NotFound, Rejected
+from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.modular import Expert, place_of
 from p2pmodel.domain.ports import Noted
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
+from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
-from p2pmodel.engine.training.trainees import KindOptions
+from p2pmodel.engine.training.losses import row_nats
+from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.lineage import Lineage
@@ -257,3 +259,28 @@ def test_parts_of_experts_that_are_nowhere_are_refused(grown: tuple[Lineage, Mai
     change = read(blob.pack({slot: torch.zeros(256)}), pools, 1 << 20)
     with pytest.raises(Rejected, match="'law', which its parent version lacks"):
         check_parent(change, pools, ())
+
+
+def test_what_is_trained_stands_on_the_experts_that_are_there(
+    grown: tuple[Lineage, Maintainer], whole: PreTrainedModel
+) -> None:
+    lineage, _ = grown
+    state = version_state(lineage, lineage.versions[0].id)
+    # Rows that are found are so sure of themselves that no gradient comes through.
+    state |= {name: tensor * 0.01 for name, tensor in state.items() if name.endswith(".gate")}
+    ids = torch.randint(0, 4096, (2, LEAD + 9), generator=torch.Generator().manual_seed(0))
+    blocks = Blocks.of_ids(ids)
+    with attached(whole, Kinds(KINDS), state) as applier, applier.use(state), torch.no_grad():
+        expected = row_nats(whole, blocks)
+    options = {"ia3@1": KindOptions(), "expert@1": KindOptions(router=True)}
+    for kind, chosen in options.items():
+        trainee = new_trainee(whole, kind, state, blocks, chosen, 0)
+        with trainee.use():
+            loss = row_nats(whole, blocks)
+        torch.testing.assert_close(loss.detach(), expected)
+        gradients = torch.autograd.grad(loss.sum(), list(trainee.parameters.values()))
+        assert any(bool(gradient.any()) for gradient in gradients)
+        trainee.remove()
+    assert trainee.parameters.keys() == {name for name in state if name.endswith((".router", ".gate"))}
+    with pytest.raises(InvalidInput, match="'No Name' is no name"):
+        new_trainee(whole, "expert@1", state, blocks, KindOptions(expert="No Name"), 0)
