@@ -346,20 +346,21 @@ CONTROLLED = Arm(strategy="fisher@1", variates=True)
 FOUR_BITS = Arm(variates=True, bits=4)
 
 
-def arms_of(section: str) -> list[Arm]:
+def arms_of(section: str, counts: Sequence[int]) -> list[Arm]:
+    """counts: of rounds."""
     if section == "tune":
         return [POOLED, PARALLEL, Arm(variates=True)]
     if section == "rounds":
         found = [BASE, POOLED, PARALLEL]
         found += [Arm(rounds=1, strategy=strategy, alpha=0.0) for strategy in ("mean@1", "fisher@1")]
-        for rounds in (5, 10, 20, 40):
+        for rounds in counts:
             found += [
                 Arm(rounds=rounds),
                 Arm(rounds=rounds, strategy="fisher@1"),
                 replace(CONTROLLED, rounds=rounds),
                 replace(FOUR_BITS, rounds=rounds),
             ]
-        found += [replace(FOUR_BITS, rounds=rounds, bits=1, feedback=True) for rounds in (5, 20)]
+        found += [replace(FOUR_BITS, rounds=rounds, bits=1, feedback=True) for rounds in counts[::2]]
         return found
     if section == "choices":
         found = [Arm(variates=True), replace(FOUR_BITS, feedback=True), replace(CONTROLLED, bits=4)]
@@ -387,7 +388,7 @@ def key_of(kind: str, seed: int, arm: Arm, section: str, args: argparse.Namespac
 def rates_of(kind: str, args: argparse.Namespace) -> dict[str, float]:
     """By way, the rate that is best on seed 0's tuning half."""
     best: dict[str, float] = {}
-    for arm in arms_of("tune"):
+    for arm in arms_of("tune", ()):
         found = {}
         for rate in RATES[kind][arm.way]:
             bench = partial(Bench, kind, 0, args, {arm.way: rate})
@@ -512,6 +513,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160, help="of each contributor, in all rounds together")
     parser.add_argument("--rows", type=int, default=2, help="of a step of one contributor")
     parser.add_argument("--sequence", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[5, 10, 20, 40], help="of the section of that name")
     parser.add_argument("--results", type=Path, default=Path("collective.jsonl"), help="a line for every finished run")
     parser.add_argument("--plots", type=Path, help="folder for the curves by round and by bytes")
     parser.add_argument("--table", action="store_true", help="print what the results have, and run nothing")
@@ -523,7 +525,7 @@ def main() -> None:
         moved: list[dict[str, Any]] = []
         for seed in args.seeds:
             for section in args.section:
-                for arm in arms_of(section):
+                for arm in arms_of(section, args.rounds):
                     rate = rates[arm.way if arm.way in rates else "rounds"]
                     line = once(args, kind, seed, arm, section, rate, partial(Bench, kind, seed, args, rates))
                     if line is not None and line not in own:

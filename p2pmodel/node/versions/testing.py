@@ -1,6 +1,7 @@
 """A patch or a version against its parent on a suite: the lineage's exam, or one of the user's own."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.exams import Examiner, Suite
+from p2pmodel.engine.harness import Harness
 from p2pmodel.logic.judgement import is_share, regressions, tolerance
 from p2pmodel.node.lineages.bases import find_base
 from p2pmodel.node.lineages.discovery import local_lineage
@@ -91,6 +93,69 @@ def run_suite(
         sum(result.cases for result in results),
         seconds,
     )
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A metric of a task of lm-evaluation-harness. change: of the score, a difference; regression: a sentence when it
+    is worse than the parent's by more than `tolerance`."""
+
+    task: str
+    metric: str
+    cases: int
+    parent: float
+    score: float
+    change: float
+    tolerance: float
+    regression: str
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """seconds: what running the tasks cost, its parent not counted."""
+
+    what: str
+    parent: str
+    folder: str
+    results: tuple[TaskResult, ...]
+    seconds: float
+
+    @property
+    def regressions(self) -> list[str]:
+        return [result.regression for result in self.results if result.regression]
+
+
+def run_tasks(
+    home: Path | None,
+    model: str | None,
+    base: Path | None,
+    subject: str,
+    folder: Path,
+    names: Sequence[str],
+    limit: int | None,
+    tolerance: float,
+) -> TaskReport:
+    """subject: as for `run_suite`; folder, names, limit: see `engine.harness.Harness`. tolerance: how much worse a
+    score may be, absolute. Raises NotFound, InvalidInput."""
+    harness = Harness(folder, names, limit)
+    opened = Home.open(home)
+    lineage = local_lineage(opened, model)
+    what, state, parent = _subject(home, lineage, subject)
+    path = find_base(opened, lineage, base)
+    whole, tokenizer, kinds = load_whole(path), load_tokenizer(path), Kinds(lineage.manifest.kinds)
+    before = {(s.task, s.metric): s for s in harness.run(whole, tokenizer, kinds, version_state(lineage, parent))}
+    began = time.monotonic()
+    after = harness.run(whole, tokenizer, kinds, state)
+    seconds = time.monotonic() - began
+    results = []
+    for score in after:
+        old = before[score.task, score.metric].score
+        change = score.score - old
+        worse = -change if score.higher_is_better else change
+        sentence = f"{score.task}/{score.metric} is {score.score:.4f}, was {old:.4f}" if worse > tolerance else ""
+        results.append(TaskResult(score.task, score.metric, score.cases, old, score.score, change, tolerance, sentence))
+    number = lineage.number(parent)
+    return TaskReport(what, f"{lineage.manifest.name} {number}", folder.name, tuple(results), seconds)
 
 
 def chosen_suite(lineage: Lineage, folder: Path | None) -> Suite:
