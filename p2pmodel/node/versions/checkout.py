@@ -185,7 +185,7 @@ def verify_version(lineage: Lineage, version: VersionId) -> tuple[Proven, int]:
     proven = verify_proof(prove(lineage, version))
     begins = proven.manifest.base_values
     if begins is not None and lineage.home.objects.has(begins.digest):
-        check_state(proven.manifest, begins, lineage.home.objects.load(begins.digest))
+        check_state(proven.manifest, begins, (), lineage.home.objects.load(begins.digest))
     here = 0
     for link in proven.versions:
         if lineage.home.objects.has(link.candidate.result.digest):
