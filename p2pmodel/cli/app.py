@@ -14,6 +14,7 @@ from p2pmodel.cli import (
     branching,
     collecting,
     controlling,
+    experts,
     identity,
     inspecting,
     joining,
@@ -59,6 +60,7 @@ modelling.app.command()(amending.amend)
 app.command(rich_help_panel=IMPROVE)(rebasing.rebase)
 app.command(rich_help_panel=IMPROVE)(branching.branch)
 app.command(rich_help_panel=IMPROVE)(branching.merge_branches)
+app.add_typer(experts.app, name="expert", rich_help_panel=IMPROVE)
 app.add_typer(modelling.app, name="model", rich_help_panel=IMPROVE)
 app.add_typer(rounds.app, name="round", rich_help_panel=IMPROVE)
 app.command("eval", rich_help_panel=IMPROVE)(prompting.evaluate)

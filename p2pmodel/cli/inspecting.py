@@ -9,6 +9,7 @@ from p2pmodel.cli.output import emit, plain, printable, size
 from p2pmodel.cli.versioning import score_table
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PatchId, short
+from p2pmodel.domain.modular import removed
 from p2pmodel.domain.version import BASE_NUMBER
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ def _made(lineage: "Lineage", version: "Version") -> str:
     what = f"{len(c.patches)} patches by {c.merge.strategy}, α {c.alpha:g}"
     if c.restores:
         what = f"restores {lineage.number(lineage.restored_by(c))}"
+    elif c.removes:
+        what = f"removes expert {', '.join(removed(c.experts, lineage.experts(c.parent)))}"
     elif c.amends:
         what = "amends the Manifest"
     return (

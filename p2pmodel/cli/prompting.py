@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from p2pmodel.cli import options
-from p2pmodel.cli.output import emit
+from p2pmodel.cli.output import emit, table
 from p2pmodel.domain.errors import UsageError
+
+if TYPE_CHECKING:
+    from p2pmodel.node.asking.client import Answer
 
 
 def infer(
@@ -47,6 +50,9 @@ def infer(
             "The answer stays the same.",
         ),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how much of each modular expert the answer was made with.")
+    ] = False,
     base: options.Base = None,
     home: options.Home = None,
     json: options.Json = False,
@@ -82,6 +88,17 @@ def infer(
     else:
         typer.echo()
         typer.echo(summary, err=True)
+        if explain:
+            typer.echo(_explained(answer), err=True)
+
+
+def _explained(answer: "Answer") -> str:
+    if not answer.experts:
+        return "no modular expert had a part in it: the version has none, or the text is too short to choose by"
+    ranked = sorted(answer.experts, key=lambda pair: -pair[1])
+    return table(
+        "", ["expert", "share", ""], [[name, f"{share:.1%}", "█" * round(20 * share)] for name, share in ranked]
+    )
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import typer
 
 from p2pmodel.cli import options
 from p2pmodel.cli.output import emit, size
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 
@@ -74,7 +75,9 @@ def train(
     licence: Annotated[str | None, _option(DATA, "--licence", help="SPDX licence of the data.")] = None,
     kind: Annotated[
         str | None,
-        _option(PATCH, "--kind", help="ia3, fish, dense, lora, or an installed one.", default="the model's first"),
+        _option(
+            PATCH, "--kind", help="ia3, expert, fish, dense, lora, or an installed one.", default="the model's first"
+        ),
     ] = None,
     density: Annotated[
         float | None, _option(PATCH, "--density", help="fish: share of the weights that it changes.", default="0.005")
@@ -82,7 +85,17 @@ def train(
     mask_examples: Annotated[
         int | None, _option(PATCH, "--mask-examples", help="fish: examples to choose them by.", default="64", min=1)
     ] = None,
-    rank: Annotated[int | None, _option(PATCH, "--rank", help="lora: rank of the update.", default="8", min=1)] = None,
+    rank: Annotated[
+        int | None, _option(PATCH, "--rank", help="lora: rank of the update; expert: of a new one.", default="8", min=1)
+    ] = None,
+    expert: Annotated[
+        str | None,
+        _option(PATCH, "--expert", help="expert: its name; one that the version has is updated.", default="<data>"),
+    ] = None,
+    router: Annotated[
+        bool | None,
+        _option(PATCH, "--router/--no-router", help="expert: train the rows of all experts, and no adapter."),
+    ] = None,
     alpha: Annotated[
         float | None, _option(PATCH, "--alpha", help="lora: the update is scaled by alpha / rank.", default="16")
     ] = None,
@@ -245,6 +258,8 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
 
     kind = chosen.get("kind") or lineage.manifest.kinds[0]
     kind = kind if "@" in kind else f"{kind}@1"
+    if kind == modular.KIND:
+        values.setdefault("expert", modular.name_like(Path(chosen["data"][0]).stem))
     if kind in LEARNING_RATES:
         values.setdefault("learning_rate", LEARNING_RATES[kind])
     parent = lineage.find_version(chosen.get("version", "head"))

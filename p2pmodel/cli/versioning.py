@@ -81,6 +81,8 @@ def show(
         f"values       {size(candidate.result.size)}, SHA-256 {candidate.result.digest}"
         + ("" if lineage.home.objects.has(candidate.result.digest) else ", not on this machine"),
     ]
+    if candidate.experts:
+        lines += [f"experts      {', '.join(f'{expert.name} (rank {expert.rank})' for expert in candidate.experts)}"]
     for patch_id in candidate.patches:
         patch = lineage.patches.get(patch_id)
         lines.append(f"merged       {short(patch_id)}  {patch.contributor if patch else 'not here'}")
@@ -126,6 +128,8 @@ def diff(
     parts = [f"{numbers[0]} ({short(a)}) → {numbers[1]} ({short(b)})"]
     parts += [table("", ["slot", "norm", "relative", "changed", "largest"], rows)] if rows else []
     rest = len(found.slots) - len(shown)
+    parts += [f"experts added: {', '.join(found.added)}"] if found.added else []
+    parts += [f"experts removed: {', '.join(found.removed)}"] if found.removed else []
     more = f"{rest} more slots differ (--all shows them), " if rest else ""
     parts.append(f"{more}{found.untouched} slots are the same")
     if found.scores:

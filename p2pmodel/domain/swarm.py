@@ -167,6 +167,8 @@ class StepNote:
     order: which row of the session each row goes on from, as beam search wants it; empty when nothing moves.
     wanted: of how many of the last tokens the client needs the output; None for all of them.
     spread: on the way back, how many gates were spread over others since nobody hosts their experts.
+    routed, shares: on the way back, how many layers' routers have decided in this step, and the sum of their shares:
+    for each row those of the version's modular experts, sorted by name, and of none; float32, little-endian.
     """
 
     mask: bytes = b""
@@ -174,6 +176,8 @@ class StepNote:
     order: tuple[int, ...] = ()
     wanted: int | None = None
     spread: int = 0
+    routed: int = 0
+    shares: bytes = b""
 
 
 @dataclass(frozen=True)

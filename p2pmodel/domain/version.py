@@ -5,6 +5,7 @@ from math import isfinite
 
 from p2pmodel.domain.ids import ModelId, PatchId, PeerId, VersionId, check_digest, check_peer
 from p2pmodel.domain.model import Amendment, BlobRef, MergeSpec
+from p2pmodel.domain.modular import Experts, check_experts
 
 
 @dataclass(frozen=True, order=True)
@@ -28,12 +29,21 @@ class VersionNumber:
     def next_patch(self) -> "VersionNumber":
         return VersionNumber(self.major, self.minor, self.patch + 1)
 
+    def next_minor(self) -> "VersionNumber":
+        return VersionNumber(self.major, self.minor + 1, 0)
+
+    def after(self, before: Experts, now: Experts) -> "VersionNumber":
+        """Of the version that follows one with the experts `before`."""
+        return self.next_patch() if before == now else self.next_minor()
+
 
 BASE_NUMBER = VersionNumber(1, 0, 0)
 RESTORE = MergeSpec("restore@1")
 """Of a candidate that merges nothing, and gives all slots the values of an older version of its chain."""
 AMEND = MergeSpec("amend@1")
 """Of a candidate that merges nothing, has the values of its parent, and amends the Manifest."""
+REMOVE = MergeSpec("remove@1")
+"""Of a candidate that merges nothing, and has the values of its parent without those of some experts."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Candidate:
     """A proposed next version. `patches` are sorted by id; `result` is the safetensors blob of all slots after the
     merge; `alpha` the scale that the proposer found on the exam's tuning split. `weights`: the maintainers' λ of each
     patch, empty where all are 1; `control`: the mean of the patches' control variates, where they have any;
-    `amendment`: of one that merges nothing and amends the Manifest."""
+    `amendment`: of one that merges nothing and amends the Manifest; `experts`: all that the version has."""
 
     model: ModelId
     round: int
@@ -68,6 +78,7 @@ class Candidate:
     weights: tuple[float, ...] = ()
     control: BlobRef | None = None
     amendment: Amendment | None = None
+    experts: Experts = ()
 
     def __post_init__(self) -> None:
         check_digest(self.model, "candidate model")
@@ -76,9 +87,10 @@ class Candidate:
             raise ValueError("rounds count from 1")
         if self.amends != (self.amendment is not None):
             raise ValueError("a candidate amends the Manifest when its merge says so, and only then")
-        merges = not (self.restores or self.amends)
+        merges = not (self.restores or self.amends or self.removes)
         if not merges and (self.patches or self.left_out or self.control is not None):
-            raise ValueError("a candidate that restores a version or amends the Manifest settles no patches")
+            raise ValueError("a candidate that restores a version, removes or amends settles no patches")
+        check_experts(self.experts)
         if (merges and not self.patches) or list(self.patches) != sorted(set(self.patches)):
             raise ValueError("a candidate's patches have to be unique and sorted, at least one")
         for patch in self.patches:
@@ -107,6 +119,23 @@ class Candidate:
     @property
     def amends(self) -> bool:
         return self.merge == AMEND
+
+    @property
+    def removes(self) -> bool:
+        return self.merge == REMOVE
+
+    def misfit(self, number: VersionNumber, experts: Experts) -> str:
+        """What of its number and its experts does not follow a parent of that number and with those experts; empty
+        when all does."""
+        own, before = set(self.experts), set(experts)
+        if self.removes and not own < before:
+            return "removes no expert of its parent, or has others than its parent"
+        if self.amends and own != before:
+            return "amends the Manifest, and has other experts than its parent"
+        if not (self.removes or self.amends or self.restores) and not own >= before:
+            return "lacks an expert of its parent, and says nothing of removing it"
+        expected = number.after(experts, self.experts)
+        return "" if self.number == expected else f"is numbered {self.number}, and has to be {expected}"
 
 
 @dataclass(frozen=True)

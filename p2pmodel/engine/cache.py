@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from p2pmodel.domain.swarm import Span
+from p2pmodel.tensors.smear import Course
 
 FIRST_ROOM = 16
 
@@ -25,7 +26,8 @@ def attends_only(config: PreTrainedConfig) -> bool:
 
 
 class StageCache(DynamicCache):
-    """The cache of one session on one stage. `seen`: tokens that every layer of the span has taken in.
+    """The cache of one session on one stage. `seen`: tokens that every layer of the span has taken in; `course`: what
+    the session's routers have seen, where its version has experts.
 
     rewinds: whether `rewind` may go back; families that can't (see `attends_only`) raise NotImplementedError.
     """
@@ -37,6 +39,7 @@ class StageCache(DynamicCache):
         self.span = span
         self.max_tokens = max_tokens
         self.seen = self._last = 0
+        self.course: Course | None = None
         layers = self.layers
         if self.layer_class_to_replicate is not None:
             count = config.get_text_config(decoder=True).num_hidden_layers
@@ -95,6 +98,8 @@ class StageCache(DynamicCache):
         """Each row goes on from row order[row], [B]."""
         for layer in self._hosted():
             layer.reorder_cache(order)
+        if self.course is not None:
+            self.course.reorder(order)
 
     def _hosted(self) -> list[Any]:
         return self.layers[self.span.start : self.span.end]

@@ -17,6 +17,7 @@ from p2pmodel.engine.expert_calls import Pairs
 from p2pmodel.engine.expert_layout import ExpertLayout, find_experts, shrink, skeleton
 from p2pmodel.tensors import weights
 from p2pmodel.tensors.ia3 import Applier, find_slots
+from p2pmodel.tensors.smear import is_expert
 
 PAIRS_AT_ONCE = 1024
 """More are computed in parts, so that what is between the experts' two projections keeps a bound."""
@@ -139,7 +140,7 @@ class ExpertShard:
     def is_elsewhere(self, name: str) -> bool:
         """As `Stage.is_elsewhere`."""
         path = name[name.rfind(":") + 1 :]
-        return not any(path.startswith(f"{owner}.") for owner in self.paths.values())
+        return is_expert(name) or not any(path.startswith(f"{owner}.") for owner in self.paths.values())
 
     def own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of a version's state, the slots of experts in the hosted layers; of stacked weights the hosted experts."""

@@ -24,6 +24,7 @@ from p2pmodel.engine.tuning import TrainingSession, Tuner
 from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import State, VersionTable, stack_states, weights_key
 from p2pmodel.tensors.codecs import Codec, get_codec
+from p2pmodel.tensors.smear import is_expert
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ class Runner:
             if self._cached_tokens + session.room > self._max_cached_tokens:
                 raise Busy("This stage has no room for another session.", "Try another peer, or ask for fewer tokens.")
             self._cached_tokens += session.room
-            if request.rows == 1 and cache.keeps_all:
+            # What routers saw of a beginning is not kept with it.
+            if request.rows == 1 and cache.keeps_all and not any(map(is_expert, state)):
                 scope = (request.version, request.span, request.codec)
                 keys = request.prefix[: request.max_tokens // PREFIX_BLOCK]
                 session.trail = self._prefixes.begin(scope, codec.size(1, stage.width), cache, keys)
@@ -245,11 +247,10 @@ class Runner:
         for work, output in zip(works, outputs, strict=True):
             work.session.broken = False
             self._remember(work, output)
-        if traffic.spread is None:
-            return outputs
-        for work in works:
-            if work.session.trail:  # others may find the missing experts again
-                self._forget(work.session)
+        if traffic.spread is not None:
+            for work in works:
+                if work.session.trail:  # others may find the missing experts again
+                    self._forget(work.session)
         return _noted(works, outputs, traffic.spread)
 
     def _trained(self, session: TrainingSession, number: int, meta: bytes, body: Buffer) -> Buffer | Exception:
@@ -364,15 +365,29 @@ class Runner:
         session.trail = None
 
 
-def _noted(works: Sequence[Work], outputs: Sequence[Buffer], spread: Tensor) -> list[Buffer | Noted | Exception]:
-    """The outputs of those whose gates were spread say so. spread: of all their rows, one after another."""
+def _noted(
+    works: Sequence[Work], outputs: Sequence[Buffer], spread: Tensor | None
+) -> Sequence[Buffer | Noted | Exception]:
+    """The outputs of those whose gates were spread say so, and of those whose routers decided, how. spread: of all
+    their rows, one after another."""
     counts = [work.hidden.shape[0] * work.hidden.shape[1] for work in works]
-    return [
-        Noted(output, replace(work.note, spread=work.note.spread + int(part.sum())).encode())
-        if bool(part.any())
-        else output
-        for work, output, part in zip(works, outputs, torch.split(spread, counts), strict=True)
-    ]
+    parts = [None] * len(works) if spread is None else [int(part.sum()) for part in torch.split(spread, counts)]
+    noted: list[Buffer | Noted | Exception] = []
+    for work, output, lost in zip(works, outputs, parts, strict=True):
+        course = work.session.cache.course
+        decided = None if course is None else course.decided()
+        if not lost and decided is None:
+            noted.append(output)
+            continue
+        note = replace(work.note, spread=work.note.spread + (lost or 0))
+        if decided is not None:
+            layers, shares = decided
+            before = note.shares
+            if before is not None and before.shape == shares.shape:
+                shares = shares + before
+            note = replace(note, routed=note.routed + layers, shares=shares)
+        noted.append(Noted(output, note.encode()))
+    return noted
 
 
 def _is_next_token(work: Work) -> bool:

@@ -7,6 +7,7 @@ is put in before the first layer of the span, and an exception ends the forward 
 
 import inspect
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.modular import place_of
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine import family, quantisation, remote_experts
 from p2pmodel.engine.batching import SessionsCache
@@ -27,8 +29,12 @@ from p2pmodel.engine.expert_layout import ExpertLayout
 from p2pmodel.engine.trial import try_out
 from p2pmodel.tensors import weights
 from p2pmodel.tensors.ia3 import Applier, find_slots
+from p2pmodel.tensors.smear import Course, Pools, is_expert, pools
+from p2pmodel.tensors.smear_hooks import Hooks, Running, Together
 
 PAGE_BYTES = 4096
+POOLS_KEPT = 4
+"""Versions whose experts lie stacked for the sessions to come."""
 
 
 def load_stage(
@@ -111,6 +117,9 @@ class Stage:
         self._edges: list[RemovableHandle] = []
         self._applier = Applier(base, ())
         self._slots: frozenset[str] = frozenset()
+        self._smear = Hooks(base, ())
+        self._routed: frozenset[str] = frozenset()
+        self._pools: deque[tuple[Mapping[str, Tensor], Pools]] = deque(maxlen=POOLS_KEPT)
         self._places = weights.Places(base, ())
 
     @property
@@ -121,7 +130,7 @@ class Stage:
     def is_elsewhere(self, name: str) -> bool:
         """Whether a slot is of the experts of a layer whose experts are not here."""
         path = name[name.rfind(":") + 1 :]
-        return any(path.startswith(f"{owner}.") for owner in self.board.paths)
+        return not is_expert(name) and any(path.startswith(f"{owner}.") for owner in self.board.paths)
 
     @property
     def weight_bytes(self) -> int:
@@ -143,8 +152,15 @@ class Stage:
             return {slot.name: slot.shape for slot in find_slots(self.base)}
 
     def prepare_slots(self, names: frozenset[str]) -> None:
-        """From now on, forwards apply vectors of these names. Names of places that are not here are passed over."""
+        """From now on, forwards apply vectors and experts of these names. Names of places that are not here are passed
+        over."""
+        layers = {place.layer for place in map(place_of, names) if place is not None}
+        names = frozenset(name for name in names if not is_expert(name))
         with self._lock:
+            if not layers <= self._routed:
+                self._smear.remove()
+                self._routed |= layers
+                self._smear = Hooks(self.base, self._routed)
             if names <= self._slots:
                 return
             self._applier.remove()
@@ -174,9 +190,14 @@ class Stage:
         cache: of the same span; it takes in T tokens. None for a run without state. position_ids [B, T];
         attention_mask [B, seen + T], for padded rows; vectors: slot state, [D] or by row [B, D], of slots that
         `prepare_slots` was told, and whole weights in place of the checkpoint's, of slots that `prepare_weights` was
-        told. Raises InvalidInput for a span that is not hosted.
+        told; experts, which the example's routers choose among: those of a cache are those of its first forward.
+        Raises InvalidInput for a span that is not hosted.
         """
         arguments = {}
+        course = self._course_of(cache, vectors)
+        if course is not None:
+            mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].to(self.device).bool()
+            course.begin(0 if cache is None else cache.seen, hidden.shape[1], mask)
         if self._takes_positions:
             # Some families count from 0 in every forward when they are not told, whatever is cached.
             if position_ids is None:
@@ -186,7 +207,7 @@ class Stage:
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(self.device)
         with self._lock:
-            output = self._run(hidden, cache, span, vectors, arguments)
+            output = self._run(hidden, cache, span, vectors, arguments, course)
         if cache is not None:
             cache.seen += hidden.shape[1]
         return output
@@ -196,8 +217,13 @@ class Stage:
     ) -> Tensor:
         """One token of each row of several sessions, [B, 1, H] -> [B, 1, H]; see `batching.fits`."""
         arguments = {"position_ids": batch.positions().to(self.device)} if self._takes_positions else {}
+        courses = [cache.course for cache in batch.caches]
+        for cache in batch.caches:
+            if cache.course is not None:
+                cache.course.begin(cache.seen, 1)
+        together = Together(courses, batch.slices) if any(courses) else None
         with self._lock, batch.attending(self.base.config):
-            output = self._run(hidden, batch, span, vectors, arguments)
+            output = self._run(hidden, batch, span, vectors, arguments, together)
         batch.finish()
         return output
 
@@ -208,6 +234,7 @@ class Stage:
         span: Span,
         vectors: Mapping[str, Tensor] | None,
         arguments: dict[str, Any],
+        routing: Running | None = None,
     ) -> Tensor:
         if span != self._selected:
             self._select(span)
@@ -219,7 +246,7 @@ class Stage:
         self._siblings[self._leaf] = self._view
         self._places.put(vectors or {})
         try:
-            with self._applier.use(vectors):
+            with self._applier.use(vectors), self._smear.running(routing):
                 self.base(
                     inputs_embeds=scratch.value, use_cache=cache is not None, **{self._cache_name: cache}, **arguments
                 )
@@ -247,6 +274,21 @@ class Stage:
             finally:
                 self.scratch.calls = self._selected = None
         return calls
+
+    def _course_of(self, cache: StageCache | None, state: Mapping[str, Tensor] | None) -> Course | None:
+        """Of a session, begun by its first forward; of a forward without a cache its own. None without experts."""
+        if cache is not None and cache.course is not None:
+            return cache.course
+        if not state or not any(map(is_expert, state)):
+            return None
+        if cache is None:
+            return Course(pools(state))
+        found = next((known for other, known in self._pools if other is state), None)
+        if found is None:
+            found = pools(state)
+            self._pools.append((state, found))
+        cache.course = Course(found)
+        return cache.course
 
     def _select(self, span: Span) -> None:
         if not self.span.covers(span):

@@ -7,22 +7,27 @@ import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.modular import MAX_EXPERTS
 from p2pmodel.domain.swarm import MicrobatchNote, StepNote
 from p2pmodel.wire import canonical
 from p2pmodel.wire.frames import MAX_META_BYTES
+
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class Note:
     """Shapes: B rows, T tokens of a step. mask [B, T] bool; positions [B, T] int64; order [B] int64; each None where
-    there is nothing to say. wanted: of how many of the last tokens the output is needed, None for all; spread: as in
-    `StepNote`."""
+    there is nothing to say. wanted: of how many of the last tokens the output is needed, None for all; spread, routed:
+    as in `StepNote`; shares [B, E + 1] float32: the sum over the `routed` layers."""
 
     mask: Tensor | None = None
     positions: Tensor | None = None
     order: Tensor | None = None
     wanted: int | None = None
     spread: int = 0
+    routed: int = 0
+    shares: Tensor | None = None
 
     def encode(self) -> bytes:
         """The meta of a frame: empty when there is nothing to say, as in most steps."""
@@ -32,6 +37,7 @@ class Note:
             and self.order is None
             and self.wanted is None
             and not self.spread
+            and self.shares is None
         ):
             return b""
         return canonical.encode(
@@ -41,6 +47,8 @@ class Note:
                 order=() if self.order is None else tuple(self.order.tolist()),
                 wanted=self.wanted,
                 spread=self.spread,
+                routed=self.routed,
+                shares=b"" if self.shares is None else self.shares.cpu().numpy().astype("<f4").tobytes(),
             )
         )
 
@@ -57,6 +65,9 @@ class Note:
             or not all(0 <= row < rows for row in note.order)
             or not (note.wanted is None or 0 <= note.wanted <= tokens)
             or note.spread < 0
+            or not 0 <= note.routed <= MAX_LAYERS
+            or len(note.shares) % (4 * rows)
+            or len(note.shares) > 4 * rows * (MAX_EXPERTS + 1)
         ):
             raise Rejected("frame", f"The note of a step does not fit {rows} rows of {tokens} tokens.")
         return cls(
@@ -65,6 +76,8 @@ class Note:
             order=torch.tensor(note.order) if note.order else None,
             wanted=note.wanted,
             spread=note.spread,
+            routed=note.routed,
+            shares=_unpacked_shares(note.shares, rows),
         )
 
     def part(self, start: int, end: int, tokens: int) -> "Note":
@@ -128,6 +141,10 @@ def _unpacked_mask(packed: bytes, rows: int, tokens: int) -> Tensor | None:
 
 def _packed_positions(positions: Tensor | None) -> bytes:
     return b"" if positions is None else positions.numpy().astype("<i4").tobytes()
+
+
+def _unpacked_shares(packed: bytes, rows: int) -> Tensor | None:
+    return torch.from_numpy(np.frombuffer(packed, "<f4").copy()).view(rows, -1) if packed else None
 
 
 def _unpacked_positions(packed: bytes, rows: int, tokens: int) -> Tensor | None:

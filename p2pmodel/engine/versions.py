@@ -1,7 +1,7 @@
 """The versions that a stage serves, kept beside each other. A session keeps its own to its end.
 
-What is by row, (IA)³ vectors, is kept as it is: kilobytes, and rows of one forward may differ. Weights are folded once
-when a version comes, on the thread that brings it, and a forward of that version is given them in place of the
+What is by row, (IA)³ vectors and modular experts, is kept as it is: rows of one forward may differ. Weights are folded
+once when a version comes, on the thread that brings it, and a forward of that version is given them in place of the
 checkpoint's own: to change over is to set pointers. Weights that a version leaves alone, or shares with another
 version, are the same tensors. At most MAX_FOLDED versions with weights of their own are kept, besides those that open
 sessions still use.
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import VersionId, short
+from p2pmodel.domain.modular import DOWN, UP, Expert, place_of, pool_slot, slots_of_expert
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.tensors import weights
+from p2pmodel.tensors.smear import is_expert
 
 State = Mapping[str, Tensor]
 
@@ -96,10 +98,21 @@ class VersionTable:
         return layer is not None and layer in self._stage.span
 
     def _vector(self, name: str, tensor: Tensor) -> Tensor:
+        if is_expert(name):
+            _check(name, tensor, self._expert_shape(name, tensor))
+            return tensor.detach().to(self._stage.device, copy=True)
         if self._shapes is None:
             self._shapes = self._stage.slot_shapes()
         _check(name, tensor, self._shapes.get(name))
         return tensor.detach().to(self._stage.device, copy=True)
+
+    def _expert_shape(self, name: str, tensor: Tensor) -> tuple[int, ...] | None:
+        place = place_of(name)
+        if place is None or place.layer.rpartition(".")[0] != self._stage.checkpoint.stack or not tensor.ndim:
+            return None
+        pool = pool_slot(place.layer, self._stage.checkpoint.hidden_size)
+        rank = tensor.shape[0] if place.part in (DOWN, UP) else 1
+        return next(s.shape for s in slots_of_expert([pool], Expert(place.expert, rank)) if s.name == name)
 
     def _folded(self, updates: State) -> dict[str, Tensor]:
         """The weights that are not the checkpoint's own."""
@@ -149,12 +162,13 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> None:
 
 
 def stack_states(states: Sequence[State], rows: Sequence[int]) -> State:
-    """One state for a batch of sessions with the same weights: the vectors [D] where all are the same, else by row
+    """One state for a batch of sessions with the same weights, without experts, which a session's cache knows: the
+    vectors [D] where all are the same, else by row
     [B, D], with ones where a state has no vector. rows: how many rows of the batch each state is for."""
     if all(state is states[0] for state in states):
         return states[0]
     stacked = {name: tensor for name, tensor in states[0].items() if name.startswith(weights.PREFIX)}
-    for name in {name for state in states for name in state if name not in stacked}:
+    for name in {name for state in states for name in state if name not in stacked and not is_expert(name)}:
         some = next(state[name] for state in states if name in state)
         vectors = [state.get(name, torch.ones_like(some)) for state in states]
         stacked[name] = torch.stack(vectors).repeat_interleave(torch.tensor(rows, device=some.device), dim=0)

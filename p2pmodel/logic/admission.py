@@ -1,7 +1,8 @@
 """What a record has to satisfy, besides its signature and schema, before it is kept and passed on.
 
-`Rejected.reason` is one word: model, parent, kind, size, duplicate, proposer, round, number, merge, patches, amendment,
-maintainer, scores. What is inside the tensors (slots, shapes, finiteness) is checked where they are unpacked.
+`Rejected.reason` is one word: model, parent, kind, size, duplicate, proposer, round, number, experts, merge, patches,
+amendment, maintainer, scores. What is inside the tensors (slots, shapes, finiteness) is checked where they are
+unpacked.
 """
 
 from collections.abc import Collection
@@ -10,6 +11,7 @@ from math import prod
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, short
 from p2pmodel.domain.model import Amendment, Manifest
+from p2pmodel.domain.modular import Experts, is_pool, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import Candidate, Verdict, VersionNumber
 
@@ -74,20 +76,21 @@ def check_candidate(
     parent_number: VersionNumber,
     parent_round: int,
     restorable: Collection[Digest] = (),
+    parent_experts: Experts = (),
 ) -> None:
     """Whether `candidate` may follow a parent with that number, adopted in that round, 0 for the base. manifest: in
     force at the parent. restorable: the values that one may have which restores an older version, or amends the
-    Manifest. Raises Rejected."""
+    Manifest. parent_experts: those that the parent has. Raises Rejected."""
     if candidate.model != model:
         raise Rejected("model", f"The candidate is for model {short(candidate.model)}, not {short(model)}.")
     if proposer not in manifest.maintainers:
         raise Rejected("proposer", f"{proposer} proposes a version, and is no maintainer of {manifest.name}.")
     if not parent_round < candidate.round <= parent_round + MAX_FAILED_ROUNDS:
         raise Rejected("round", f"The candidate is of round {candidate.round}, and its parent of {parent_round}.")
-    if candidate.number != parent_number.next_patch():
-        raise Rejected(
-            "number", f"The candidate is numbered {candidate.number}, and has to be {parent_number.next_patch()}."
-        )
+    if flaw := candidate.misfit(parent_number, parent_experts):
+        raise Rejected("number", f"The candidate {flaw}.")
+    if candidate.experts and not any(map(is_pool, manifest.slots)):
+        raise Rejected("experts", f"The candidate has experts, and {manifest.name} has no pools for any.")
     if candidate.amendment is not None:
         _check_amendment(candidate.amendment, manifest)
         if candidate.result.digest not in restorable:
@@ -95,7 +98,7 @@ def check_candidate(
     elif candidate.restores:
         if candidate.result.digest not in restorable:
             raise Rejected("merge", "The candidate restores values that no older version of its chain has.")
-    elif candidate.merge != manifest.merge:
+    elif not candidate.removes and candidate.merge != manifest.merge:
         raise Rejected(
             "merge",
             f"The candidate is merged by {candidate.merge.strategy[:32]!r} or with parameters that "
@@ -105,7 +108,7 @@ def check_candidate(
     settled = [*candidate.patches, *left_out]
     if len(settled) > manifest.schedule.max_patches or len(set(settled)) != len(settled):
         raise Rejected("patches", "The candidate names a patch twice, or more patches than a round may have.")
-    room = result_limit(manifest)
+    room = result_limit(manifest, candidate.experts)
     for ref in candidate.blobs:
         if not 0 < ref.size <= room:
             raise Rejected("size", f"The candidate's result has {ref.size} bytes; the slots need {room}.")
@@ -118,9 +121,10 @@ def _check_amendment(amendment: Amendment, manifest: Manifest) -> None:
         raise Rejected("size", f"The amendment's exam has {amendment.exam.size} bytes; {MAX_EXAM_BYTES} may be.")
 
 
-def result_limit(manifest: Manifest) -> int:
-    """The most bytes that the values of all slots may take."""
-    return sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in manifest.slots) + _OVERHEAD_EACH
+def result_limit(manifest: Manifest, experts: Experts = ()) -> int:
+    """The most bytes that the values of all slots of a version with these experts may take."""
+    slots = slots_at(manifest.slots, experts)
+    return sum(prod(slot.shape) * _BYTES_EACH + _OVERHEAD_EACH for slot in slots) + _OVERHEAD_EACH
 
 
 def check_verdict(

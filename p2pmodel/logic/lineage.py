@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.modular import Experts
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
 from p2pmodel.logic.quorum import electorates
 
@@ -33,6 +34,7 @@ def verify_chain(
     """
     chain: list[Version] = []
     parent, number, round, result = VersionId(model), BASE_NUMBER, 0, manifest.base_values
+    experts: Experts = ()
     passed: set[VersionId] = set()
     for version, candidate, verdicts in versions:
         if candidate.parent != parent:
@@ -40,7 +42,7 @@ def verify_chain(
             raise Rejected("chain", f"Version {short(version)} {what}: the one before it is {short(parent)}.")
         if version in passed or version == parent:
             raise Rejected("chain", f"Version {short(version)} is in the chain twice.")
-        flaw = _flaw(candidate, model, number, round, result)
+        flaw = _flaw(candidate, model, number, round, result, experts)
         if flaw:
             raise Rejected("chain", f"Version {short(version)} {flaw}.")
         proof = _accepting(version, candidate, verdicts, manifest)
@@ -56,6 +58,7 @@ def verify_chain(
         passed.add(parent)
         manifest = manifest.amended(candidate.amendment)
         parent, number, round, result = version, candidate.number, candidate.round, candidate.result
+        experts = candidate.experts
     return tuple(chain)
 
 
@@ -125,27 +128,30 @@ def _adopted(
         if candidate.parent not in force or version in force:
             continue
         number, round, result = BASE_NUMBER, 0, manifest.base_values
+        experts: Experts = ()
         if candidate.parent in adopted:
             parent = adopted[candidate.parent].candidate
-            number, round, result = parent.number, parent.round, parent.result
+            number, round, result, experts = parent.number, parent.round, parent.result, parent.experts
         governing = force[candidate.parent]
         proof = _accepting(version, candidate, by_version.get(version, ()), governing)
         wanted = all(electorate.adopts(_who(proof)) for electorate in electorates(governing, candidate))
-        if wanted and not _flaw(candidate, model, number, round, result):
+        if wanted and not _flaw(candidate, model, number, round, result, experts):
             adopted[version] = Version(version, candidate, proof)
             force[version] = governing.amended(candidate.amendment)
     return adopted
 
 
-def _flaw(candidate: Candidate, model: ModelId, number: VersionNumber, round: int, result: BlobRef | None) -> str:
-    """What is wrong with a candidate whose parent has this number, round and result (None: neutral values); empty when
-    nothing is."""
+def _flaw(
+    candidate: Candidate, model: ModelId, number: VersionNumber, round: int, result: BlobRef | None, experts: Experts
+) -> str:
+    """What is wrong with a candidate whose parent has this number, round, result (None: neutral values) and experts;
+    empty when nothing is."""
     if candidate.model != model:
         return "belongs to another model"
     if candidate.round <= round:
         return f"is of round {candidate.round}, and its parent of round {round}"
-    if candidate.number != number.next_patch():
-        return f"is numbered {candidate.number}, and has to be {number.next_patch()}"
+    if flaw := candidate.misfit(number, experts):
+        return flaw
     if candidate.amends and result is not None and candidate.result != result:
         return "amends the Manifest, and has other values than its parent"
     return ""

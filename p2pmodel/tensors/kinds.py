@@ -14,9 +14,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.model import Slot
-from p2pmodel.tensors import blob, compact, dense, fish, fourbit, ia3, lora, weights
+from p2pmodel.tensors import blob, compact, dense, experts, fish, fourbit, ia3, lora, smear_hooks, weights
 from p2pmodel.tensors.changes import Change, Factored, slot_places
 
 GROUP = "p2pmodel.patch_kinds"
@@ -183,7 +184,31 @@ class _LoRA(_Factored):
         )
 
 
-_BUILT_IN: dict[str, PatchKind] = {kind.name: kind for kind in (_IA3(), _Fish(), _Dense(), _LoRA())}
+class _Expert:
+    """Its slots are pools, which say what experts a version may have; see `domain.modular`."""
+
+    name, prefix, bytes_each = modular.KIND, modular.PREFIX, 6
+
+    def find_slots(self, base: nn.Module) -> tuple[Slot, ...]:
+        return experts.find_pools(base)
+
+    def initial(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        return {}
+
+    def applier(self, base: nn.Module, slots: Sequence[str]) -> Applier:
+        return smear_hooks.Applier(base, slots)
+
+    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        return experts.read(adapter, slots, limit)
+
+    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+        return compact.decode(fisher, change.fisher_places, limit)
+
+    def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return experts.fisher_of(moments)
+
+
+_BUILT_IN: dict[str, PatchKind] = {kind.name: kind for kind in (_IA3(), _Fish(), _Dense(), _LoRA(), _Expert())}
 BUILT_IN = tuple(_BUILT_IN)
 
 

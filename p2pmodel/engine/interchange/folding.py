@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.tensors import ia3, weights
 from p2pmodel.tensors.kinds import Runs
+from p2pmodel.tensors.smear import is_expert
 
 PROBE_TOKENS = 32
 TOLERANCE = 1e-3
@@ -26,6 +27,11 @@ def fold(model: PreTrainedModel, kinds: Runs, state: Mapping[str, Tensor]) -> fl
     some tokens, as a share of their spread.
 
     Raises InvalidInput naming a slot that cannot be folded, or when the model computes something else afterwards."""
+    if any(map(is_expert, state)):
+        raise InvalidInput(
+            "Modular experts are chosen by the text, and can't be folded into weights.",
+            "Serve the version with p2pmodel.",
+        )
     changed = {n: t for n, t in state.items() if bool((t != (1 if n.startswith(ia3.PREFIX) else 0)).any())}
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed
 from p2pmodel.domain.ids import Digest, VersionId
+from p2pmodel.domain.modular import NONE
 from p2pmodel.domain.swarm import Lease, Presence, Route
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole
@@ -67,7 +68,9 @@ class Sampling:
 class Answer:
     """bytes_sent and bytes_received are the client's own activations, beside what stages sent each other;
     reused_tokens: of the prompt, which the stages had computed for an earlier session; spread_gates: how often the
-    weight of an expert that nobody hosted went to others."""
+    weight of an expert that nobody hosted went to others. experts: the share of each of the version's modular experts,
+    as a mean over the layers, and of none of them by the name `none`; empty where there are none, and for an answer
+    that ended before the routers decided."""
 
     text: str
     tokens: int
@@ -82,6 +85,7 @@ class Answer:
     reused_tokens: int
     seconds: float
     spread_gates: int = 0
+    experts: tuple[tuple[str, float], ...] = ()
 
 
 class SwarmClient:
@@ -215,7 +219,14 @@ class SwarmClient:
             reused_tokens=session.reused_tokens,
             seconds=time.monotonic() - began,
             spread_gates=session.spread_gates,
+            experts=self._shares(wanted, session),
         )
+
+    def _shares(self, version: VersionId, session: RoutedSession) -> tuple[tuple[str, float], ...]:
+        names = [*(expert.name for expert in self.lineage.experts(version)), NONE]
+        if session.shares is None or session.shares.shape[1] != len(names):
+            return ()
+        return tuple(zip(names, session.shares[0].tolist(), strict=True))
 
     def encode(self, text: str) -> Tensor:
         """[1, T] of token ids, beginning with the token that the model wants there."""

@@ -75,6 +75,9 @@ class RoutedSession:
         self.reused_tokens = 0
         self.spread_gates = 0
         """Of experts that nobody hosted: their weight went to others."""
+        self.shares: Tensor | None = None
+        """[B, E + 1]: what the routers chose of the version's modular experts, and of none, as a mean over the layers;
+        None as long as they have not seen enough."""
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -158,7 +161,10 @@ class RoutedSession:
     def _hear(self, meta: bytes, rows: int, tokens: int) -> None:
         assert self._session is not None
         try:
-            self.spread_gates += Note.decode(meta, rows, tokens).spread
+            note = Note.decode(meta, rows, tokens)
+            self.spread_gates += note.spread
+            if note.shares is not None:
+                self.shares = note.shares / max(1, note.routed)
         except Rejected as error:
             raise PeerFailed(
                 f"The layers' answer has a malformed note: {error.message}", self._session.route.hops[-1].peer

@@ -45,7 +45,7 @@ def carries(patch: Patch) -> bool:
 def _demand_vectors(patch: Patch) -> None:
     if not carries(patch):
         raise InvalidInput(
-            f"A patch of kind {patch.kind} changes weights, which are on other machines.",
+            f"A patch of kind {patch.kind} changes what is on other machines, and a session can't carry it.",
             "Only ia3 patches can be used before they are merged; try it alone with: p2pmodel eval --patch",
         )
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest, PatchId, PeerId, short
 from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import BASE_NUMBER, Candidate
 from p2pmodel.logic import admission
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import base_ref, read_change, read_masses
+from p2pmodel.node.lineages.states import base_ref, new_experts, read_change, read_masses
 from p2pmodel.store.index import RecordRow
 from p2pmodel.tensors import blob, control, variates
 from p2pmodel.tensors.control import CONTINUED
@@ -80,6 +81,7 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
         parent_number=parent.number if parent else BASE_NUMBER,
         parent_round=parent.round if parent else 0,
         restorable=restorable,
+        parent_experts=parent.experts if parent else (),
     )
 
 
@@ -101,14 +103,16 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
     that nothing else refers to.
     """
     objects, manifest = lineage.home.objects, lineage.manifest
-    limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest)
+    candidate = records.open_candidate(record)[0] if kind == "candidate" else None
+    experts = candidate.experts if candidate else ()
+    limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest, experts)
     try:
-        tensors = records.open_candidate(record)[0].blobs if kind == "candidate" else refs
+        tensors = candidate.blobs if candidate else refs
         blobs = [objects.load(ref.digest, limit) for ref in tensors]
         if kind == "patch":
             check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
         elif kind == "candidate":
-            check_values(manifest, blobs[0])
+            check_values(manifest, blobs[0], experts)
             for raw in blobs[1:]:
                 variates.read_mean(raw, manifest.kinds, manifest.slots, limit)
     except Rejected:
@@ -137,9 +141,10 @@ def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
     return store(lineage, "patch", opened.raw.header, refs)
 
 
-def check_values(manifest: Manifest, raw: bytes) -> None:
-    """A blob of the values of all slots. Raises Rejected."""
-    if len(blob.unpack(raw, manifest.slots, admission.result_limit(manifest))) != len(manifest.slots):
+def check_values(manifest: Manifest, raw: bytes, experts: Experts = ()) -> None:
+    """A blob of the values of all slots of a version with these experts. Raises Rejected."""
+    slots = slots_at(manifest.slots, experts)
+    if len(blob.unpack(raw, slots, admission.result_limit(manifest, experts))) != len(slots):
         raise Rejected("shape", "The version does not give a value for every slot of the model.")
 
 
@@ -150,6 +155,7 @@ def check_tensors(
     if control_variate is not None and patch.kind not in CONTINUED:
         raise Rejected("schema", f"Patches of kind {patch.kind} have no control variate, but this one has.")
     change = read_change(lineage, patch.kind, adapter)
+    new_experts(lineage, patch, change)
     read_masses(lineage, patch.kind, change, fisher)
     if control_variate is not None:
         limit = lineage.manifest.limits.max_patch_bytes

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound
 from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, short
-from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.model import BlobRef, Manifest, Slot
+from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
@@ -227,6 +228,14 @@ class Lineage:
     def result(self, version: VersionId) -> BlobRef | None:
         """The blob with the values of all slots at the version; None for a base whose slots are neutral."""
         return self.founding.base_values if version == self.model else self.version(version).candidate.result
+
+    def experts(self, version: VersionId) -> Experts:
+        """Of a version or a candidate that is known here; the base has none."""
+        return self.candidates[version].experts if version in self.candidates else ()
+
+    def slots(self, version: VersionId) -> tuple[Slot, ...]:
+        """All that a version has a value for, sorted by name."""
+        return slots_at(self.manifest.slots, self.experts(version))
 
     def blobs(self) -> Iterator[BlobRef]:
         """All that the lineage's records refer to."""

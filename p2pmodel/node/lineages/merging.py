@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId, short
 from p2pmodel.domain.model import MergeSpec
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import read_change, read_masses
-from p2pmodel.tensors import control, variates
+from p2pmodel.tensors import control, experts, variates
 from p2pmodel.tensors.changes import Change
-from p2pmodel.tensors.merging import Contribution, get_strategy
+from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
+from p2pmodel.tensors.smear import is_expert
 from p2pmodel.tensors.variates import Variate
 
 
@@ -44,18 +46,45 @@ def stored(lineage: Lineage, patch: PatchId, weight: float = 1.0) -> Source:
     return Source(patch, header.kind, load(header.adapter.digest), load(header.fisher.digest), variate, weight)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What patches make of their parent. update: δ̄ by slot, float64, of the slots that all versions have; placed: the
+    values of the experts that patches hold, whatever α is."""
+
+    parent: Mapping[str, Tensor]
+    update: Mapping[str, Tensor]
+    placed: Mapping[str, Tensor]
+
+    def at(self, alpha: float) -> dict[str, Tensor]:
+        """All slots' values. Raises Rejected("finite")."""
+        return {**apply_update(self.parent, self.update, alpha), **self.placed}
+
+
+def merge(lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec) -> Merged:
+    """sources: sorted by id. Raises Rejected, NotFound."""
+    shared = [source for source in sources if source.kind != modular.KIND]
+    own = [source for source in sources if source.kind == modular.KIND and source.weight]
+    update: Mapping[str, Tensor] = {}
+    if shared:
+        rest = {name: tensor for name, tensor in parent.items() if not is_expert(name)}
+        update = combine(lineage, rest, shared, spec)
+    placed = experts.merge(parent, list(_contributions(lineage, own)))
+    return Merged(parent, update, placed)
+
+
 def combine(
     lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
 ) -> dict[str, Tensor]:
-    """δ̄ by slot, float64. sources: sorted by id. Raises Rejected, NotFound."""
+    """δ̄ by slot, float64, of kinds that change slots of the parent. sources: sorted by id. Raises Rejected,
+    NotFound."""
+    return get_strategy(spec.strategy).combine(parent, lambda: _contributions(lineage, sources), dict(spec.parameters))
 
-    def contributions() -> Iterator[Contribution]:
-        for source in sources:
-            change = source.change(lineage)
-            masses = read_masses(lineage, source.kind, change, source.fisher())
-            yield Contribution(source.id, change.values, masses, source.weight, change.relative)
 
-    return get_strategy(spec.strategy).combine(parent, contributions, dict(spec.parameters))
+def _contributions(lineage: Lineage, sources: Sequence[Source]) -> Iterator[Contribution]:
+    for source in sources:
+        change = source.change(lineage)
+        masses = read_masses(lineage, source.kind, change, source.fisher())
+        yield Contribution(source.id, change.values, masses, source.weight, change.relative)
 
 
 def mean_control(lineage: Lineage, sources: Sequence[Source]) -> bytes | None:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import NotFound
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.modular import Experts
 from p2pmodel.domain.patch import Patch
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.tensors import blob, variates
+from p2pmodel.tensors import blob, experts, variates
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds, get_kind, slots_of
 from p2pmodel.wire import bundle, canonical
@@ -27,8 +29,8 @@ def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
             f"The values of version {short(version)} are not on this machine yet.",
             "A node of this home fetches them: p2pmodel join",
         )
-    limit = result_limit(lineage.manifest)
-    return blob.unpack(lineage.home.objects.load(ref.digest, limit), lineage.manifest.slots, limit)
+    limit = result_limit(lineage.manifest, lineage.experts(version))
+    return blob.unpack(lineage.home.objects.load(ref.digest, limit), lineage.slots(version), limit)
 
 
 def neutral_state(manifest: Manifest) -> dict[str, Tensor]:
@@ -71,7 +73,16 @@ def patch_file_state(lineage: Lineage, path: Path) -> dict[str, Tensor]:
     """The same of a patch file. Raises Rejected, NotFound."""
     opened = bundle.open_bundle(path.read_bytes())
     change = read_change(lineage, opened.patch.kind, opened.raw.adapter)
+    new_experts(lineage, opened.patch, change)
     return change.applied_to(version_state(lineage, opened.patch.parent))
+
+
+def new_experts(lineage: Lineage, patch: Patch, change: Change) -> Experts:
+    """Those that the patch adds to its parent's. Raises Rejected for a part of one that is nowhere."""
+    if patch.kind != modular.KIND:
+        return ()
+    pools = slots_of(get_kind(patch.kind), lineage.manifest.slots)
+    return experts.check_parent(change, pools, lineage.experts(patch.parent))
 
 
 def round_mean(lineage: Lineage, version: VersionId, kind: str) -> dict[str, Tensor] | None:
@@ -82,7 +93,7 @@ def round_mean(lineage: Lineage, version: VersionId, kind: str) -> dict[str, Ten
     ref = None if version == lineage.model else lineage.version(version).candidate.control
     if ref is None or kind not in variates.KINDS:
         return None
-    limit, manifest = result_limit(lineage.manifest), lineage.manifest
+    limit, manifest = result_limit(lineage.manifest, lineage.experts(version)), lineage.manifest
     mean = variates.read_mean(lineage.home.objects.load(ref.digest, limit), manifest.kinds, manifest.slots, limit)
     own = {slot.name for slot in slots_of(get_kind(kind), manifest.slots)}
     return {name: mean[name] for name in sorted(own)} if own <= mean.keys() else None

@@ -31,7 +31,7 @@ class ThroughSwarm:
         """Raises InvalidInput for a kind whose parameters cannot travel, Unreachable."""
         if assignment.kind != "ia3@1":
             raise InvalidInput(
-                f"Patches of kind {assignment.kind} change weights, which are on other machines.",
+                f"Patches of kind {assignment.kind} change what is on other machines.",
                 "Through the swarm, train --kind ia3; the others need the whole model here.",
             )
         state = {name: vector for name, vector in state.items() if name.startswith(ia3.PREFIX)}

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import short
+from p2pmodel.domain.modular import KIND, place_of
 from p2pmodel.domain.patch import Patch
 from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
@@ -32,7 +33,7 @@ from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.node.evidence import Find, in_order, verified
-from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.lineages.states import read_change, version_state
 from p2pmodel.node.patches.contributing import rounded
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.tensors import blob, compact
@@ -158,7 +159,7 @@ class _Scene:
             validation=validation,
         )
         model, state = load_whole(base), version_state(opened.lineage, patch.parent)
-        trainee = new_trainee(model, patch.kind, state, parts.train, _kind_options(patch), options.seed)
+        trainee = new_trainee(model, patch.kind, state, parts.train, _kind_options(opened), options.seed)
         try:
             yield cls(patch, model, trainee, parts, options, state, blob.pack(trainee.adapter()))
         finally:
@@ -260,11 +261,20 @@ def _options(patch: Patch) -> TrainingOptions:
     return TrainingOptions(**known, checkpoint_every=patch.provenance.checkpoint_every)
 
 
-def _kind_options(patch: Patch) -> KindOptions:
-    defaults, given = KindOptions(), dict(patch.provenance.recipe.kind_options)
+def _kind_options(opened: OpenedPatch) -> KindOptions:
+    defaults, given = KindOptions(), dict(opened.patch.provenance.recipe.kind_options)
     if unknown := given.keys() - {f.name for f in fields(KindOptions)}:
         raise InvalidInput(f"The patch's kind has an option {min(unknown)[:64]!r} that is not known here.")
-    return KindOptions(**{name: type(getattr(defaults, name))(value) for name, value in given.items()})
+    chosen = {name: type(getattr(defaults, name))(value) for name, value in given.items()}
+    return KindOptions(**chosen, expert=_expert(opened))
+
+
+def _expert(opened: OpenedPatch) -> str:
+    """Of a patch of one: its slots name it. Empty for other kinds."""
+    if opened.patch.kind != KIND:
+        return ""
+    names = read_change(opened.lineage, opened.patch.kind, opened.adapter).values
+    return next((place.expert for name in names if (place := place_of(name)) is not None), "")
 
 
 def _same_software(wanted: Sequence[tuple[str, str]]) -> bool:

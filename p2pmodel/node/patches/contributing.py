@@ -36,7 +36,7 @@ from p2pmodel.wire import bundle, canonical
 
 FOUR_BITS = KINDS
 """Kinds whose updates can be sent in four bits a value."""
-KIND_OPTIONS = {"fish@1": ("density", "mask_examples"), "lora@1": ("alpha", "rank")}
+KIND_OPTIONS = {"expert@1": ("rank", "router"), "fish@1": ("density", "mask_examples"), "lora@1": ("alpha", "rank")}
 """By kind, those of `KindOptions` that it asks for; sorted."""
 ESTIMATING_STEPS = 4
 """As many steps' examples a newcomer takes for its first control variate."""
@@ -276,7 +276,7 @@ def _key(
     inputs = {
         "model": assignment.lineage.model,
         "parent": assignment.parent,
-        "kind": [assignment.kind, list(assignment.options_of_kind)],
+        "kind": [assignment.kind, list(assignment.options_of_kind), assignment.kind_options.expert],
         "options": dataclasses.asdict(assignment.options),
         "data": [[s.digest, s.skipped] for s in (*sources, *validation)],
         "held out": len(validation),

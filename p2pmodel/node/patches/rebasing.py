@@ -12,6 +12,7 @@ from p2pmodel import __version__
 from p2pmodel.domain.errors import InvalidInput, NotFound
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.modular import KIND
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import Candidate
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
@@ -82,6 +83,9 @@ def rebase(
     masses = read_masses(old, patch.kind, change, opened.fisher)
     parent, state = version_state(old, patch.parent), version_state(lineage, version)
     names = sorted(change.values)
+    untouched = dict(state)
+    if patch.kind == KIND:
+        _make_room(lineage, change, opened.adapter, parent, state)
     same = [name for name in names if name in state and tuple(state[name].shape) == change.shape(name)]
     if not same:
         raise InvalidInput(f"{lineage.manifest.name} has none of the slots that the patch changes.")
@@ -92,6 +96,9 @@ def rebase(
         update = change.values[name] if change.relative else change.values[name].double() - parent[name].double()
         shift = state[name].double() - parent[name].double() if old.model == lineage.model else torch.zeros(())
         mass = None if sources is None else mean_mass(sources, name, change.shape(name))
+        if name not in untouched:  # of an expert that comes with the patch
+            updates[name] = update
+            continue
         updates[name] = moved(update, shift.expand(change.shape(name)), masses[name], mass)
     raw, kept = _adapter(opened, change, updates, state)
     fisher = opened.fisher if same == names else _fisher(opened, change, same)
@@ -107,7 +114,7 @@ def rebase(
     result = read_change(lineage, patch.kind, raw).applied_to(state)
     losses = None
     if texts and bases:
-        losses = _compare(opened, change.applied_to(parent), lineage, state, result, texts, bases)
+        losses = _compare(opened, change.applied_to(parent), lineage, untouched, result, texts, bases)
     new = dataclasses.replace(
         patch,
         contributor=lineage.home.key.peer,
@@ -134,11 +141,26 @@ def rebase(
     )
 
 
+def _make_room(
+    lineage: Lineage, change: Change, adapter: bytes, parent: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
+    """A new expert is in neither version: it is moved as it is. Raises InvalidInput where there is another by its name,
+    Rejected where the model has no room for it."""
+    read_change(lineage, KIND, adapter)
+    for name, values in change.values.items():
+        nothing = torch.zeros_like(values)
+        if parent.setdefault(name, nothing).shape != state.setdefault(name, nothing).shape:
+            raise InvalidInput(
+                f"{lineage.manifest.name} has an expert of that name with another rank.",
+                "Train it again, by another name.",
+            )
+
+
 def _adapter(
     opened: OpenedPatch, change: Change, updates: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[bytes, float]:
     """The blob, as the kind writes it."""
-    if opened.patch.kind == "ia3@1":
+    if opened.patch.kind in ("ia3@1", KIND):
         return blob.pack({name: (state[name].double() + u).float() for name, u in updates.items()}), 1.0
     if opened.patch.kind == "dense@1":
         return blob.pack({name: update.float() for name, update in updates.items()}), 1.0

@@ -42,6 +42,7 @@ def propose(lineage: Lineage, amendment: Amendment) -> tuple[Digest, VersionId]:
         alpha=0.0,
         result=result,
         amendment=amendment,
+        experts=lineage.experts(lineage.head),
     )
     record = lineage.home.key.sign("candidate", candidate)
     stored = store(lineage, "candidate", record, needed_blobs(lineage, "candidate", record))

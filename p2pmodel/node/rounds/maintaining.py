@@ -16,17 +16,20 @@ from torch import Tensor
 from p2pmodel.domain.errors import NotRunning, Rejected
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.modular import KIND, Experts, slots_at
 from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.exams import Examiner, Suite, search_alpha
 from p2pmodel.engine.exams.screening import screen
 from p2pmodel.logic.judgement import mean, objective, why_reject
+from p2pmodel.logic.pooling import pooled
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.merging import Source, combine, mean_control, stored
-from p2pmodel.node.lineages.states import patch_change, version_state
+from p2pmodel.node.lineages.merging import Merged, Source, mean_control, merge, stored
+from p2pmodel.node.lineages.states import new_experts, patch_change, version_state
 from p2pmodel.tensors import blob
+from p2pmodel.tensors.experts import without_experts
 from p2pmodel.tensors.kinds import Kinds
-from p2pmodel.tensors.merging import apply_update, get_strategy
+from p2pmodel.tensors.merging import get_strategy
 from p2pmodel.wire import canonical
 
 State = Mapping[str, Tensor]
@@ -82,22 +85,24 @@ class Maintainer:
             if screened.reason:
                 left_out.append(LeftOut(patch, screened.reason[:256]))
         entering = tuple(sorted(set(patches) - {x.patch for x in left_out}))
+        brought = [(patch, self._brought(patch)) for patch in entering]
+        pool = pooled(lineage.experts(parent), brought)
+        left_out += pool.left_out
+        entering = tuple(patch for patch in entering if patch not in {x.patch for x in pool.left_out})
         if not entering:
             return None
         sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in entering]
-        update = self._combine(before, sources, manifest.merge)
+        merged = self._merge(before, sources, manifest.merge)
         unit = get_strategy(manifest.merge.strategy).unit(len(sources))
         alpha = unit * search_alpha(
-            lambda a: objective(
-                tuning, self._score(apply_update(before, update, unit * a), "tune"), manifest.limits, rules
-            )
+            lambda a: objective(tuning, self._score(merged.at(unit * a), "tune"), manifest.limits, rules)
         )
-        result, control = blob.pack(apply_update(before, update, alpha)), mean_control(lineage, sources)
+        result, control = blob.pack(merged.at(alpha)), mean_control(lineage, sources)
         candidate = Candidate(
             model=lineage.model,
             round=round,
             parent=parent,
-            number=lineage.number(parent).next_patch(),
+            number=lineage.number(parent).after(lineage.experts(parent), pool.experts),
             patches=entering,
             left_out=tuple(sorted(left_out, key=lambda x: x.patch)),
             merge=manifest.merge,
@@ -105,6 +110,7 @@ class Maintainer:
             result=_ref(result),
             weights=() if all(x.weight == 1 for x in sources) else tuple(x.weight for x in sources),
             control=None if control is None else _ref(control),
+            experts=pool.experts,
         )
         return Proposal(candidate, (result,) if control is None else (result, control))
 
@@ -119,6 +125,9 @@ class Maintainer:
         if candidate.amends:
             # Its values are its parent's; whether it is wanted is for people to say.
             return self._verdict(candidate, version, "", ())
+        if candidate.removes:
+            # Taking something away costs its domain: people decide on that too.
+            return self._verdict(candidate, version, "", scores)
         if candidate.restores:
             # Who goes back knows something that the exam does not: people decide, not scores.
             agreed = self.lineage.agrees(candidate)
@@ -135,27 +144,36 @@ class Maintainer:
 
     def _examine(self, candidate: Candidate) -> tuple[DomainScore, ...]:
         lineage, manifest = self.lineage, self.lineage.manifest
-        if candidate.number != lineage.number(candidate.parent).next_patch():
-            raise Rejected("chain", f"The candidate is numbered {candidate.number}, which does not follow its parent.")
+        if flaw := candidate.misfit(lineage.number(candidate.parent), lineage.experts(candidate.parent)):
+            raise Rejected("chain", f"The candidate {flaw}.")
         if candidate.amendment is not None:
             self._examiner_of(candidate.amendment.exam)
             return ()
         before = version_state(lineage, candidate.parent)
         if candidate.restores:
             limit = candidate.result.size
-            old = blob.unpack(lineage.home.objects.load(candidate.result.digest, limit), manifest.slots, limit)
+            slots = slots_at(manifest.slots, candidate.experts)
+            old = blob.unpack(lineage.home.objects.load(candidate.result.digest, limit), slots, limit)
             return self._scores_of(version_state(lineage, lineage.model), before, old, old)
+        if candidate.removes:
+            left = without_experts(before, candidate.experts)
+            if _ref(blob.pack(left)) != candidate.result:
+                raise Rejected("digest", "The candidate has other values than its parent without the experts.")
+            return self._scores_of(version_state(lineage, lineage.model), before, left, left)
         if candidate.merge != manifest.merge:
             raise Rejected("chain", "The candidate was not merged as the Manifest says.")
+        pool = pooled(lineage.experts(candidate.parent), [(p, self._brought(p)) for p in candidate.patches])
+        if pool.left_out or pool.experts != candidate.experts:
+            raise Rejected("chain", "The candidate has other experts than its parent and its patches.")
         sources = [stored(lineage, patch, candidate.weight(patch)) for patch in candidate.patches]
-        after = apply_update(before, self._combine(before, sources, candidate.merge), candidate.alpha)
+        after = self._merge(before, sources, candidate.merge).at(candidate.alpha)
         if _ref(blob.pack(after)) != candidate.result:
             raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")
         control = mean_control(lineage, sources)
         if (None if control is None else _ref(control)) != candidate.control:
             raise Rejected("digest", "Recomputing the mean of the control variates gives another than the candidate's.")
         equal = [replace(source, weight=1.0) for source in sources]
-        plain = apply_update(before, self._combine(before, equal, PLAIN_MEAN), 1.0)
+        plain = self._merge(before, equal, PLAIN_MEAN).at(1.0)
         return self._scores_of(version_state(lineage, lineage.model), before, after, plain)
 
     def _scores_of(self, *states: State) -> tuple[DomainScore, ...]:
@@ -177,11 +195,18 @@ class Maintainer:
             scores=scores,
         )
 
-    def _combine(self, parent: State, sources: Sequence[Source], spec: MergeSpec) -> dict[str, Tensor]:
+    def _brought(self, patch: PatchId) -> Experts:
+        """The experts that the patch adds to its parent's. Raises Rejected when it is not known here."""
+        header = self.lineage.patches.get(patch)
+        if header is None or header.kind != KIND:
+            return ()
+        return new_experts(self.lineage, header, patch_change(self.lineage, header))
+
+    def _merge(self, parent: State, sources: Sequence[Source], spec: MergeSpec) -> Merged:
         began = time.monotonic()
-        update = combine(self.lineage, parent, sources, spec)
+        merged = merge(self.lineage, parent, sources, spec)
         self._observe_merge(time.monotonic() - began)
-        return update
+        return merged
 
     def _score(self, state: State, split: str) -> Scores:
         key = (canonical.digest(blob.pack(state)), split)

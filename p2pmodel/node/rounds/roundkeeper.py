@@ -199,7 +199,7 @@ class RoundKeeper:
                 f"{len(missing)} of the patches of version {short(task.version)} cannot be had, so it cannot be judged."
             )
         verdict = await asyncio.to_thread(self._maintainer.examine, task.version)
-        if verdict.accept and (candidate.amends or (self._ask and not candidate.restores)):
+        if verdict.accept and (candidate.amends or candidate.removes or (self._ask and not candidate.restores)):
             self._asked[task.version] = verdict
             log.warning("version %s waits for your word: p2pmodel round approve %s", *[short(task.version)] * 2)
             await self._hear_decision(task.version)

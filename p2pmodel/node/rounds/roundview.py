@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId
+from p2pmodel.domain.modular import removed
 from p2pmodel.logic.lineage import forks
 from p2pmodel.logic.quorum import Electorate, double_signers, electorates, tally
 from p2pmodel.node.lineages.lineage import Lineage
@@ -96,6 +97,8 @@ def _what(lineage: Lineage, version: VersionId) -> str:
     candidate = lineage.candidates[version]
     if candidate.restores:
         return f"restores {lineage.number(lineage.restored_by(candidate))}"
+    if candidate.removes:
+        return f"removes {', '.join(removed(candidate.experts, lineage.experts(candidate.parent)))}"
     if candidate.amendment is not None:
         return "amends " + "; ".join(lineage.manifest.amendment.differences(candidate.amendment))
     left_out = f", leaves out {len(candidate.left_out)}" if candidate.left_out else ""

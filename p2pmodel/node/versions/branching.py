@@ -35,6 +35,11 @@ def branch(
             f"The exam of {manifest.name} is not on this machine, and a branch needs it.",
             "Name a node that has it with --peers: a maintainer's.",
         )
+    if lineage.experts(version):
+        raise InvalidInput(
+            f"{manifest.name} {lineage.number(version)} has experts, and the base of a branch cannot have any.",
+            "Begin with a version from before them.",
+        )
     origin = lineage.founding.origin if version == lineage.model else None
     if origin is None:
         ref = lineage.result(version)

@@ -22,6 +22,7 @@ from p2pmodel import __version__
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
+from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.logic.lineage import verify_chain
@@ -59,6 +60,10 @@ class Proven:
     @property
     def number(self) -> str:
         return str(self.versions[-1].candidate.number if self.versions else BASE_NUMBER)
+
+    @property
+    def experts(self) -> Experts:
+        return self.versions[-1].candidate.experts if self.versions else ()
 
     @property
     def id(self) -> VersionId:
@@ -180,11 +185,12 @@ def verify_version(lineage: Lineage, version: VersionId) -> tuple[Proven, int]:
     proven = verify_proof(prove(lineage, version))
     begins = proven.manifest.base_values
     if begins is not None and lineage.home.objects.has(begins.digest):
-        check_state(proven.manifest, begins, lineage.home.objects.load(begins.digest))
+        check_state(proven.manifest, begins, (), lineage.home.objects.load(begins.digest))
     here = 0
     for link in proven.versions:
         if lineage.home.objects.has(link.candidate.result.digest):
-            check_state(proven.manifest, link.candidate.result, lineage.home.objects.load(link.candidate.result.digest))
+            raw = lineage.home.objects.load(link.candidate.result.digest)
+            check_state(proven.manifest, link.candidate.result, link.candidate.experts, raw)
             here += 1
     return proven, here
 
@@ -193,20 +199,21 @@ def verify_folder(folder: Path) -> Proven:
     """Of a checked out version, without any home. Raises InvalidInput, Rejected."""
     proof = canonical.decode(_read(folder / PROOF, MAX_PROOF_BYTES), Proof, MAX_PROOF_BYTES)
     proven = verify_proof(proof)
-    raw = _read(folder / STATE, result_limit(proven.manifest))
+    raw = _read(folder / STATE, result_limit(proven.manifest, proven.experts))
     if proven.state is None:
         # Nobody signed neutral values, but they follow from the slots.
-        blob.unpack(raw, proven.manifest.slots, len(raw))
+        blob.unpack(raw, slots_at(proven.manifest.slots, ()), len(raw))
     else:
-        check_state(proven.manifest, proven.state, raw)
+        check_state(proven.manifest, proven.state, proven.experts, raw)
     return proven
 
 
-def check_state(manifest: Manifest, promised: BlobRef, raw: bytes) -> None:
+def check_state(manifest: Manifest, promised: BlobRef, experts: Experts, raw: bytes) -> None:
     """Raises Rejected."""
     if BlobRef(canonical.digest(raw), len(raw)) != promised:
         raise Rejected("digest", f"The values are not those that the version names ({short(promised.digest)}).")
-    if blob.unpack(raw, manifest.slots, len(raw)).keys() != {slot.name for slot in manifest.slots}:
+    slots = slots_at(manifest.slots, experts)
+    if blob.unpack(raw, slots, len(raw)).keys() != {slot.name for slot in slots}:
         raise Rejected("shape", "The version does not give a value for every slot of the model.")
 
 

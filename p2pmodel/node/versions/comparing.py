@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from p2pmodel.domain.ids import VersionId
+from p2pmodel.domain.modular import removed
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
 
@@ -32,11 +33,14 @@ class ScoreChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """slots: those that differ, the greatest norm first; scores: of the sections that maintainers examined both on."""
+    """slots: those that differ, the greatest norm first; scores: of the sections that maintainers examined both on;
+    added, removed: names of experts."""
 
     slots: tuple[SlotChange, ...]
     untouched: int
     scores: tuple[ScoreChange, ...]
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def compare(lineage: Lineage, before: VersionId, after: VersionId) -> Comparison:
@@ -56,7 +60,14 @@ def compare(lineage: Lineage, before: VersionId, after: VersionId) -> Comparison
     changes.sort(key=lambda change: (-change.norm, change.slot))
     was, now = scores_of(lineage, before), scores_of(lineage, after)
     scores = [ScoreChange(name, was[name], now[name]) for name in now if name in was]
-    return Comparison(tuple(changes), len(old) - len(changes), tuple(scores))
+    experts = lineage.experts(before), lineage.experts(after)
+    return Comparison(
+        tuple(changes),
+        len(old.keys() & new.keys()) - len(changes),
+        tuple(scores),
+        removed(now=experts[0], before=experts[1]),
+        removed(now=experts[1], before=experts[0]),
+    )
 
 
 def scores_of(lineage: Lineage, version: VersionId) -> dict[str, float]:

@@ -39,12 +39,13 @@ def propose(lineage: Lineage, version: VersionId) -> tuple[Digest, VersionId]:
         model=lineage.model,
         round=max([last, *mine, *known]) + 1,
         parent=lineage.head,
-        number=lineage.number(lineage.head).next_patch(),
+        number=lineage.number(lineage.head).after(lineage.experts(lineage.head), lineage.experts(version)),
         patches=(),
         left_out=(),
         merge=RESTORE,
         alpha=0.0,
         result=result,
+        experts=lineage.experts(version),
     )
     record = lineage.home.key.sign("candidate", candidate)
     stored = store(lineage, "candidate", record, needed_blobs(lineage, "candidate", record))

@@ -1,0 +1,142 @@
+"""`p2pmodel expert`: the modular experts that a version has."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from p2pmodel.cli import options
+from p2pmodel.cli.output import emit, printable, size, table
+from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.ids import short
+
+if TYPE_CHECKING:
+    from p2pmodel.node.lineages.lineage import Lineage
+    from p2pmodel.node.patches.pool import Shares
+
+app = typer.Typer(no_args_is_help=True, help="Modular experts: what a version has, what for, and taking them out.")
+
+
+@app.command("list")
+def list_experts(
+    version: options.Version = "head",
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """The experts of a version, and the version that brought each."""
+    from p2pmodel.node.patches.pool import experts_of
+
+    lineage = _lineage(home, model)
+    views = experts_of(lineage, lineage.find_version(version))
+    rows = [
+        [v.name, str(v.rank), v.since, f"{v.values:,}", str(len({c.contributor for c in v.contributions}))]
+        for v in views
+    ]
+    text = (
+        table("", ["expert", "rank", "since", "values", "contributors"], rows)
+        if rows
+        else (f"{lineage.manifest.name} has no experts at this version; train one with: p2pmodel train --kind expert")
+    )
+    emit(views, text, json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Of the expert.")],
+    version: options.Version = "head",
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """One expert: its size, who trained it, on what, and when."""
+    from p2pmodel.node.patches.pool import find_expert
+
+    lineage = _lineage(home, model)
+    view = find_expert(lineage, lineage.find_version(version), name)
+    lines = [
+        f"expert       {view.name}",
+        f"since        {lineage.manifest.name} {view.since}",
+        f"size         rank {view.rank} in {view.layers} layers: {view.values:,} values, {size(4 * view.values)}",
+    ]
+    for part in view.contributions:
+        lines.append(f"patch        {short(part.patch)} in {part.version}, by {part.contributor}")
+        lines.append(f"               {', '.join(part.parts)}; trained on {', '.join(map(printable, part.data))}")
+    emit(view, "\n".join(lines), json)
+
+
+@app.command()
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Of the experts.")],
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Propose a version without some experts; maintainers adopt it who approve it."""
+    from p2pmodel.control.client import ControlClient
+    from p2pmodel.node.rounds.removing import propose
+
+    lineage = _lineage(home, model)
+    with ControlClient.connect(lineage.home.control_socket) as client:
+        record, proposed = propose(lineage, names)
+        client.publish(record)
+    emit(
+        {"id": proposed, "removes": names},
+        f"version {short(proposed)}, without {', '.join(names)}, is proposed and approved by this home; "
+        "follow it with: p2pmodel round show",
+        json,
+    )
+
+
+@app.command()
+def stats(
+    data: Annotated[list[Path], typer.Option("--data", help="Text of one domain; may be repeated.")],
+    heatmap: Annotated[
+        Path | None, typer.Option("--heatmap", help="Draw experts by domain (.png, .svg, .pdf).", dir_okay=False)
+    ] = None,
+    version: options.Version = "head",
+    model: options.Model = None,
+    base: options.Base = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """What the routers choose for texts of yours: each expert's share, by file."""
+    from p2pmodel.cli.training_display import demand_plots
+    from p2pmodel.node.patches.pool import shares_on
+
+    if heatmap is not None:
+        demand_plots(heatmap)
+    lineage = _lineage(home, model)
+    found = shares_on(lineage, lineage.find_version(version), base, data)
+    if heatmap is not None:
+        draw(found, heatmap)
+    rows = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in found.rows]
+    emit(found, table("", ["text", *found.names], rows), json)
+
+
+def draw(found: "Shares", path: Path) -> None:
+    """Raises InvalidInput when the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    rows, columns = len(found.rows), len(found.names)
+    figure = Figure(figsize=(2 + 0.7 * columns, 1.5 + 0.5 * rows), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow([list(shares) for _, shares in found.rows], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(columns), found.names, rotation=45, ha="right")
+    axes.set_yticks(range(rows), [name for name, _ in found.rows])
+    for row, (_, shares) in enumerate(found.rows):
+        for column, share in enumerate(shares):
+            colour = "black" if share > 0.6 else "white"
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="share")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InvalidInput(f"The plot cannot be written to {path}: {error.strerror or error}.") from None
+
+
+def _lineage(home: Path | None, model: str | None) -> "Lineage":
+    from p2pmodel.node.lineages.discovery import local_lineage
+    from p2pmodel.store.home import Home
+
+    return local_lineage(Home.open(home), model)

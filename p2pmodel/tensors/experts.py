@@ -1,0 +1,214 @@
+"""Patches of modular experts: what their blobs hold, how one is trained, and how several come together.
+
+A patch brings one expert whole, or new values for some slots of experts that its parent has: an adapter, or rows of the
+routers. Where only one patch holds a slot, it goes in as it is; two that hold the same expert's are merged by Fisher.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.model import Slot
+from p2pmodel.domain.modular import (
+    DOWN,
+    GATE,
+    PARTS,
+    PREFIX,
+    ROUTER,
+    ROUTING,
+    UP,
+    Expert,
+    Experts,
+    experts_in,
+    max_rank,
+    place_of,
+    pool_slot,
+    slots_of_expert,
+)
+from p2pmodel.tensors import blob
+from p2pmodel.tensors.changes import Change
+from p2pmodel.tensors.ia3 import layers_path
+from p2pmodel.tensors.merging.contributions import Contribution
+from p2pmodel.tensors.merging.fisher import FisherMean
+from p2pmodel.tensors.smear import beginning
+from p2pmodel.tensors.smear_hooks import Applier
+
+ROUTING_FISHER = 1.0
+"""Of what no gradient was taken of: two contributors' rows count alike."""
+
+
+def find_pools(base: nn.Module) -> tuple[Slot, ...]:
+    """One for each layer, sorted by name. Raises InvalidInput for a model without a list of layers."""
+    path = layers_path(base)
+    width = int(base.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+    count = len(list(base.get_submodule(path.removesuffix(".")).children()))
+    return tuple(sorted((pool_slot(f"{path}{index}", width) for index in range(count)), key=lambda slot: slot.name))
+
+
+def read(raw: bytes, pools: Sequence[Slot], limit: int) -> Change:
+    """Raises Rejected."""
+    values = blob.unpack(raw, None, limit)
+    known = {pool.name: pool for pool in pools}
+    ranks: dict[str, int] = {}
+    for name, tensor in values.items():
+        place = place_of(name)
+        pool = known.get(name.rpartition(".")[0].rpartition(".")[0])
+        if place is None or pool is None:
+            raise Rejected("schema", f"{name[:64]!r} is no slot of an expert in this model.")
+        rank = 1
+        if place.part in (DOWN, UP):
+            rank = ranks.setdefault(place.expert, tensor.shape[0] if tensor.ndim else 0)
+            if not 1 <= rank <= max_rank(pool):
+                raise Rejected(
+                    "shape", f"Expert {place.expert} has rank {rank}; {pool.name[:128]} takes 1 to {max_rank(pool)}."
+                )
+        shape = slots_of_expert([pool], Expert(place.expert, rank))[PARTS.index(place.part)].shape
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise Rejected("shape", f"Slot {name[:128]!r} is float32 {list(shape)}, but the blob has another.")
+    if not values:
+        raise Rejected("shape", "The patch changes nothing.")
+    return Change(values, False, tuple((name, tuple(tensor.shape)) for name, tensor in sorted(values.items())))
+
+
+def check_parent(change: Change, pools: Sequence[Slot], before: Experts) -> Experts:
+    """The experts that the change adds to a parent's. Raises Rejected for a part of an expert that is neither there nor
+    brought whole, and for an update of another rank."""
+    shapes = {name: change.shape(name) for name in change.values}
+    held = {expert.name: expert for expert in experts_in(shapes)}
+    known = {expert.name: expert for expert in before}
+    for name in shapes:
+        place = place_of(name)
+        if place is not None and place.expert not in known and place.expert not in held:
+            raise Rejected(
+                "expert",
+                f"The patch has a {place.part} row for expert {place.expert!r}, which its parent version lacks.",
+                "See what it has: p2pmodel expert list",
+            )
+    for name, expert in held.items():
+        if name in known and known[name] != expert:
+            raise Rejected("shape", f"Expert {name} has rank {known[name].rank}, but the patch's has {expert.rank}.")
+    new = tuple(expert for name, expert in sorted(held.items()) if name not in known)
+    for expert in new:
+        missing = {slot.name for slot in slots_of_expert(pools, expert)} - shapes.keys()
+        if missing:
+            raise Rejected("expert", f"The patch brings expert {expert.name} without {min(missing)[:128]!r}.")
+    return new
+
+
+def merge(parent: Mapping[str, Tensor], contributions: Sequence[Contribution]) -> dict[str, Tensor]:
+    """The slots that the patches hold, float32. contributions: sorted by patch. Raises Rejected."""
+    holders: dict[str, list[Contribution]] = {}
+    for contribution in contributions:
+        for slot in contribution.adapter:
+            holders.setdefault(slot, []).append(contribution)
+    merged = {slot: some[0].adapter[slot].clone() for slot, some in holders.items() if len(some) == 1}
+    for slot, some in sorted(holders.items()):
+        if slot in merged:
+            continue
+        start = parent[slot] if slot in parent else torch.zeros_like(some[0].adapter[slot])
+        own = [
+            Contribution(c.patch, {slot: c.adapter[slot]}, {slot: c.fisher[slot]}, c.weight, c.relative) for c in some
+        ]
+        update = FisherMean().combine({slot: start}, lambda own=own: own, {})[slot]  # type: ignore[misc]
+        merged[slot] = (start.double() + update).to(torch.float32)
+    return merged
+
+
+def without_experts(state: Mapping[str, Tensor], left: Experts) -> dict[str, Tensor]:
+    """The state with no experts but those that are left."""
+    names = {expert.name for expert in left}
+    places = {name: place_of(name) for name in state}
+    return {name: t for name, t in state.items() if (place := places[name]) is None or place.expert in names}
+
+
+def new_adapter(pools: Sequence[Slot], expert: Expert) -> dict[str, Tensor]:
+    """{slot: values} of `down` and `up` of an expert that changes nothing yet."""
+    values: dict[str, Tensor] = {}
+    for pool in pools:
+        down, up = (f"{pool.name}.{expert.name}.{part}" for part in (DOWN, UP))
+        values[down] = beginning(pool.name, expert.rank, pool.shape[1])
+        values[up] = torch.zeros(expert.rank, pool.shape[1])
+    return values
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A row of one layer's router: row [H], scale and bias. See `smear`."""
+
+    row: Tensor
+    scale: float
+    bias: float
+
+    def slots(self, layer: str, expert: str) -> dict[str, Tensor]:
+        pool = f"{PREFIX}{layer}.experts.{expert}"
+        return {f"{pool}.{ROUTER}": self.row, f"{pool}.{GATE}": torch.tensor([self.scale, self.bias])}
+
+
+class Trainee:
+    """See `kinds.Trainee`. What is trained is some slots; what else the patch brings stays as it is."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        state: Mapping[str, Tensor],
+        trained: Mapping[str, Tensor],
+        brought: Mapping[str, Tensor],
+        device: torch.device | str,
+    ) -> None:
+        """state: the experts that stay as they are; trained, brought: {slot: values} that the patch holds."""
+        self.parameters: Mapping[str, Tensor] = {
+            name: tensor.detach().to(device, torch.float32, copy=True).requires_grad_(True)
+            for name, tensor in sorted(trained.items())
+        }
+        self._brought = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in sorted(brought.items())}
+        still = {name: tensor.to(device) for name, tensor in (*state.items(), *self._brought.items())}
+        self._state = {name: tensor for name, tensor in still.items() if name not in self.parameters}
+        self._applier = Applier(base, [*self._state, *self.parameters])
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        with self._applier.use({**self._state, **self.parameters}):
+            yield
+
+    def adapter(self) -> dict[str, Tensor]:
+        trained = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.parameters.items()}
+        return dict(sorted({**trained, **self._brought}.items()))
+
+    def squared_gradients(self, losses: Callable[[slice], Tensor], rows: int) -> dict[str, Tensor]:
+        """One example after another."""
+        leaves = list(self.parameters.values())
+        sums = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in self.parameters.items()}
+        for row in range(rows):
+            with torch.enable_grad(), self.use():
+                loss = losses(slice(row, row + 1)).sum()
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(self.parameters, gradients, strict=True):
+                sums[name] += gradient.double().square()
+        found = {name: total.cpu() for name, total in sums.items()}
+        found |= {name: torch.full_like(t, ROUTING_FISHER * rows).double() for name, t in self._brought.items()}
+        return dict(sorted(found.items()))
+
+    def remove(self) -> None:
+        self._applier.remove()
+
+
+def routing_slots(names: Sequence[str]) -> list[str]:
+    """Those of routers."""
+    places = {name: place_of(name) for name in names}
+    return [name for name, place in places.items() if place is not None and place.part in ROUTING]
+
+
+def fisher_of(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the rows of routers that an adapter comes with."""
+    found = dict(moments)
+    for name, moment in moments.items():
+        place = place_of(name)
+        if place is not None and place.part == DOWN:
+            stem = name.removesuffix(DOWN)
+            found.setdefault(stem + ROUTER, torch.full((moment.shape[1],), ROUTING_FISHER))
+            found.setdefault(stem + GATE, torch.full((2,), ROUTING_FISHER))
+    return dict(sorted(found.items()))
