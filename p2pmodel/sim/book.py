@@ -73,7 +73,7 @@ class Book:
         self.verdicts_by: dict[PeerId, int] = {}
         self.accepting: dict[VersionId, int] = {}
         self.naming: dict[PatchId, int] = {}
-        self.patches = self.decisive = 0
+        self.patches = self.decisive = self.forgeries = 0
         self._chains: dict[int, Chain] = {}
         self.base = Chain((), VersionId(self.model), 0, BASE_NUMBER, frozenset([VersionId(self.model)]))
 
@@ -138,7 +138,9 @@ class Book:
     def forgery(self, signer: PeerId, victim: PeerId, chain: Chain, salt: str) -> Entry:
         """A verdict that says to be of `victim`, and has the signature of somebody else."""
         noun = Verdict(victim, self.model, chain.round + 1, chain.head, True, "", ())
-        return self._add("verdict", f"forged {salt}", noun, signer, forged=True)
+        entry = self._add("verdict", f"forged {salt}", noun, signer, forged=True)
+        self.forgeries |= 1 << entry.number
+        return entry
 
     def backed(self, stored: int, version: VersionId) -> int:
         """The bit of the version's candidate when these records prove that enough maintainers accept it; else 0."""

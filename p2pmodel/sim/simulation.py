@@ -199,12 +199,16 @@ class Simulation:
         self._holders.setdefault(number, [0, 0])[side] += 1
         self._there[side] = self._there.get(side, 0) | 1 << number
 
+    def _genuine(self, peer: Peer) -> int:
+        """What it holds that others take in: nobody lacks a forgery."""
+        return peer.stored & ~self.book.forgeries
+
     def _count_holders(self) -> None:
         """Anew, when sides or lives have changed."""
         self._holders, self._there = {}, {0: 0, 1: 0}
         for peer in self.peers:
             if self.web.up[peer.number]:
-                for number in bits(peer.stored):
+                for number in bits(self._genuine(peer)):
                     self.stores(peer, number)
 
     def moved_head(self, peer: Peer, before: VersionId) -> None:
@@ -312,14 +316,14 @@ class Simulation:
         self.record.came += 1
         self._came[peer.number] = self.clock.now
         lost = self._there.get(int(self.web.side[peer.number]), 0)
-        for number in bits(peer.stored):
+        for number in bits(self._genuine(peer)):
             self.stores(peer, number)
         peer.start()
         if peer.trains:
             self._train(peer)
         if self._lacks(peer):
             self._catch_up(peer)
-        if peer.stored & ~lost:  # it has what nobody else had
+        if self._genuine(peer) & ~lost:  # it has what nobody else had
             self._wake_all()
 
     def _catch_up(self, peer: Peer) -> None:
@@ -349,7 +353,7 @@ class Simulation:
         self.record.went += 1
         peer.lives += 1
         side = int(self.web.side[peer.number])
-        for number in bits(peer.stored):
+        for number in bits(self._genuine(peer)):
             holders = self._holders[number]
             holders[side] -= 1
             if not holders[side]:

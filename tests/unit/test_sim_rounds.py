@@ -57,6 +57,14 @@ def test_promises_are_kept_whatever_the_world_is_like(name: str) -> None:
     assert (outcome.misbehaved, outcome.refused > 0) == ((1, True) if name == "liars" else (0, False))
 
 
+def test_who_forges_may_go_and_come_back() -> None:
+    scenario = parse((SMALL + WORLDS["churn"] + "[liars]\nforgers = 8\n").replace("versions = 4", "versions = 2"), "")
+    outcome = simulate(replace(scenario, hours=1.0), 1)
+    assert outcome.went > 5
+    assert outcome.refused > 0
+    assert outcome.violations == ()
+
+
 def test_a_seed_tells_one_history() -> None:
     scenario = world(WORLDS["churn"])
     first, again, other = (simulate(scenario, seed) for seed in (3, 3, 4))

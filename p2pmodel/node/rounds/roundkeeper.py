@@ -86,8 +86,8 @@ class RoundKeeper:
         return rounds.start(last + 1, lineage.head, time.monotonic())
 
     def _feed_all(self) -> None:
-        """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing. What was signed in
-        rounds up to the head's decides nothing any more, and who lied there was named then."""
+        """Own verdicts first, so that nothing is signed twice; feeding anything again changes nothing. What was signed
+        in rounds up to the head's decides nothing any more, and who lied there was named then."""
         lineage = self._lineage
         last = lineage.versions[-1].candidate.round if lineage.versions else 0
         verdicts = [verdict for verdict in lineage.verdicts.values() if verdict.round > last]
