@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from math import prod
 from pathlib import Path
 from statistics import mean, pstdev
@@ -44,7 +45,7 @@ from p2pmodel.domain.model import Slot
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.data.packing import text_blocks
-from p2pmodel.engine.training.loop import Run, frozen, mean_gradient
+from p2pmodel.engine.training.loop import Run, frozen
 from p2pmodel.engine.training.optimising import Optimiser
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
@@ -77,7 +78,8 @@ UNBOUNDED = 1 << 40
 class Arm:
     """One way of improving the model. alpha: 0 for the best on the tuning half, merge by merge. feedback: of what
     rounding took away. keep: the optimiser's state, from round to round. churn: half of the contributors are new each
-    time; late: half come when half of the rounds are over; unequal: each has a quarter of the data of the one before.
+    time; late: half come when half of the rounds are over; unequal: each has a quarter of the data of the one before;
+    estimates: newcomers measure a control variate on a few batches, and else have none in their first round.
     """
 
     way: str = "rounds"
@@ -92,6 +94,7 @@ class Arm:
     churn: bool = False
     late: bool = False
     unequal: bool = False
+    estimates: bool = False
     contributors: int = 4
 
     def __str__(self) -> str:
@@ -104,6 +107,7 @@ class Arm:
         words += ["error feedback"] * self.feedback
         words += [f"α {self.alpha:g}"] * (self.alpha != 1) + [f"momentum {self.momentum:g}"] * (self.momentum > 0)
         words += ["optimiser reset"] * (not self.keep) + ["half new each round"] * self.churn
+        words += ["newcomers measure theirs"] * self.estimates
         words += ["half come late"] * self.late + ["unequal data"] * self.unequal
         words += [f"{self.contributors} contributors"] * (self.contributors != 4)
         return ", ".join(words)
@@ -172,7 +176,7 @@ class Bench:
             options = self.options(arm.way, steps=self.args.steps * arm.contributors)
         else:
             options = self.options(arm.way, batch=self.args.rows * arm.contributors)
-        worker = Worker(self.kind, Blocks.join([self.texts.train[d] for d in DOMAINS]), options, self.base)
+        worker = Worker(self.kind, Blocks.join([self.texts.train[d] for d in DOMAINS]), options, self.base, False)
         worker.work(options.steps, None, False)
         sent = 4.0 * self.values * self.args.steps if arm.way == "data parallel" else 0.0
         return worker.state(), sent, []
@@ -238,7 +242,9 @@ class Bench:
             blocks = blocks[torch.arange(at // len(DOMAINS), len(blocks), sharing)]
             if arm.unequal:
                 blocks = blocks[: max(8, len(blocks) // 4**at)]
-            found.append(Worker(self.kind, blocks, replace(options, seed=options.seed + 1 + at), self.base))
+            found.append(
+                Worker(self.kind, blocks, replace(options, seed=options.seed + 1 + at), self.base, arm.estimates)
+            )
         return found
 
     def transfer(self, state: State, rate: float) -> dict[str, float]:
@@ -246,7 +252,7 @@ class Bench:
         fine-tuning of as many steps as contributors made."""
         before = self.losses(state, self.texts.test, [UNSEEN])[UNSEEN]
         options = replace(self.options("rounds"), learning_rate=rate, schedule="linear")
-        worker = Worker(self.kind, self.texts.train[UNSEEN], options, self.base)
+        worker = Worker(self.kind, self.texts.train[UNSEEN], options, self.base, False)
         worker.begin(state)
         worker.work(options.steps, None, False)
         return {"zero-shot": before, "fine-tuned": self.losses(worker.state(), self.texts.test, [UNSEEN])[UNSEEN]}
@@ -255,7 +261,9 @@ class Bench:
 class Worker:
     """One contributor: a model, what is trained of it, and what it keeps from round to round."""
 
-    def __init__(self, kind: str, blocks: Blocks, options: TrainingOptions, base: State, finished: int = 0) -> None:
+    def __init__(
+        self, kind: str, blocks: Blocks, options: TrainingOptions, base: State, estimates: bool, finished: int = 0
+    ) -> None:
         """finished: of the steps of the schedule, when it comes late."""
         self.model: PreTrainedModel = load_whole(starter.MODEL)
         self.kind, self.blocks, self.options, self.base = kind, blocks, options, base
@@ -263,12 +271,13 @@ class Worker:
         self.run = Run(self.model, self.trainee, blocks, blocks[:0], options, {})
         self.batches = self.run.batches(finished)
         self.own: State | None = None
+        self.estimates = estimates
         self.left: dict[str, State] = {}
 
     def successor(self, number: int, steps: int) -> "Worker":
         """Another contributor with the same kind of data, which knows nothing of the rounds before."""
         options = replace(self.options, seed=self.options.seed + 100 * number)
-        return Worker(self.kind, self.blocks, options, self.base, number * steps)
+        return Worker(self.kind, self.blocks, options, self.base, self.estimates, number * steps)
 
     @torch.no_grad()
     def begin(self, state: State) -> None:
@@ -277,8 +286,8 @@ class Worker:
 
     def work(self, steps: int, average: State | None, wants_variate: bool) -> None:
         self.run.correction = {}
-        if average is not None:
-            own = self.own or mean_gradient(self.model, self.trainee, self.blocks, self.options, ESTIMATING_STEPS)
+        if average is not None and (self.own is not None or self.estimates):
+            own = self.own or self.measured_variate()
             self.run.correction = {name: average[name] - own[name] for name in average}
         self.run.sums = None
         if wants_variate:
@@ -286,6 +295,18 @@ class Worker:
         with frozen(self.model, self.trainee):
             for _ in range(steps):
                 self.run.step(*next(self.batches))
+
+    def measured_variate(self) -> State:
+        """The mean gradient of a few steps that are not made."""
+        run = Run(self.model, self.trainee, self.blocks, self.blocks[:0], self.options, {})
+        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in run.optimiser.parameters.items()}
+        with frozen(self.model, self.trainee):
+            for _, batch in islice(run.batches(0), ESTIMATING_STEPS):
+                run.gradients(batch)
+                for name, gradient in run.optimiser.gradients().items():
+                    sums[name] += gradient
+                run.optimiser.forget_gradients()
+        return {name: (total / ESTIMATING_STEPS).float() for name, total in sums.items()}
 
     def reset(self) -> None:
         self.run.optimiser = Optimiser(self.trainee.parameters, 0.0, 0.0)
@@ -369,7 +390,8 @@ def arms_of(section: str, counts: Sequence[int]) -> list[Arm]:
     if section == "network":
         found = [BASE, POOLED, PARALLEL, FOUR_BITS]
         found += [replace(FOUR_BITS, churn=True), replace(FOUR_BITS, late=True), replace(FOUR_BITS, unequal=True)]
-        found += [Arm(bits=4, churn=True), Arm(bits=4, unequal=True)]
+        found += [replace(FOUR_BITS, churn=True, estimates=True), replace(FOUR_BITS, late=True, estimates=True)]
+        found += [Arm(bits=4, churn=True), Arm(bits=4, late=True), Arm(bits=4, unequal=True)]
         for count in (2, 8, 16):
             found += [replace(PARALLEL, contributors=count), replace(FOUR_BITS, contributors=count)]
         return found

@@ -12,17 +12,14 @@ from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotFound
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.patch import Patch
-from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
-from p2pmodel.engine.data import load, split
-from p2pmodel.engine.training.loop import mean_gradient
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.node.evidence import in_folder
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.patches import continuity
 from p2pmodel.node.patches.auditing import MISSING, NEAR, OTHER, SAME, Audit, audit
-from p2pmodel.node.patches.contributing import ESTIMATING_STEPS, FOUR_BITS, Assignment, rounded, train_patch
+from p2pmodel.node.patches.contributing import FOUR_BITS, Assignment, rounded, train_patch
 from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
@@ -189,7 +186,9 @@ def test_other_rounding_is_close(training: Training, tmp_path: Path) -> None:
     assert not training.audit(find=in_folder(tmp_path)).problems
 
 
-def test_a_corrected_training_is_audited_with_its_correction(training: Training, tmp_path: Path) -> None:
+def test_a_corrected_training_is_audited_with_its_correction(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if training.opened.patch.kind != "ia3@1":
         pytest.skip("LoRA has no control variates")
     lineage, state = training.lineage, version_state(training.lineage, training.lineage.head)
@@ -197,14 +196,12 @@ def test_a_corrected_training_is_audited_with_its_correction(training: Training,
     mean = {name: 0.1 * torch.randn(t.shape, generator=generator) for name, t in state.items() if name[:3] == "ia3"}
     files, threads = (training.data,), torch.get_num_threads()
     torch.set_num_threads(1)
-    model = load_whole(training.base)
-    blocks = split(load(files, load_tokenizer(training.base)), sequence=OPTIONS.sequence, seed=0).train
-    trainee = new_trainee(model, "ia3@1", state, blocks, KindOptions(), 0)
-    own = mean_gradient(model, trainee, blocks, OPTIONS, ESTIMATING_STEPS)
-    trainee.remove()
-    assignment = Assignment(
-        lineage, training.base, lineage.head, "ia3@1", files, options=OPTIONS, fresh=True, mean=mean
-    )
+    own = {name: 0.1 * torch.randn(t.shape, generator=generator) for name, t in mean.items()}
+    moments = training.find(training.opened.patch.provenance.states[-1])
+    assert moments is not None
+    past = continuity.Inheritance(canonical.digest(b"past"), moments, own, None)
+    monkeypatch.setattr(continuity, "inherited", lambda *of: past)
+    assignment = Assignment(lineage, training.base, lineage.head, "ia3@1", files, options=OPTIONS, mean=mean)
     train_patch(assignment, tmp_path / "b.p2patch", lambda step: None)
     torch.set_num_threads(threads)
     opened = open_patch(lineage.home.path, str(tmp_path / "b.p2patch"))

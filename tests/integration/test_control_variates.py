@@ -105,7 +105,7 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
         expected = torch.stack([variate[slot] for variate in own]).mean(0)
         assert float((value - expected).norm()) <= 0.01 * float(expected.norm())
 
-    # Who took part knows its own; a newcomer measures it; both correct their gradients, and say so without being told.
+    # Who took part corrects its gradients, a newcomer has nothing to correct yet; both give theirs without being told.
     newcomer = Home.open(tmp_path / "newcomer")
     for raw in (mine.model, mine.manifest.exam.digest):
         newcomer.objects.put(mine.home.objects.load(raw))
@@ -118,6 +118,7 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
         patch = next(p for p in lineage.patches.values() if p.parent == lineage.head)
         assert patch.control is not None
         assert patch.provenance.recipe.continued == (name == "known")
+        assert (patch.provenance.correction is not None) == (name == "known")
     without = _assignment(other, starter.MODEL, {"data": [tmp_path / "new.txt"], "control": False})
     assert without.mean is None
     assert not without.options.control

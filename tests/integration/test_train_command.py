@@ -19,6 +19,7 @@ from p2pmodel import starter
 from p2pmodel.cli.app import app
 from p2pmodel.domain.errors import P2PModelError, Rejected
 from p2pmodel.domain.ids import Digest
+from p2pmodel.engine.training.loop import Trained
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.resuming import Progress
 from p2pmodel.node.lineages.founding import Founding, found
@@ -261,14 +262,24 @@ def test_the_fisher_can_be_adams(founded: Path, home: Path, tmp_path: Path) -> N
     assert "LoRA" in str(done.exception)
 
 
-def test_local_steps_are_corrected_by_the_mean_of_all(founded: Path, home: Path, tmp_path: Path) -> None:
-    """A newcomer estimates its own part."""
+def test_local_steps_are_corrected_by_the_mean_of_all(
+    founded: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a contributor that has a control variate of an earlier round; a newcomer's are not."""
     lineage = lineage_of(home)
     options = TrainingOptions(steps=4, batch=2, sequence=32, fisher_examples=2, checkpoint_every=2)
     plain = Assignment(lineage, founded / "model", lineage.head, "ia3@1", (founded / "prose.txt",), options=options)
     mean = {slot.name: torch.full(slot.shape, 0.1) for slot in lineage.manifest.slots if slot.name.startswith("ia3")}
-    corrected = replace(plain, mean=mean)
-    results = [train_patch(a, tmp_path / "a.p2patch", lambda step: None).trained for a in (plain, corrected, corrected)]
+
+    def trained(assignment: Assignment) -> Trained:
+        return train_patch(assignment, tmp_path / "a.p2patch", lambda step: None).trained
+
+    newcomer = trained(replace(plain, mean=mean))
+    assert newcomer.checkpoints == trained(plain).checkpoints
+    none = {name: torch.zeros_like(value) for name, value in mean.items()}
+    known = continuity.Inheritance(canonical.digest(b"past"), newcomer.final_state, none, None)
+    monkeypatch.setattr(continuity, "inherited", lambda *of: known)
+    results = [trained(each) for each in (plain, replace(plain, mean=mean), replace(plain, mean=mean))]
     assert results[0].checkpoints[0] == results[1].checkpoints[0]
     assert results[0].checkpoints[1] != results[1].checkpoints[1]
     assert results[1].checkpoints == results[2].checkpoints

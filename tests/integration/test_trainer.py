@@ -308,17 +308,6 @@ def test_the_control_variate_is_the_mean_gradient(model: LlamaForCausalLM, paren
     assert pack(still.control) == pack(one.control)
 
 
-def test_a_newcomer_estimates_its_control_variate(model: LlamaForCausalLM, parent: State, parts: Parts) -> None:
-    options = dataclasses.replace(OPTIONS, steps=3, control=True, learning_rate=1e-12)
-    trainee = new_trainee(model, "ia3@1", parent, parts.train, KindOptions(), 0)
-    estimated = training.mean_gradient(model, trainee, parts.train, options, 3)
-    assert pack(trainee.adapter()) == pack(parent)
-    trainee.remove()
-    measured = trained_patch(model, parent, parts, options).control
-    assert measured is not None
-    assert all(torch.allclose(estimated[name], measured[name], atol=1e-6) for name in parent)
-
-
 @pytest.mark.parametrize("fisher", ["model", "data", "adam"])
 def test_fishers_of_all_origins_are_of_the_same_slots(
     model: LlamaForCausalLM, parent: State, parts: Parts, fisher: str

@@ -30,7 +30,7 @@ from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.kinds import Trainee
 
-__all__ = ["OPTIMIZER", "Run", "Step", "Trained", "TrainingOptions", "frozen", "mean_gradient", "replay", "train"]
+__all__ = ["OPTIMIZER", "Run", "Step", "Trained", "TrainingOptions", "frozen", "replay", "train"]
 
 SAVE_SECONDS = 60.0
 """A training whose checkpoints are farther apart than this is noted between them."""
@@ -123,21 +123,6 @@ def replay(
         for number, batch in islice(run.batches(from_step), to_step - from_step):
             run.step(number, batch)
         return trainee.adapter()
-
-
-def mean_gradient(
-    model: PreTrainedModel, trainee: Trainee, train_blocks: Blocks, options: TrainingOptions, steps: int
-) -> dict[str, Tensor]:
-    """By parameter, float32 on the CPU: over the examples of the first `steps` steps, none of which is made."""
-    with frozen(model, trainee):
-        run = Run(model, trainee, train_blocks, train_blocks[:0], options, {})
-        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in run.optimiser.parameters.items()}
-        for _, batch in islice(run.batches(0), steps):
-            run.gradients(batch)
-            for name, gradient in run.optimiser.gradients().items():
-                sums[name] += gradient
-            run.optimiser.forget_gradients()
-        return {name: (total / steps).float().cpu() for name, total in sums.items()}
 
 
 class Run:

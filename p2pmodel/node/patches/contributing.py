@@ -20,7 +20,7 @@ from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
-from p2pmodel.engine.training.loop import OPTIMIZER, Step, Trained, mean_gradient, train
+from p2pmodel.engine.training.loop import OPTIMIZER, Step, Trained, train
 from p2pmodel.engine.training.pace import Pace, measure
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
@@ -38,8 +38,6 @@ FOUR_BITS = KINDS
 """Kinds whose updates can be sent in four bits a value."""
 KIND_OPTIONS = {"expert@1": ("rank", "router"), "fish@1": ("density", "mask_examples"), "lora@1": ("alpha", "rank")}
 """By kind, those of `KindOptions` that it asks for; sorted."""
-ESTIMATING_STEPS = 4
-"""As many steps' examples a newcomer takes for its first control variate."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,7 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
             if assignment.fresh
             else continuity.inherited(assignment.lineage, assignment.kind, assignment.parent, layout)
         )
-        correction = _correction(assignment, model, trainee, parts.train, past)
+        correction = _correction(assignment, past)
         sources, held_out = tuple(corpus.sources), tuple(validation.sources) if validation else ()
         yield _Ready(
             assignment,
@@ -249,20 +247,12 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
         )
 
 
-def _correction(
-    assignment: Assignment,
-    model: PreTrainedModel,
-    trainee: Trainee,
-    blocks: data.Blocks,
-    past: continuity.Inheritance | None,
-) -> dict[str, Tensor] | None:
-    """mean(c) - cᵢ. A contributor that has no cᵢ of the round before estimates it."""
-    mean = assignment.mean
-    if mean is None or mean.keys() != trainee.parameters.keys():
+def _correction(assignment: Assignment, past: continuity.Inheritance | None) -> dict[str, Tensor] | None:
+    """mean(c) - cᵢ; None for a contributor that has no cᵢ of an earlier round: what a few batches say of it is so far
+    off that it costs more than the correction gains (scripts/bench/collective.py --section network)."""
+    mean, own = assignment.mean, past.control if past else None
+    if mean is None or own is None or own.keys() != mean.keys():
         return None
-    own = past.control if past else None
-    if own is None or own.keys() != mean.keys():
-        own = mean_gradient(model, trainee, blocks, assignment.options, ESTIMATING_STEPS)
     return {name: mean[name] - own[name] for name in mean}
 
 
