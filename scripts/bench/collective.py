@@ -98,19 +98,21 @@ class Arm:
     contributors: int = 4
 
     def __str__(self) -> str:
+        crowd = [f"{self.contributors} contributors"] * (self.contributors != 4)
         if self.way != "rounds":
-            return self.way
+            return ", ".join([self.way, *crowd])
         words = [f"{self.rounds} rounds" if self.rounds > 1 else "one shot", self.strategy.removesuffix("@1")]
         words += ["control variates"] * self.variates + [{4: "4 bits", 1: "1 bit"}.get(self.bits, "")] * (
             self.bits < 32
         )
         words += ["error feedback"] * self.feedback
-        words += [f"α {self.alpha:g}"] * (self.alpha != 1) + [f"momentum {self.momentum:g}"] * (self.momentum > 0)
+        words += [f"α {self.alpha:g}" if self.alpha else "best α"] * (self.alpha != 1) + [
+            f"momentum {self.momentum:g}"
+        ] * (self.momentum > 0)
         words += ["optimiser reset"] * (not self.keep) + ["half new each round"] * self.churn
         words += ["newcomers measure theirs"] * self.estimates
         words += ["half come late"] * self.late + ["unequal data"] * self.unequal
-        words += [f"{self.contributors} contributors"] * (self.contributors != 4)
-        return ", ".join(words)
+        return ", ".join(words + crowd)
 
 
 class Texts:
@@ -427,7 +429,7 @@ def once(
     key = key_of(kind, seed, arm, section, args, rate)
     for finished in done(args.results):
         if finished["key"] == key:
-            return finished
+            return finished | {"arm": str(arm)}
     if args.table:
         return None
     began, found = time.monotonic(), bench()
