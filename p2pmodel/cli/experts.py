@@ -9,6 +9,7 @@ from p2pmodel.cli import options
 from p2pmodel.cli.output import emit, printable, size, table
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import short
+from p2pmodel.domain.modular import KIND
 
 if TYPE_CHECKING:
     from p2pmodel.node.lineages.lineage import Lineage
@@ -33,11 +34,13 @@ def list_experts(
         [v.name, str(v.rank), v.since, f"{v.values:,}", str(len({c.contributor for c in v.contributions}))]
         for v in views
     ]
-    text = (
-        table("", ["expert", "rank", "since", "values", "contributors"], rows)
-        if rows
-        else (f"{lineage.manifest.name} has no experts at this version; train one with: p2pmodel train --kind expert")
-    )
+    text = f"{lineage.manifest.name} has no experts at this version"
+    if rows:
+        text = table("", ["expert", "rank", "since", "values", "contributors"], rows)
+    elif KIND in lineage.manifest.kinds:
+        text += "; train one with: p2pmodel train --kind expert"
+    else:
+        text += ", and takes none: its patches are of kind " + ", ".join(lineage.manifest.kinds)
     emit(views, text, json)
 
 

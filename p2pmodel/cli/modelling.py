@@ -47,7 +47,7 @@ def create(
         list[str] | None,
         typer.Option(
             "--kind",
-            help="Kind of patches that it takes: ia3, fish, lora or dense; may be repeated.",
+            help="Kind of patches that it takes: ia3, fish, lora, dense or expert; may be repeated.",
             show_default="ia3",
         ),
     ] = None,

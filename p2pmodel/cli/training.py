@@ -258,6 +258,8 @@ def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assi
 
     kind = chosen.get("kind") or lineage.manifest.kinds[0]
     kind = kind if "@" in kind else f"{kind}@1"
+    if kind != modular.KIND and (chosen.get("expert") or chosen.get("router")):
+        raise UsageError(f"--expert and --router are for modular experts, not for {kind}.", "Add --kind expert.")
     if kind == modular.KIND:
         values.setdefault("expert", modular.name_like(Path(chosen["data"][0]).stem))
     if kind in LEARNING_RATES:

@@ -96,7 +96,8 @@ class Membership:
         """Whether the caller of a stream is a member; answers it when it wants that."""
         if self._key is None:
             return True
-        if self._unheard >= MAX_WAITING:
+        # Strangers that open streams and say nothing shut out strangers alone.
+        if self._unheard >= MAX_WAITING and caller not in self._members:
             return False
         self._unheard += 1
         try:

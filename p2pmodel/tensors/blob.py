@@ -37,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _CODES}
 MAX_TENSORS = 100_000
+MAX_EXTENT = 1 << 48
 _CACHED_HEADER_BYTES = 1 << 16
 
 
@@ -162,7 +163,9 @@ def _layout(header: bytes, size: int) -> _Layout:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].data_offsets, item[0])):
         begin, end = entry.data_offsets
         dtype = DTYPES.get(entry.dtype)
-        if dtype is None or any(n < 0 for n in entry.shape) or len(entry.shape) > 8:
+        # Beside a zero, other sizes could be anything: they take no bytes, but PyTorch's strides would overflow.
+        extent = prod(max(n, 1) for n in entry.shape[:8])
+        if dtype is None or any(n < 0 for n in entry.shape) or len(entry.shape) > 8 or extent > MAX_EXTENT:
             raise Rejected("schema", f"Tensor {name[:64]!r} of a blob has an unknown dtype or shape.")
         if begin != at or end - begin != prod(entry.shape) * dtype.itemsize:
             raise Rejected("schema", f"Tensor {name[:64]!r} of a blob is not where its header says.")

@@ -32,6 +32,7 @@ from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.node.versions.branching import branch
 from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
+from p2pmodel.tensors import blob
 from p2pmodel.tensors.changes import factors
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.wire import records
@@ -168,6 +169,22 @@ def test_a_branch_that_lies_of_its_origin_is_found_out(home: Home) -> None:
     Lineage.create(home, home.key.sign("manifest", liar))
     with pytest.raises(Rejected, match="other values"):
         run(home.path, "version", "verify", "--model", "liar")
+
+
+def test_what_others_say_of_an_origin_does_not_count(home: Home, tmp_path: Path) -> None:
+    main, side = find_lineage(home, "main"), find_lineage(home, "side")
+    assert side.founding.origin is not None
+    merge_branches(main, side, tmp_path / "before")
+    honest = patch_file_state(main, tmp_path / "before")
+    lie = home.objects.put(blob.pack({name: value + 1 for name, value in neutral_state(main.manifest).items()}))
+    for number in range(6):  # whichever comes first
+        origin = dataclasses.replace(side.founding.origin, result=lie)
+        liar = dataclasses.replace(side.founding, name=f"liar{number}", origin=origin)
+        Lineage.create(home, home.key.sign("manifest", liar))
+    merge_branches(main, side, tmp_path / "after")
+    assert all(map(torch.equal, patch_file_state(main, tmp_path / "after").values(), honest.values()))
+    with pytest.raises(Rejected, match="other values"):
+        merge_branches(main, find_lineage(home, "liar0"), tmp_path / "lie")
 
 
 def test_the_merge_of_two_branches_is_weighed_by_their_fishers(home: Home, tmp_path: Path) -> None:

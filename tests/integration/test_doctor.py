@@ -22,6 +22,7 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.swarm.ping import PingResponder, State
 from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.wire.signing import Key
+from p2pmodel.wire.swarm_key import SwarmKey
 from p2pmodel.wire.v1 import control_pb2 as pb
 
 PEER = Key.generate().peer
@@ -48,6 +49,17 @@ def test_a_port_that_is_taken_ends_with_status_1_and_says_what_to_do(tmp_path: P
     assert found["node", "note"]["what"] == "No node runs on this home."
     assert {("software", "ok"), ("disk", "ok"), ("home", "ok")} <= found.keys()
     assert not [one for one in found.values() if one["level"] != "ok" and not one["advice"]]
+
+
+def test_a_swarm_key_is_looked_at_without_peers_too(tmp_path: Path) -> None:
+    key = tmp_path / "swarm.key"
+    key.write_text("no key\n")
+    key.chmod(0o600)
+    found = {each.what: each.level for each in examine_machine(tmp_path / "home", "127.0.0.1", 0, False, key)}
+    assert found[f"{key} is not a swarm key."] == "bad"
+    key.write_bytes(SwarmKey.generate().to_text())
+    text = f"only for a private swarm, with the key {SwarmKey.from_text(key.read_bytes(), '').fingerprint}"
+    assert Finding("home", "ok", text) in list(examine_machine(tmp_path / "home", "127.0.0.1", 0, False, key))
 
 
 def test_ports() -> None:

@@ -27,6 +27,7 @@ from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_change, patch_file_state, version_state
+from p2pmodel.node.patches.blending import blend
 from p2pmodel.node.patches.patchbook import open_patch
 from p2pmodel.node.patches.pool import experts_of
 from p2pmodel.node.patches.rebasing import rebase
@@ -259,6 +260,13 @@ def test_parts_of_experts_that_are_nowhere_are_refused(grown: tuple[Lineage, Mai
     change = read(blob.pack({slot: torch.zeros(256)}), pools, 1 << 20)
     with pytest.raises(Rejected, match="'law', which its parent version lacks"):
         check_parent(change, pools, ())
+
+
+def test_experts_are_not_merged_by_hand(grown: tuple[Lineage, Maintainer], tmp_path: Path) -> None:
+    lineage, _ = grown
+    with pytest.raises(InvalidInput, match="a round takes them in"):
+        blend(lineage.home, lineage.versions[0].candidate.patches, tmp_path / "merged", None, {}, 1.0, None, False)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_is_trained_stands_on_the_experts_that_are_there(

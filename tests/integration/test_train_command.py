@@ -327,3 +327,9 @@ def test_the_optimiser_is_inherited_by_later_versions_only(home: Path, monkeypat
     assert (newest.moments, newest.control) == (b"one", None)
     lineage.home.objects.remove(canonical.digest(b"one"))
     assert continuity.inherited(lineage, "ia3@1", two, layout) is None
+
+
+def test_experts_are_named_for_no_other_kind(founded: Path, home: Path, tmp_path: Path) -> None:
+    for option in (("--expert", "code"), ("--router",)):
+        done = run(command(founded, home, tmp_path / "a.p2patch", *SHORT, *option), code=2)
+        assert "Add --kind expert" in str(done.exception)

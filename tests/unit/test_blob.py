@@ -104,6 +104,8 @@ def test_a_truncated_blob_is_refused(length: int) -> None:
         framed({"a": entry("F31")}, bytes(12)),
         framed({"a": entry(shape=[-3])}, bytes(12)),
         framed({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(12)),
+        framed({"a": entry(shape=[0, 1 << 62, 1 << 62], offsets=[0, 0])}),
+        framed({"a": entry(shape=[0, 1 << 65], offsets=[0, 0])}),
         framed({"a": entry(offsets=[0, 1 << 62])}, bytes(12)),
         framed({"a": entry(offsets=[4, 16])}, bytes(16)),
         framed({"a": entry()}, bytes(13)),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.engine.weights import read_json
 from p2pmodel.tensors import blob, ia3, lora, weights
@@ -52,9 +53,8 @@ def write(kind: str, model: PreTrainedModel, adapter: Mapping[str, Tensor], base
     what the blob of a `lora@1` patch holds. Raises InvalidInput for what peft has no place for."""
     found = _ia3(model, adapter) if kind == "ia3@1" else _lora(model, adapter) if kind == "lora@1" else None
     if found is None:
-        raise InvalidInput(
-            f"peft has no adapter for patches of kind {kind}.", "Write a whole checkpoint instead: --merged DIR"
-        )
+        hint = "" if kind == modular.KIND else "Write a whole checkpoint instead: --merged DIR"
+        raise InvalidInput(f"peft has no adapter for patches of kind {kind}.", hint)
     settings, tensors = found
     common = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     text = json.dumps(common | settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -73,7 +73,9 @@ def _lineage_of_folder(home: Home, folder: Path, name: str, licence: str) -> Lin
 
 
 async def swarm_lineage(home: Home, host: PeerHost, peers: Sequence[PeerId], text: str | None) -> Lineage:
-    """The lineage that the user means, among those that the peers take part in, with the values of its base version.
+    """The lineage that the user means, among those that the peers take part in, with the values of its base version. A
+    folder that stands for it is where its base is looked for from now on.
+
     Raises NotFound with what they offer, Unreachable, Busy."""
     offers = await _offers(host, peers)
     lineage = await _choose(home, host, offers, text)
@@ -109,6 +111,8 @@ async def _choose(
         if source is None or bases.has_source(lineage, source):
             found.append(lineage)
     if len(found) == 1:
+        if by_files and text is not None:  # the starter's is found by itself
+            bases.remember_base(home, found[0], folder, ())
         return found[0]
     offered = ", ".join(f"{o.name} ({short(o.model)})" for o, _ in offers.values()) or "none at all"
     wanted = "the starter model" if text is None else repr(text)

@@ -40,13 +40,16 @@ class Finding:
     advice: str = ""
 
 
-def examine_machine(home: Path | None, host: str, port: int, node_runs: bool) -> Iterator[Finding]:
-    """host, port: what `p2pmodel join` would listen on; the ports are the node's own where `node_runs`."""
+def examine_machine(
+    home: Path | None, host: str, port: int, node_runs: bool, swarm_key: Path | None = None
+) -> Iterator[Finding]:
+    """host, port: what `p2pmodel join` would listen on; the ports are the node's own where `node_runs`. swarm_key: as
+    `Home.swarm_key` takes it."""
     yield _python()
     yield from _packages()
     yield _gpu()
     yield _daemon()
-    yield from _home(home)
+    yield from _home(home, swarm_key)
     yield _memory()
     yield _descriptors()
     yield _clock()
@@ -115,7 +118,7 @@ def _daemon() -> Finding:
     )
 
 
-def _home(home: Path | None) -> Iterator[Finding]:
+def _home(home: Path | None, swarm_key: Path | None) -> Iterator[Finding]:
     try:
         folder = Home.open(home)
         peer = folder.key.peer
@@ -124,6 +127,13 @@ def _home(home: Path | None) -> Iterator[Finding]:
         yield Finding("home", "bad", error.message, error.hint)
         return
     yield Finding("home", "ok", f"home {folder.path}, peer {peer}")
+    try:
+        key = folder.swarm_key(swarm_key)
+    except P2PModelError as error:
+        yield Finding("home", "bad", error.message, error.hint)
+    else:
+        if key is not None:
+            yield Finding("home", "ok", f"only for a private swarm, with the key {key.fingerprint}")
     free = shutil.disk_usage(folder.path).free
     if free > LITTLE_DISK:
         yield Finding("disk", "ok", f"{free / 1e9:.1f} GB free")

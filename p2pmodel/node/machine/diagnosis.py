@@ -22,7 +22,7 @@ def diagnose(
     node = _node(home)
     running = isinstance(node, pb.StatusReply)
     own_host, own_port = _listens(home)
-    findings = list(examine_machine(home, host or own_host, own_port if port is None else port, running))
+    findings = list(examine_machine(home, host or own_host, own_port if port is None else port, running, swarm_key))
     if isinstance(node, Finding):
         findings.append(node)
     if running or peers:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from p2pmodel import __version__
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected, UsageError
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.model import BlobRef, MergeSpec
@@ -85,6 +86,8 @@ def blend(
         raise InvalidInput("The patches have different parents.", "Only patches on one version can be merged.")
     if len({get_kind(source.kind).prefix for source in sources}) > 1:
         raise InvalidInput("Vectors and weights do not fit into one patch.", "Merge patches of kinds that share slots.")
+    if any(source.kind == modular.KIND for source in sources):
+        raise InvalidInput("Modular experts stay apart in one patch each.", "Publish them all: a round takes them in.")
     chosen = spec or lineage.manifest.merge
     before = version_state(lineage, headers[0].parent)
     update = combine(lineage, before, sources, chosen)

@@ -79,7 +79,7 @@ def merge_branches(mine: Lineage, other: Lineage, output: Path, kind: str | None
         )
     for lineage in (mine, other):
         proven_origins(family, lineage)
-    number, before = values_at(family, parting.at)
+    number, before = values_at(family, parting.at, (mine, other))
     own, theirs = (version_state(lineage, lineage.head) for lineage in (mine, other))
     changed = [name for name in sorted(theirs) if name not in before or not torch.equal(theirs[name], before[name])]
     fitting = [name for name in changed if all(_shape(state, name) == _shape(theirs, name) for state in (before, own))]
