@@ -37,6 +37,8 @@ from p2pmodel.tensors.merging.fisher import FisherMean
 from p2pmodel.tensors.smear import beginning
 from p2pmodel.tensors.smear_hooks import Applier
 
+MAX_VALUE = 1e4
+"""Of any value of an expert. Beyond, scores and their squares leave what float32 can hold, and shares are no numbers."""
 ROUTING_FISHER = 1.0
 """Of what no gradient was taken of: two contributors' rows count alike."""
 
@@ -69,6 +71,8 @@ def read(raw: bytes, pools: Sequence[Slot], limit: int) -> Change:
         shape = slots_of_expert([pool], Expert(place.expert, rank))[PARTS.index(place.part)].shape
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise Rejected("shape", f"Slot {name[:128]!r} is float32 {list(shape)}, but the blob has another.")
+        if float(tensor.abs().max()) > MAX_VALUE:
+            raise Rejected("finite", f"Slot {name[:128]!r} has values beyond {MAX_VALUE:g}, which no expert needs.")
     if not values:
         raise Rejected("shape", "The patch changes nothing.")
     return Change(values, False, tuple((name, tuple(tensor.shape)) for name, tensor in sorted(values.items())))

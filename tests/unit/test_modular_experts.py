@@ -223,6 +223,7 @@ BAD = {
     ),
     "width": ({"expert:layers.0.experts.law.router": torch.zeros(WIDTH + 1)}, "shape"),
     "dtype": ({"expert:layers.0.experts.law.router": torch.zeros(WIDTH, dtype=torch.float64)}, "shape"),
+    "huge": ({"expert:layers.0.experts.law.gate": torch.tensor([3e38, 1.0])}, "finite"),
     "nothing": ({}, "shape"),
 }
 
