@@ -38,7 +38,7 @@ from p2pmodel.tensors.smear import beginning
 from p2pmodel.tensors.smear_hooks import Applier
 
 MAX_VALUE = 1e4
-"""Of any value of an expert. Beyond, scores and their squares leave what float32 can hold, and shares are no numbers."""
+"""Of any value of an expert. Beyond, scores and their squares leave what float32 holds, and shares are no numbers."""
 ROUTING_FISHER = 1.0
 """Of what no gradient was taken of: two contributors' rows count alike."""
 
