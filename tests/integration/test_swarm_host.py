@@ -83,7 +83,7 @@ def test_the_daemon_ends_with_its_node_however_that_ends() -> None:
         else:
             os.kill(node["daemon"], signal.SIGSTOP)
             os.kill(node["node"], signal.SIGKILL)
-    output, errors = script.communicate(timeout=30)
+    output, errors = script.communicate(timeout=100)
 
     assert all(is_gone(node["daemon"]) for node in nodes)
     ends = map(json.loads, output.splitlines())
