@@ -1,6 +1,7 @@
 """What holds for every test: no network beyond this machine, no state of the user's, one thread a process."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("P2PMODEL_") and name != "P2PMODEL_VENV"]:
     del os.environ[name]
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is no defect: examples have no deadline of their own, the test has its timeout.
 settings.register_profile("p2pmodel", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -57,7 +57,7 @@ async def all_streams_taken(members: Members, server: BlobServer) -> AsyncIterat
 
 
 async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 

@@ -90,7 +90,7 @@ async def test_health_is_said_in_the_standard_way(server: ControlServer, tmp_pat
 async def test_a_program_can_watch_and_list(server: ControlServer, tmp_path: Path) -> None:
     async with grpc.aio.insecure_channel(f"unix:{tmp_path / 'control.sock'}") as channel:
         control = rpc.ControlStub(channel)
-        watching = control.Watch(pb.WatchRequest(interval_seconds=0.5), timeout=100)
+        watching = control.Watch(pb.WatchRequest(interval_seconds=0.5), timeout=20)
         assert [(await watching.read()).pid for _ in range(2)] == [os.getpid()] * 2
         watching.cancel()
         with pytest.raises(grpc.aio.AioRpcError, match="interval"):

@@ -1,6 +1,7 @@
 """A peer's host: starting, meeting others, and ending together with its daemon however the process ends."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -74,18 +75,23 @@ def test_the_daemon_ends_with_its_node_however_that_ends() -> None:
     )
     assert script.stdout is not None
     nodes: list[dict[str, Any]] = [json.loads(script.stdout.readline()) for _ in modes]
-    for node in nodes:
-        assert not is_gone(node["daemon"], 0.05)
-        if node["mode"] == "TERM":
-            os.kill(node["node"], signal.SIGTERM)
-        elif node["mode"] == "INT":
-            os.killpg(node["node"], signal.SIGINT)
-        else:
-            os.kill(node["daemon"], signal.SIGSTOP)
-            os.kill(node["node"], signal.SIGKILL)
-    output, errors = script.communicate(timeout=100)
+    try:
+        for node in nodes:
+            assert not is_gone(node["daemon"], 0.05)
+            if node["mode"] == "TERM":
+                os.kill(node["node"], signal.SIGTERM)
+            elif node["mode"] == "INT":
+                os.killpg(node["node"], signal.SIGINT)
+            else:
+                os.kill(node["daemon"], signal.SIGSTOP)
+                os.kill(node["node"], signal.SIGKILL)
+        output, errors = script.communicate(timeout=30)
+        assert all(is_gone(node["daemon"]) for node in nodes)
+    finally:
+        for pid in (script.pid, *(node[name] for node in nodes for name in ("node", "daemon"))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
-    assert all(is_gone(node["daemon"]) for node in nodes)
     ends = map(json.loads, output.splitlines())
     assert {end["mode"]: end["status"] for end in ends} == {"TERM": 0, "INT": 130, "KILL": -9}
     assert errors == ""

@@ -65,7 +65,7 @@ class Terminal:
         self.text = ""
 
     async def until(self, wanted: str) -> None:
-        async with asyncio.timeout(100):
+        async with asyncio.timeout(30):
             while wanted not in self.text:
                 try:
                     raw = await asyncio.to_thread(os.read, self._master, 65536)
