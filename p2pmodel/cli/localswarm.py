@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from p2pmodel.control.client import ControlClient
 from p2pmodel.domain.errors import P2PModelError, Unreachable
@@ -18,6 +19,20 @@ STOP_SECONDS = 20.0
 POLL_SECONDS = 0.7
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def launch(arguments: Sequence[str], log: IO[bytes], outlive: bool) -> "subprocess.Popen[str]":
+    """Starts `p2pmodel ARGUMENTS` in a session of its own, with its lines in a pipe, or in the log where it outlives
+    this process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "p2pmodel", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if not outlive else log,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+        preexec_fn=None if outlive else die_with_parent,
+    )
 
 
 class NodeProcess:
@@ -31,15 +46,7 @@ class NodeProcess:
         self.log = home / "node.log"
         self._serving = threading.Event()
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "p2pmodel", "--log-level", "INFO", "join", "--home", str(home), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if not outlive else log,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-                preexec_fn=None if outlive else _die_with_parent,
-            )
+            self.process = launch(["--log-level", "INFO", "join", "--home", str(home), *arguments], log, outlive)
         self._outlive = outlive
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -156,5 +163,5 @@ def head_of(node: NodeProcess) -> str:
         return ""
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
