@@ -9,6 +9,7 @@ import typer
 from p2pmodel.cli import interchange, options
 from p2pmodel.cli.interchange import PatchText
 from p2pmodel.cli.output import emit, printable, size, table
+from p2pmodel.domain import modular
 from p2pmodel.domain.errors import NotFound, Rejected, UsageError
 from p2pmodel.domain.ids import short
 from p2pmodel.domain.patch import DataFile, Patch
@@ -70,7 +71,7 @@ def show(
     entry = read_patch(home, patch)
     noun = entry.patch
     if recipe_only:
-        typer.echo(recipe_of(noun), nl=False)
+        typer.echo(recipe_of(noun, _expert(home, patch) if noun.kind == modular.KIND else ""), nl=False)
         return
     if croissant:
         from p2pmodel.wire.statement import croissant as described
@@ -85,7 +86,9 @@ def show(
         f"parent       {entry.parent_number} ({short(noun.parent)})",
         f"size         adapter {size(noun.adapter.size)}, Fisher {size(noun.fisher.size)}"
         + (f", control variate {size(noun.control.size)}" if noun.control else ""),
-        f"loss         {noun.loss_before:.4f} before, {noun.loss_after:.4f} after, in nats per token, "
+        "loss         not measured"
+        if noun.loss_before == noun.loss_after == 0
+        else f"loss         {noun.loss_before:.4f} before, {noun.loss_after:.4f} after, in nats per token, "
         "as its contributor says",
         f"licence      {printable(noun.licence) or 'not stated'}",
         f"state        {printable(entry.state)}",
@@ -96,14 +99,28 @@ def show(
     emit({"id": entry.id, "state": entry.state, "patch": noun}, "\n".join(lines), json)
 
 
+def _expert(home: Path | None, patch: str) -> str:
+    """Of what is here: a header alone does not say it."""
+    from p2pmodel.node.patches.auditing import expert_of
+    from p2pmodel.node.patches.patchbook import open_patch
+
+    try:
+        return expert_of(open_patch(home, patch))
+    except NotFound:
+        return ""
+
+
 def _training(patch: Patch) -> Iterator[str]:
     """How it was trained, a line for each matter."""
     provenance, recipe = patch.provenance, patch.provenance.recipe
-    yield (
-        f"recipe       {recipe.steps} steps of {recipe.batch * recipe.accumulate} × {recipe.sequence} tokens, "
-        f"{printable(recipe.optimizer)} at {recipe.learning_rate:g}, {printable(recipe.schedule)}, "
-        f"{printable(recipe.precision)}, seed {recipe.seed}"
-    )
+    if recipe.steps:
+        yield (
+            f"recipe       {recipe.steps} steps of {recipe.batch * recipe.accumulate} × {recipe.sequence} tokens, "
+            f"{printable(recipe.optimizer)} at {recipe.learning_rate:g}, {printable(recipe.schedule)}, "
+            f"{printable(recipe.precision)}, seed {recipe.seed}"
+        )
+    else:
+        yield f"recipe       {printable(recipe.optimizer)}, not trained here"
     if recipe.kind_options:
         yield f"             {', '.join(f'{printable(name)} {value:g}' for name, value in recipe.kind_options)}"
     if recipe.continued or provenance.correction:
@@ -177,7 +194,9 @@ def _audited(patch: str, report: "Audit") -> str:
         [f"{s.first_step} to {s.last_step}", s.verdict, "-" if s.apart == float("inf") else f"{s.apart:.2g}"]
         for s in report.segments
     ]
-    alike = "the same bits are expected" if report.comparable else "other software or threads: closeness counts"
+    alike = (
+        "the same bits are expected" if report.comparable else "other software, threads or processor: closeness counts"
+    )
     return "\n".join(
         [
             f"patch {short(patch)}: {len(report.segments)} of {report.of} segments done again, drawn by seed "
@@ -186,11 +205,6 @@ def _audited(patch: str, report: "Audit") -> str:
             f"Fisher {report.fisher or 'not checked: its states are not to be had'}",
             f"{report.seconds:.1f} s for {report.steps} of {report.of_steps} steps, "
             f"{report.steps / max(1, report.of_steps):.0%} of the training",
-            *(
-                ["close, though software and threads are alike: another kind of processor, or a small lie"]
-                if report.comparable and any(s.verdict == "close" for s in report.segments)
-                else []
-            ),
             *(report.problems or report.gaps or ("nothing speaks against what the patch says",)),
         ]
     )

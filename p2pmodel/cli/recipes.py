@@ -26,8 +26,14 @@ KEYS: dict[str, type] = {
     "mask-examples": int,
     "rank": int,
     "alpha": float,
+    "expert": str,
+    "router": bool,
     "bits": int,
+    "model": str,
+    "base": Path,
     "version": str,
+    "output": Path,
+    "plot": Path,
     "steps": int,
     "batch": int,
     "accumulate": int,
@@ -49,7 +55,14 @@ KEYS: dict[str, type] = {
 }
 """Each is called what the option of `p2pmodel train` is called."""
 
-NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of file names"}
+NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list of file names",
+    Path: "a file name",
+}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -76,9 +89,11 @@ def as_toml(values: Mapping[str, Any]) -> str:
     return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
 
 
-def recipe_of(patch: Patch) -> str:
-    """The recipe that a patch was trained with, as a file for `p2pmodel train --recipe`."""
+def recipe_of(patch: Patch, expert: str = "") -> str:
+    """The recipe that a patch was trained with, as a file for `p2pmodel train --recipe`. expert: what the patch's blob
+    calls it, where it is of one."""
     recipe, provenance = patch.provenance.recipe, patch.provenance
+    kind_options = {name.replace("_", "-"): value for name, value in recipe.kind_options}
     values: dict[str, Any] = {"data": [file.name for file in provenance.data]}
     if provenance.validation:
         values["validation-data"] = [file.name for file in provenance.validation]
@@ -89,10 +104,8 @@ def recipe_of(patch: Patch) -> str:
         "sequence": recipe.sequence,
         "licence": patch.licence,
         "kind": patch.kind.partition("@")[0],
-        **{
-            name.replace("_", "-"): int(value) if KEYS.get(name.replace("_", "-")) is int else value
-            for name, value in recipe.kind_options
-        },
+        **{name: KEYS.get(name, float)(value) for name, value in kind_options.items()},
+        **({"expert": expert} if expert else {}),
         "bits": 32 if provenance.chosen is None else 4,
         "version": patch.parent,
         "steps": recipe.steps,
@@ -125,6 +138,8 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         raise InvalidInput(f"{path.name} has the key {key[:64]!r}, which is no option of a training.", hint)
     if wanted is float and type(value) is int:
         return float(value)
+    if wanted is Path and isinstance(value, str):
+        return path.parent / value
     if wanted is list:
         names = [value] if isinstance(value, str) else value
         if isinstance(names, list) and all(isinstance(name, str) for name in names):

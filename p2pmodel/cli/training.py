@@ -3,19 +3,12 @@
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from p2pmodel.cli import options
-from p2pmodel.cli.output import emit, size
-from p2pmodel.domain import modular
 from p2pmodel.domain.errors import UsageError
-from p2pmodel.domain.ids import short
-
-if TYPE_CHECKING:
-    from p2pmodel.node.lineages.lineage import Lineage
-    from p2pmodel.node.patches.contributing import Assignment, Estimate, NewPatch
 
 PLACES = ("through_swarm", "peers", "swarm_key", "codec")
 DATA, PATCH, STEPS, MERGING, RUN = "Data", "Patch", "Training", "For merging", "Running"
@@ -203,8 +196,9 @@ def train(
     """
     given = {name: value for name, value in locals().items() if name not in PLACES and value is not None}
     from p2pmodel.cli.recipes import read_recipe
-    from p2pmodel.cli.training_display import TrainingDisplay, demand_plots
+    from p2pmodel.cli.training_display import TrainingDisplay, demand_place, demand_plots, show_patch
     from p2pmodel.cli.training_display import plot as draw
+    from p2pmodel.cli.training_plan import assignment_of, show_estimate
     from p2pmodel.node.lineages.bases import find_base
     from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.node.machine.threads import use_threads
@@ -214,8 +208,8 @@ def train(
     chosen = (read_recipe(recipe) if recipe else {}) | given
     if not chosen.get("data"):
         raise UsageError("There is nothing to learn from.", "Name a file with --data, or in the recipe.")
-    if plot is not None:
-        demand_plots(plot)
+    if (picture := chosen.get("plot")) is not None:
+        demand_plots(picture)
     use_threads(chosen.get("threads"))
     folder = Home.open(home)
     with ExitStack() as stack:
@@ -223,130 +217,24 @@ def train(
             from p2pmodel.node.asking.client import SwarmClient
             from p2pmodel.node.patches.apprentice import DEFAULT_CODEC, ThroughSwarm
 
-            client = stack.enter_context(SwarmClient.connect(home, tuple(peers or ()), model, base, swarm_key))
+            client = stack.enter_context(
+                SwarmClient.connect(home, tuple(peers or ()), chosen.get("model"), chosen.get("base"), swarm_key)
+            )
             lineage, place = client.lineage, client.checkpoint.path
             workplace: Workplace = ThroughSwarm(client, codec or DEFAULT_CODEC)
         elif peers or codec:
             raise UsageError("--peers and --codec are for training through the swarm.", "Add --through-swarm.")
         else:
-            lineage, workplace = local_lineage(folder, model), ALONE
-            place = find_base(folder, lineage, base)
-        assignment = _assignment(lineage, place, chosen)
+            lineage, workplace = local_lineage(folder, chosen.get("model")), ALONE
+            place = find_base(folder, lineage, chosen.get("base"))
+        assignment = assignment_of(lineage, place, chosen)
         if dry_run:
-            return _show_estimate(estimate(assignment, workplace), assignment, json)
+            return show_estimate(estimate(assignment, workplace), assignment, json)
         number = lineage.number(assignment.parent)
-        path = output or Path(f"{assignment.files[0].stem}-{number}.p2patch")
+        path = chosen.get("output") or Path(f"{assignment.files[0].stem}-{number}.p2patch")
+        demand_place(path)
         with TrainingDisplay(assignment.options.steps) as display:
             new = train_patch(assignment, path, display, workplace)
-    if plot is not None:
-        draw(plot, new.trained, assignment.options.checkpoint_every)
-    _show_patch(new, path, lineage, str(number), json)
-
-
-def _assignment(lineage: "Lineage", base: Path, chosen: dict[str, Any]) -> "Assignment":
-    """chosen: by parameter; what is not there is the kind's or the trainer's default."""
-    import dataclasses
-
-    from p2pmodel.engine.training.recipes import TrainingOptions
-    from p2pmodel.engine.training.trainees import LEARNING_RATES, KindOptions
-    from p2pmodel.node.lineages.states import round_mean
-    from p2pmodel.node.patches.contributing import FOUR_BITS, Assignment
-
-    names = {"dtype": "precision", "validation_blocks": "held_out_blocks"}
-    values = {names.get(name, name): value for name, value in chosen.items()}
-    values["fisher"] = "adam" if chosen.get("fisher") == "adam" else chosen.get("fisher_labels", "model")
-
-    kind = chosen.get("kind") or lineage.manifest.kinds[0]
-    kind = kind if "@" in kind else f"{kind}@1"
-    if kind != modular.KIND and (chosen.get("expert") or chosen.get("router")):
-        raise UsageError(f"--expert and --router are for modular experts, not for {kind}.", "Add --kind expert.")
-    if kind == modular.KIND:
-        values.setdefault("expert", modular.name_like(Path(chosen["data"][0]).stem))
-    if kind in LEARNING_RATES:
-        values.setdefault("learning_rate", LEARNING_RATES[kind])
-    parent = lineage.find_version(chosen.get("version", "head"))
-    values["round"], values["rounds"] = lineage.place_in_plan(parent)
-    if values["rounds"] > 1:
-        values.setdefault("schedule", "wsd")
-    mean = round_mean(lineage, parent, kind) if chosen.get("control", True) else None
-    values["control"] = chosen.get("control", mean is not None)
-
-    def those_of(settings: type) -> dict[str, Any]:
-        return {f.name: _plain(values[f.name]) for f in dataclasses.fields(settings) if f.name in values}
-
-    return Assignment(
-        lineage,
-        base,
-        parent,
-        kind,
-        tuple(chosen["data"]),
-        tuple(chosen.get("validation_data", ())),
-        TrainingOptions(**those_of(TrainingOptions)),
-        KindOptions(**those_of(KindOptions)),
-        licence=chosen.get("licence", ""),
-        skip_broken=chosen.get("skip_broken", False),
-        fresh=chosen.get("fresh", False),
-        restart=chosen.get("restart", False),
-        bits=chosen.get("bits", 4 if kind in FOUR_BITS else 32),
-        mean=mean,
-    )
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, StrEnum) else value
-
-
-def _show_patch(new: "NewPatch", path: Path, lineage: "Lineage", number: str, json: bool) -> None:
-    from p2pmodel.cli.training_display import sparkline
-
-    patch, trained = new.patch, new.trained
-    lines = [
-        f"losses {sparkline(trained.losses)} {trained.losses[0]:.3f} to {trained.losses[-1]:.3f}, in training",
-        f"held-out loss {patch.loss_before:.4f} before, {patch.loss_after:.4f} after (nats per token)",
-    ]
-    if trained.best == 0:
-        lines.append("the patch changes nothing: no checkpoint was better than the parent on what is held out")
-    if new.skipped:
-        lines.append(f"{new.skipped} broken lines were left out")
-    lines += [
-        f"patch {short(new.id)} on {lineage.manifest.name} {number}: {size(new.size)} "
-        f"(adapter {size(patch.adapter.size)}, Fisher {size(patch.fisher.size)})",
-        f"written to {path}; give it to the swarm with: p2pmodel patch publish {path}",
-    ]
-    emit(
-        {
-            "file": str(path),
-            "id": new.id,
-            "parent": number,
-            "loss_before": patch.loss_before,
-            "loss_after": patch.loss_after,
-            "bytes": new.size,
-            "adapter_bytes": patch.adapter.size,
-            "fisher_bytes": patch.fisher.size,
-            "samples": patch.samples,
-            "tokens": trained.tokens,
-            "skipped": new.skipped,
-            "steps": len(trained.losses),
-            "held_out": list(trained.held_out),
-        },
-        "\n".join(lines),
-        json,
-    )
-
-
-def _show_estimate(found: "Estimate", assignment: "Assignment", json: bool) -> None:
-    chosen = assignment.options
-    minutes, seconds = divmod(round(found.seconds), 60)
-    lines = [
-        f"data      {found.examples} examples in {found.blocks} blocks, {found.held_out} more are held out; "
-        f"{found.tokens} tokens to learn from",
-        f"steps     {chosen.steps} of {chosen.batch * chosen.accumulate} blocks: {found.epochs:.1f} epochs",
-        f"trained   {found.values} values of kind {assignment.kind}",
-        f"patch     about {size(found.bytes)}",
-        f"time      about {minutes} min {seconds} s, at {found.tokens_per_second:,.0f} tokens/s",
-    ]
-    if found.skipped:
-        lines.insert(1, f"broken    {found.skipped} lines are left out")
-    if found.resumes and not assignment.restart:
-        lines.append(f"begun     {found.resumes} steps are done already")
-    emit(found, "\n".join(lines), json)
+    if picture is not None:
+        draw(picture, new.trained, assignment.options.checkpoint_every)
+    show_patch(new, path, lineage, str(number), json)

@@ -1,5 +1,6 @@
 """What a training shows: a bar on a terminal, a line a checkpoint elsewhere; at the end its losses."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from p2pmodel.cli.output import emit, size
 from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.ids import short
 
 if TYPE_CHECKING:
     from p2pmodel.engine.training.loop import Step, Trained
+    from p2pmodel.node.lineages.lineage import Lineage
+    from p2pmodel.node.patches.contributing import NewPatch
 
 _BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
@@ -45,6 +50,8 @@ class TrainingDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if kind is KeyboardInterrupt:
+            self._console.print("broken off; the same command goes on from the last checkpoint", soft_wrap=True)
 
     def __call__(self, step: "Step") -> None:
         if step.resumed:
@@ -54,7 +61,8 @@ class TrainingDisplay:
             self._progress.reset(self._task, total=self._steps, completed=self._resumed)
             self._console.print(
                 f"an earlier run was broken off; going on after step {self._resumed} of {self._steps} "
-                "(--restart begins anew)"
+                "(--restart begins anew)",
+                soft_wrap=True,
             )
         self._tokens += step.tokens
         speed = f"{self._tokens / max(1e-9, time.monotonic() - self._began):,.0f} tokens/s"
@@ -76,8 +84,55 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
     return "".join(_BARS[min(len(_BARS) - 1, int((mean - low) / spread * len(_BARS)))] for mean in means)
 
 
+def show_patch(new: "NewPatch", path: Path, lineage: "Lineage", number: str, json: bool) -> None:
+    """At the end of a training."""
+    patch, trained = new.patch, new.trained
+    lines = [
+        f"losses {sparkline(trained.losses)} {trained.losses[0]:.3f} to {trained.losses[-1]:.3f}, in training",
+        f"held-out loss {patch.loss_before:.4f} before, {patch.loss_after:.4f} after (nats per token)",
+    ]
+    if trained.best == 0:
+        lines.append("the patch changes nothing: no checkpoint was better than the parent on what is held out")
+    if new.skipped:
+        lines.append(f"{new.skipped} broken lines were left out")
+    lines += [
+        f"patch {short(new.id)} on {lineage.manifest.name} {number}: {size(new.size)} "
+        f"(adapter {size(patch.adapter.size)}, Fisher {size(patch.fisher.size)})",
+        f"written to {path}; give it to the swarm with: p2pmodel patch publish {path}",
+    ]
+    emit(
+        {
+            "file": str(path),
+            "id": new.id,
+            "parent": number,
+            "loss_before": patch.loss_before,
+            "loss_after": patch.loss_after,
+            "bytes": new.size,
+            "adapter_bytes": patch.adapter.size,
+            "fisher_bytes": patch.fisher.size,
+            "samples": patch.samples,
+            "tokens": trained.tokens,
+            "skipped": new.skipped,
+            "steps": len(trained.losses),
+            "held_out": list(trained.held_out),
+        },
+        "\n".join(lines),
+        json,
+    )
+
+
+def demand_place(path: Path) -> None:
+    """Raises InvalidInput where no file can be written to: before a training, not after it."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidInput(f"{path} cannot be written: there is no folder {folder}.", "Make it, or name another file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInput(f"{path} cannot be written: {folder} may not be changed by you.", "Name another file.")
+
+
 def demand_plots(path: Path) -> None:
-    """Raises InvalidInput where nothing is installed that draws, or the file's suffix is none that can be drawn."""
+    """Raises InvalidInput where nothing is installed that draws, the file's suffix is none that can be drawn, or there
+    is no place for it."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InvalidInput(f"A plot cannot be written to {path.name}.", "Name a file that ends in .png, .svg or .pdf.")
     try:
@@ -86,6 +141,7 @@ def demand_plots(path: Path) -> None:
         raise InvalidInput(
             "Plots need matplotlib, which is not installed.", "Install it: pip install 'p2pmodel[plots]'"
         ) from None
+    demand_place(path)
 
 
 def plot(path: Path, trained: "Trained", checkpoint_every: int) -> None:

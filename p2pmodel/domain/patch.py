@@ -90,8 +90,9 @@ class Provenance:
     """checkpoints: digests of the adapter every `checkpoint_every` steps, the first before step 0, and after the last
     step; states: of the whole state of the training at the same steps, from which the next ones can be done again.
     chosen: which of the checkpoints the patch's adapter is, where it is rounded to four bits a value.
-    software: (package, version), sorted; threads: how many computed, on which the last bits depend. correction: blob of
-    what was added to every gradient, where the contributors' control variates were used."""
+    software: (package, version), sorted, and what computed: (`cpu`, which), or (`swarm`, codec of the activations);
+    threads: how many computed; on all of these the last bits depend. correction: blob of what was added to every
+    gradient, where the contributors' control variates were used."""
 
     data: tuple[DataFile, ...]
     recipe: Recipe

@@ -212,13 +212,20 @@ def _real_parts(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet_loading(path: Path) -> Iterator[None]:
     """No progress bars, no reports; errors of the files and of what does not fit them become InvalidInput."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with errors_only():
+        with no_progress_bars(), errors_only():
             yield
     except (OSError, SafetensorError, *FAMILY_ERRORS) as error:
         raise InvalidInput(f"The weights in {path} cannot be loaded: {first_line(error)}.") from error
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Of transformers' own, which are there also where nobody looks at a terminal."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

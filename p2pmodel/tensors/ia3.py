@@ -7,9 +7,9 @@ Slots are found by the names that Hugging Face's families use, below the model's
   PEFT does for GPT-2 and BLOOM. The layouts differ (by head, by group, side by side), and scaling a query adds nothing
   that scaling its key cannot say, but for what rotary embeddings mix;
 - multi-head latent attention: the output of `kv_b_proj`, which holds the keys and the values of all heads;
-- the FFN's down projection (`down_proj`, `fc2`, `c_proj`, …): one vector on its input;
+- the FFN's down projection (`down_proj`, `fc2`, `c_proj`, BERT's `output.dense`, …): one vector on its input;
 - mixtures of experts with stacked weights: one vector on the input of `experts.down_proj`, shared by the layer's
-  experts. Experts without a separate activation module (gpt-oss), and experts that are a list of modules, have no slot.
+  experts. Experts that are a list of modules have no slot.
 
 Cross-attention, routers, state-space layers and encoders beside the decoder have none either.
 """
@@ -63,6 +63,10 @@ _DOWN = {
     "w_out",
 }
 _FFN = {"feed_forward", "mlp", "ffn"}
+ACTIVATION, GATE = "act_fn", "_apply_gate"
+"""What transformers calls, of stacked experts, the activation of the gate, and the method that makes of gate and up the
+input of `down_proj`."""
+_ROUTING = {"top_k_index", "router_indices"}
 _SKIPPED = {"encoder_attn", "cross_attn", "crossattention", "gate", "router", "router_mlp", "indexer"}
 
 
@@ -102,7 +106,7 @@ class Applier:
     def __init__(self, base: nn.Module, slots: Sequence[str]) -> None:
         self._state: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._wrapped: list[nn.Module] = []
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
         modules = dict(base.named_modules())
         for slot in slots:
             path = slot.removeprefix(OUT).removeprefix(IN)
@@ -112,7 +116,13 @@ class Applier:
             elif module is not None and slot.startswith(IN):
                 self._handles.append(module.register_forward_pre_hook(self._scale_input(slot)))
             elif parent is not None and slot.startswith(IN) and _is_experts(parent):
-                self._handles.append(_activation(parent).register_forward_hook(self._scale_output(slot)))
+                activation = getattr(parent, ACTIVATION, None)
+                if _has_own_gate(parent):
+                    self._scale_call(parent, GATE, slot)
+                elif isinstance(activation, nn.Module):
+                    self._handles.append(activation.register_forward_hook(self._scale_output(slot)))
+                else:
+                    self._scale_call(parent, ACTIVATION, slot)
                 self._split_rows(parent, slot)
 
     @contextmanager
@@ -128,8 +138,11 @@ class Applier:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self._wrapped:
-            del module.forward
+        for module, name, before in self._wrapped:
+            if before is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before)
         self._handles.clear()
         self._wrapped.clear()
 
@@ -146,6 +159,21 @@ class Applier:
             return None if vector is None else (_scaled(args[0], vector), *args[1:])
 
         return hook
+
+    def _scale_call(self, experts: nn.Module, name: str, slot: str) -> None:
+        """Of a function that is no module: what it returns."""
+        function = getattr(experts, name)
+
+        def scaled(*args: Tensor) -> Tensor:
+            output: Tensor = function(*args)
+            vector = self._state.get(slot)
+            return output if vector is None else _scaled(output, vector)
+
+        self._wrap(experts, name, scaled)
+
+    def _wrap(self, module: nn.Module, name: str, function: Callable[..., Tensor]) -> None:
+        self._wrapped.append((module, name, vars(module).get(name)))
+        setattr(module, name, function)
 
     def _split_rows(self, experts: nn.Module, slot: str) -> None:
         """Experts see tokens sorted by expert, not rows of a batch: rows with vectors of their own go one by one."""
@@ -168,8 +196,7 @@ class Applier:
                 self._state = state
             return torch.cat(outputs)
 
-        experts.forward = by_row
-        self._wrapped.append(experts)
+        self._wrap(experts, "forward", by_row)
 
 
 class Applies(Protocol):
@@ -246,6 +273,8 @@ def _place(below: list[str], module: nn.Module) -> str | None:
     attention = any("attn" in p or "attention" in p for p in parents)
     if (name in _DOWN and not attention) or (name == "value" and "feed_forward" in parents):  # the latter is RWKV's
         return IN
+    if below == ["output", "dense"] or below[:2] == ["feed_forward", "output"]:  # BERT's and its kin's
+        return IN
     return None
 
 
@@ -262,16 +291,18 @@ def _is_experts(module: nn.Module) -> bool:
     return (
         isinstance(getattr(module, "down_proj", None), nn.Parameter)
         and hasattr(module, "gate_up_proj")
-        and isinstance(getattr(module, "act_fn", None), nn.Module)
-        and "top_k_index" in inspect.signature(type(module).forward).parameters
+        and (callable(getattr(module, ACTIVATION, None)) or _has_own_gate(module))
+        and not _ROUTING.isdisjoint(inspect.signature(type(module).forward).parameters)
     )
+
+
+def _has_own_gate(experts: nn.Module) -> bool:
+    """Whether it does not go without a gate of its own, as transformers' decorator gives one to all others."""
+    gate = getattr(type(experts), GATE, None)
+    return gate is not None and gate.__name__ == GATE
 
 
 def _inner_width(experts: nn.Module) -> int:
     """Of stacked weights whose orientation differs by family: gate_up_proj has sides H and 2·I, down_proj H and I."""
     down, up = experts.get_parameter("down_proj"), experts.get_parameter("gate_up_proj")
     return next(side for side in down.shape[1:] if 2 * side in up.shape[1:])
-
-
-def _activation(experts: nn.Module) -> nn.Module:
-    return experts.get_submodule("act_fn")

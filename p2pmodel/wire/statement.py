@@ -87,10 +87,12 @@ def statement(record: bytes) -> dict[str, Any]:
 
 
 def croissant(patch_id: PatchId, patch: Patch) -> dict[str, Any]:
-    """JSON-LD of the data that the patch was trained on: what there is to find them by, not where they are."""
+    """JSON-LD of the data that the patch was trained on: what there is to find them by, not where they are. It is valid
+    beside the files, whose URLs are their names."""
     licences = sorted({file.licence for file in patch.provenance.data if file.licence})
     return {
         "@context": {
+            "@language": "en",
             "@vocab": "https://schema.org/",
             "sc": "https://schema.org/",
             "cr": "http://mlcommons.org/croissant/",
@@ -108,6 +110,7 @@ def croissant(patch_id: PatchId, patch: Patch) -> dict[str, Any]:
                 "@type": "cr:FileObject",
                 "@id": f"file-{number}",
                 "name": file.name,
+                "contentUrl": file.name,
                 "contentSize": f"{file.size} B",
                 "encodingFormat": _format(file.name),
                 "sha256": file.digest,

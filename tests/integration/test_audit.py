@@ -26,7 +26,9 @@ from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical
 from tests.training_support import PROSE, byte_tokenizer, small_model
 
-OPTIONS = TrainingOptions(steps=12, batch=2, sequence=32, learning_rate=0.05, fisher_examples=4, checkpoint_every=3)
+OPTIONS = TrainingOptions(
+    steps=12, batch=2, sequence=32, learning_rate=0.05, weight_decay=0.1, fisher_examples=4, checkpoint_every=3
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,18 @@ def training(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def recipe(patch: Patch, **changes: object) -> Patch:
     new = dataclasses.replace(patch.provenance.recipe, **changes)  # type: ignore[arg-type]
     return dataclasses.replace(patch, provenance=dataclasses.replace(patch.provenance, recipe=new))
+
+
+def on_another_processor(patch: Patch) -> Patch:
+    software = (("cpu", "another"), *(pair for pair in patch.provenance.software if pair[0] != "cpu"))
+    return dataclasses.replace(patch, provenance=dataclasses.replace(patch.provenance, software=software))
+
+
+def test_a_small_lie_is_no_other_rounding(training: Training) -> None:
+    lied = training.saying(lambda patch: recipe(patch, learning_rate=0.0505))
+    elsewhere = dataclasses.replace(lied, patch=on_another_processor(lied.patch))
+    for opened in (lied, elsewhere):
+        assert all(segment.verdict == OTHER for segment in training.audit(opened).segments)
 
 
 def test_an_honest_training_is_the_same_to_the_bit(training: Training) -> None:
@@ -178,7 +192,11 @@ def test_other_rounding_is_close(training: Training, tmp_path: Path) -> None:
     changed = dataclasses.replace(provenance, states=states, checkpoints=tuple(checkpoints))
     opened = training.saying(lambda patch: dataclasses.replace(patch, provenance=changed))
     report = training.audit(opened, find=lambda d: blobs.get(d) or training.find(d))
+    assert [segment.verdict for segment in report.segments] == [SAME, OTHER, OTHER, SAME]
+    elsewhere = dataclasses.replace(opened, patch=on_another_processor(opened.patch))
+    report = training.audit(elsewhere, find=lambda d: blobs.get(d) or training.find(d))
     assert [segment.verdict for segment in report.segments] == [SAME, NEAR, NEAR, SAME]
+    assert not report.comparable
     for digest in (*provenance.checkpoints, *provenance.states):
         found = training.find(digest)
         assert found is not None

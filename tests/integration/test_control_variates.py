@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from p2pmodel import starter
-from p2pmodel.cli.training import _assignment
+from p2pmodel.cli.training_plan import assignment_of
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.version import VersionNumber
 from p2pmodel.node.lineages.intake import needed_blobs, store, take_in
@@ -56,7 +56,7 @@ def give(lineage: Lineage, source: Lineage) -> None:
 def contribute(lineage: Lineage, output: Path, **more: object) -> Assignment:
     text = output.with_suffix(".txt")
     text.write_text(TEXT)
-    assignment = _assignment(lineage, starter.MODEL, {"data": [text], **OPTIONS, **more})
+    assignment = assignment_of(lineage, starter.MODEL, {"data": [text], **OPTIONS, **more})
     train_patch(assignment, output, lambda step: None)
     take_in(lineage, output.read_bytes())
     lineage.refresh()
@@ -119,7 +119,7 @@ def test_two_rounds(homes: tuple[Lineage, Lineage], tmp_path: Path) -> None:
         assert patch.control is not None
         assert patch.provenance.recipe.continued == (name == "known")
         assert (patch.provenance.correction is not None) == (name == "known")
-    without = _assignment(other, starter.MODEL, {"data": [tmp_path / "new.txt"], "control": False})
+    without = assignment_of(other, starter.MODEL, {"data": [tmp_path / "new.txt"], "control": False})
     assert without.mean is None
     assert not without.options.control
     give(mine, other)

@@ -1,5 +1,6 @@
 """What peft and transformers make of what is exported, and what becomes of their adapters here."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from p2pmodel import starter
-from p2pmodel.domain.errors import InvalidInput, Rejected
+from p2pmodel.domain.errors import InvalidInput, Rejected, StorageError
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch, Provenance, Recipe
@@ -22,7 +24,7 @@ from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.intake import check_tensors
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_file_state, read_change, version_state
-from p2pmodel.node.patches.exporting import MARK, export_adapter, export_merged
+from p2pmodel.node.patches.exporting import MARK, export_adapter, export_merged, new_folder
 from p2pmodel.node.patches.importing import FLAT, import_adapter
 from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
@@ -177,6 +179,26 @@ def test_a_whole_checkpoint_computes_what_the_version_and_the_patch_do(
     assert (rounded - wanted).abs().max() < 0.05 * wanted.abs().max()
     with pytest.raises(InvalidInput, match="is not empty"):
         export_merged(at_base, base, tmp_path / "fp32", opened.patch.parent)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
+def test_a_disk_that_is_full_is_one_sentence_and_nothing_is_left(error: Exception, tmp_path: Path) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "out") as inside:
+            (inside / "config.json").write_text("{}")
+            raise error
+
+    with pytest.raises(StorageError, match="is full") as refused:
+        write()
+    assert refused.value.hint == "Name another folder."
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_peft_has_no_place_for_is_said() -> None:

@@ -197,7 +197,13 @@ def test_a_dry_run_says_what_a_training_would_be(founded: Path, home: Path, tmp_
     assert not (tmp_path / "a.p2patch").exists()
     run(command(founded, home, tmp_path / "a.p2patch", *SHORT))
     opened = bundle.open_bundle((tmp_path / "a.p2patch").read_bytes())
-    assert report["bytes"] == opened.patch.adapter.size + opened.patch.fisher.size
+    assert report["bytes"] == (tmp_path / "a.p2patch").stat().st_size
+    more = ("--control", "--bits", "32", "--licence", "CC0-1.0")
+    report = json.loads(
+        run(command(founded, home, tmp_path / "b.p2patch", *SHORT, *more, "--dry-run", "--json")).stdout
+    )
+    run(command(founded, home, tmp_path / "b.p2patch", *SHORT, *more))
+    assert report["bytes"] == (tmp_path / "b.p2patch").stat().st_size
     change = read_change(lineage_of(home), "ia3@1", opened.raw.adapter)
     assert report["values"] == sum(t.numel() for t in change.values.values())
 
@@ -214,6 +220,19 @@ def test_what_is_large_goes_unless_a_record_needs_it(
     take_in(lineage_of(home), (tmp_path / "a.p2patch").read_bytes())
     run(arguments)
     assert objects.verify(patch.adapter.digest)
+
+
+def test_a_sequence_is_no_longer_than_the_model_reads(founded: Path, home: Path, tmp_path: Path) -> None:
+    usual = json.loads(run(command(founded, home, tmp_path / "a.p2patch", "--dry-run", "--json")).stdout)
+    assert usual["tokens"] == usual["blocks"] * 64
+    refused = run(command(founded, home, tmp_path / "a.p2patch", "--sequence", "65"), code=4)
+    assert "reads 64 tokens at a time, not 65" in str(refused.exception)
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_a_place_that_cannot_be_written_is_said_before_the_training(founded: Path, home: Path, option: str) -> None:
+    refused = run([*command(founded, home, founded / "a.p2patch"), option, str(founded / "none" / "a.png")], code=4)
+    assert "there is no folder" in str(refused.exception)
 
 
 def test_nothing_to_learn_from_is_said(home: Path) -> None:

@@ -11,12 +11,13 @@ from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import Digest
 from p2pmodel.engine.data import Blocks, Parts
 from p2pmodel.engine.training import loop as training
-from p2pmodel.engine.training.loop import Step, Trained, replay
+from p2pmodel.engine.training.auditing import replay_segment
+from p2pmodel.engine.training.loop import Step, Trained
 from p2pmodel.engine.training.pace import measure
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.resuming import MemoryKeeper, Progress
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
-from p2pmodel.tensors.blob import pack, unpack
+from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.wire import canonical
 from tests.training_support import byte_tokenizer, prose_parts, small_model, trained_patch
@@ -263,24 +264,21 @@ def test_a_segment_can_be_replayed_from_its_checkpoint_alone(model: LlamaForCaus
     options = dataclasses.replace(OPTIONS, learning_rate=0.01, weight_decay=0.1)
     kept = Hoarder()
     result = trained_patch(model, parent, parts, options, kind, keeper=kept)
-    for index, (begin, end) in enumerate(((0, 5), (5, 10), (10, 12))):
-        trainee = new_trainee(model, kind, parent, parts.train, KindOptions(density=0.02, rank=2), options.seed)
-        adapter = replay(model, trainee, parts.train, options, kept.blobs[result.states[index]], begin, end)
-        trainee.remove()
-        assert canonical.digest(pack(adapter)) == result.checkpoints[index + 1]
-        raw = kept.blobs[result.checkpoints[index + 1]]
-        assert unpack(raw, None, len(raw)).keys() == adapter.keys()
+    trainee = new_trainee(model, kind, parent, parts.train, KindOptions(density=0.02, rank=2), options.seed)
+    for index, steps in ((1, range(5, 10)), (2, range(10, 12)), (0, range(5))):
+        state = kept.blobs[result.states[index]]
+        replayed = replay_segment(model, trainee, parts.train, options, state, steps)
+        digests = [canonical.digest(raw) for raw in (replayed.before, replayed.after, replayed.state)]
+        assert digests == [result.checkpoints[index], result.checkpoints[index + 1], result.states[index + 1]]
+    trainee.remove()
 
 
-def test_a_segment_out_of_the_training_is_refused(model: LlamaForCausalLM, parent: State, parts: Parts) -> None:
+def test_a_state_of_something_else_is_refused(model: LlamaForCausalLM, parent: State, parts: Parts) -> None:
     trainee = new_trainee(model, "ia3@1", parent, parts.train, KindOptions(), 0)
-    for begin, end in ((5, 3), (0, 13), (-1, 2)):
-        with pytest.raises(InvalidInput, match="no segment"):
-            replay(model, trainee, parts.train, OPTIONS, b"", begin, end)
     with pytest.raises(InvalidInput, match="damaged"):
-        replay(model, trainee, parts.train, OPTIONS, b"nonsense", 0, 5)
+        replay_segment(model, trainee, parts.train, OPTIONS, b"nonsense", range(5))
     with pytest.raises(InvalidInput, match="other parameters"):
-        replay(model, trainee, parts.train, OPTIONS, pack({"x": torch.ones(1)}), 0, 5)
+        replay_segment(model, trainee, parts.train, OPTIONS, pack({"x": torch.ones(1)}), range(5))
     trainee.remove()
 
 

@@ -104,6 +104,10 @@ def test_a_text_is_read_with_its_digest(tmp_path: Path) -> None:
             {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "unanswered"}]},
             Chat((("assistant", "a"),)),
         ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": t} for t in "ab"]}]},
+            Chat((("assistant", "ab"),)),
+        ),
     ],
 )
 def test_rows_are_told_by_their_columns(row: Any, example: Any) -> None:
@@ -128,6 +132,8 @@ def test_rows_are_told_by_their_columns(row: Any, example: Any) -> None:
         ({"messages": ["hello"]}, "without role and content"),
         ({"messages": [{"role": "assistant"}]}, "no content"),
         ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "content that is no text"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": 3}]}]}, "text that is no text"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "calls tools"),
         ({"messages": [{"role": "user", "content": "q"}]}, "no message of the role assistant"),
         ({"messages": [{"role": "assistant", "content": "  "}]}, "no message of the role assistant"),
         ({"messages": [{"role": "user", "content": "q"}] * 1025}, "no list of 1 to"),
@@ -179,6 +185,23 @@ def test_one_broken_line_reads_well(tmp_path: Path) -> None:
         load([lines(tmp_path / "d.jsonl", "[" * 10_000)], TOKENIZER)
 
 
+def test_a_json_file_is_an_array_of_rows_or_lines(tmp_path: Path) -> None:
+    some: list[object] = [{"text": "x" * 40}, {"text": "y" * 40}]
+    as_lines = load([lines(tmp_path / "lines.jsonl", *some)], TOKENIZER)
+    for name, content in (("a", "\ufeff\n " + json.dumps(some, indent=1)), ("b", "\n".join(map(json.dumps, some)))):
+        path = tmp_path / f"{name}.json"
+        path.write_text(content)
+        found = load([path], TOKENIZER)
+        assert found.texts == as_lines.texts
+        assert found.sources[0].digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_text(json.dumps([*some, 3, {"text": ""}]))
+    with pytest.raises(InvalidInput, match=r"has 2 broken rows: row 3 is no object with named columns; row 4 has an "):
+        load([path], TOKENIZER)
+    path.write_text("[{")
+    with pytest.raises(InvalidInput, match=r"b\.json is not valid JSON\."):
+        load([path], TOKENIZER)
+
+
 def test_a_set_that_is_empty_after_all_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"No examples are left of d\.jsonl: all 2 lines are broken\."):
         load([lines(tmp_path / "d.jsonl", "{", "{")], TOKENIZER, skip_broken=True)
@@ -212,7 +235,7 @@ def test_parquet_has_the_same_columns(tmp_path: Path) -> None:
     assert (found.sources[0].examples, found.sources[0].name) == (600, "d.parquet")
     assert found.sources[0].digest == hashlib.sha256(path.read_bytes()).hexdigest()
     parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "q", "completion": None}, *rows[:2]]), path)
-    with pytest.raises(InvalidInput, match="1 broken line: line 1 has no completion"):
+    with pytest.raises(InvalidInput, match="1 broken row: row 1 has no completion"):
         load([path], TOKENIZER)
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat}]), path)
@@ -240,6 +263,7 @@ def test_only_answers_of_a_chat_are_learned_with_what_ends_them() -> None:
     turns = (("system", "be"), ("user", "one"), ("assistant", " first "), ("user", "two"), ("assistant", "last"))
     assert learned_text(Chat(turns)) == "first</>\nlast</>\n"
     assert learned_text(Chat((("assistant", "hello"),))) == "<assistant>hello</>\n"[len("<assistant>") :]
+    assert learned_text(Chat((("user", "/"), ("assistant", "/")))) == "/</>\n"
 
 
 def test_templates_that_write_the_last_turn_differently_work() -> None:

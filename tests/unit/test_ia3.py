@@ -62,6 +62,25 @@ FAMILIES: dict[str, tuple[Callable[[], hf.PreTrainedConfig], set[str]]] = {
         lambda: hf.Qwen3MoeConfig(**SMALL, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2),
         {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"},
     ),
+    "bert": (
+        lambda: hf.BertConfig(**NEOX, is_decoder=True),
+        {"out:attention.self.key", "out:attention.self.value", "in:output.dense"},
+    ),
+    "lfm2_moe": (
+        lambda: hf.Lfm2MoeConfig(
+            **SMALL,
+            moe_intermediate_size=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_dense_layers=0,
+            layer_types=["full_attention"] * 2,
+        ),
+        {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:feed_forward.experts.down_proj"},
+    ),
+    "gpt_oss": (
+        lambda: hf.GptOssConfig(**EXPERTS, head_dim=4),
+        {"out:self_attn.k_proj", "out:self_attn.v_proj", "in:mlp.experts.down_proj"},
+    ),
 }
 
 
@@ -145,7 +164,8 @@ def test_the_initial_state_changes_nothing_and_remove_leaves_nothing(family: str
         with applier.use(random_rows(slots, 2)):
             assert torch.equal(run(base, ids), plain)
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()) == hooks
-    assert not any("forward" in vars(m) for m in base.modules())
+    assert not any({"forward", ia3.GATE} & vars(m).keys() for m in base.modules())
+    assert not any("_scale_call" in repr(vars(m).get(ia3.ACTIVATION)) for m in base.modules())
 
 
 def test_a_vector_is_the_same_as_scaled_weights() -> None:
@@ -161,14 +181,16 @@ def test_a_vector_is_the_same_as_scaled_weights() -> None:
         torch.testing.assert_close(run(base, ids), scaled, rtol=1e-4, atol=1e-5)
 
 
-def test_a_vector_of_experts_is_the_same_as_scaled_weights() -> None:
-    base, slots = build("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_vector_of_experts_is_the_same_as_scaled_weights(family: str) -> None:
+    base, slots = build(family)
     name = next(slot.name for slot in slots if "experts" in slot.name)
     vector, ids = 1 + torch.rand(24), torch.arange(8).view(1, 8) + 3
     with torch.no_grad():
         with ia3.Applier(base, [name]).use({name: vector}):
             scaled = run(base, ids)
-        base.get_parameter(name.rpartition(":")[2]).mul_(vector)
+        # Of gpt-oss the inputs are the rows.
+        base.get_parameter(name.rpartition(":")[2]).mul_(vector[:, None] if family == "gpt_oss" else vector)
         torch.testing.assert_close(run(base, ids), scaled, rtol=1e-4, atol=1e-5)
 
 

@@ -1,6 +1,7 @@
 """Recipes as files, and what a training shows at its end."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,13 @@ def test_a_recipe_holds_options_and_finds_its_files(tmp_path: Path) -> None:
         "packing": False,
         "kind": "ia3",
     }
-    path.write_text('data = "a.txt"\n')
-    assert read_recipe(path) == {"data": [tmp_path / "a.txt"]}
+    path.write_text('data = "a.txt"\noutput = "a.p2patch"\nmodel = "m"\nrouter = true\n')
+    assert read_recipe(path) == {
+        "data": [tmp_path / "a.txt"],
+        "output": tmp_path / "a.p2patch",
+        "model": "m",
+        "router": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,8 +62,21 @@ def test_a_recipe_that_is_not_there_is_said(tmp_path: Path) -> None:
         read_recipe(tmp_path / "r.toml")
 
 
-def test_the_recipe_of_a_patch_can_be_used_again(tmp_path: Path) -> None:
-    text = recipe_of(factories.patch(Key.generate()))
+@pytest.mark.parametrize(
+    ("options", "read_as"),
+    [
+        ((), {}),
+        ((("rank", 4.0), ("router", 0.0)), {"rank": 4, "router": False}),
+        ((("density", 0.025), ("mask_examples", 8.0)), {"density": 0.025, "mask_examples": 8}),
+    ],
+    ids=["ia3", "expert", "fish"],
+)
+def test_the_recipe_of_a_patch_can_be_used_again(
+    tmp_path: Path, options: tuple[tuple[str, float], ...], read_as: dict[str, object]
+) -> None:
+    patch = factories.patch(Key.generate())
+    recipe = replace(patch.provenance.recipe, kind_options=options)
+    text = recipe_of(replace(patch, provenance=replace(patch.provenance, recipe=recipe)))
     (tmp_path / "r.toml").write_text(text)
     read = read_recipe(tmp_path / "r.toml")
     assert read["steps"] == 10
@@ -65,6 +84,11 @@ def test_the_recipe_of_a_patch_can_be_used_again(tmp_path: Path) -> None:
     assert read["learning_rate"] == 0.01
     assert read["data"] == [tmp_path / "notes.txt"]
     assert {name.replace("_", "-") for name in read} <= KEYS.keys()
+    (tmp_path / "r.toml").write_text(recipe_of(patch, "mine"))
+    assert read_recipe(tmp_path / "r.toml")["expert"] == "mine"
+    for name, value in read_as.items():
+        assert type(read[name]) is type(value)
+        assert read[name] == value
 
 
 @given(

@@ -98,3 +98,6 @@ def test_croissant_lists_the_files_with_their_licences() -> None:
     ]
     assert files[0]["license"] == "https://spdx.org/licenses/CC0-1.0"
     assert "license" not in files[1]
+    # What mlcroissant cannot do without.
+    assert [file["contentUrl"] for file in files] == ["a.jsonl", "b.txt"]
+    assert described["@context"]["@language"] == "en"

@@ -69,7 +69,7 @@ class Parts:
 
 
 def load(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, skip_broken: bool = False) -> Corpus:
-    """Reads JSON lines and Parquet by their suffixes, everything else as one plain text each.
+    """Reads JSON and Parquet by their suffixes, everything else as one plain text each.
 
     Raises InvalidInput that names the file, and of broken lines how many there are and the first ones, unless
     skip_broken leaves them out; for an empty set; beyond MAX_TOKENS.
@@ -78,7 +78,7 @@ def load(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, skip_broken:
         raise InvalidInput("No data files were given.", "Name at least one with --data.")
     corpus = Corpus()
     for path in paths:
-        if path.suffix.lower() in rows.JSON_SUFFIXES + rows.PARQUET_SUFFIXES:
+        if path.suffix.lower() in rows.SUFFIXES:
             _load_rows(corpus, path, tokenizer, skip_broken)
         else:
             file = read_text(path)
@@ -160,7 +160,7 @@ def _text_sequence(corpus: Corpus, sequence: int, blocks: int) -> int:
 
 
 def _load_rows(corpus: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, skip_broken: bool) -> None:
-    hashed = rows.new_hash()
+    hashed, noun = rows.new_hash(), rows.noun_of(path)
     found, examples = rows.read_rows(path, hashed), 0
     broken: list[tuple[int, str]] = []
     count = 0
@@ -180,15 +180,15 @@ def _load_rows(corpus: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, s
                 broken += [(number, str(error))] if len(broken) < SHOWN_LINES else []
         _add_texts(corpus, tokenizer, texts)
     if count and not skip_broken:
-        lines = "; ".join(f"line {number} {what}" for number, what in broken)
+        lines = "; ".join(f"{noun} {number} {what}" for number, what in broken)
         more = f"; and {count - len(broken)} more" if count > len(broken) else ""
         raise InvalidInput(
-            f"{path.name} has {count} broken line{'s'[: count > 1]}: {lines}{more}.",
+            f"{path.name} has {count} broken {noun}{'s'[: count > 1]}: {lines}{more}.",
             "Mend them, or leave them out with --skip-broken.",
         )
     if not examples:
         raise InvalidInput(
-            f"No examples are left of {path.name}" + (f": all {count} lines are broken." if count else "."),
+            f"No examples are left of {path.name}" + (f": all {count} {noun}s are broken." if count else "."),
             "Name a file with examples in it.",
         )
     corpus.sources.append(Source(path.name, Digest(hashed.hexdigest()), file_size(path), examples, count))

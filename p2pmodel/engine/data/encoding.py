@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.engine.data.rows import ANSWERING, Chat, Completion
 
+MARK = "\ue000\ue001\ue002"
+"""In the place of an answer: characters that no text has."""
 Ranges = list[tuple[int, int]]
 """Of characters, half open."""
 
@@ -71,7 +73,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, Ranges
     """The chat as the tokenizer's template writes it, and where its answers are, with what ends each of them.
 
     Templates write a turn differently when it is the last one (thoughts come and go), so that a beginning of the chat
-    is not always a beginning of the text. What ends an answer is seen from the last one, after which nothing follows.
+    is not always a beginning of the text. Where an answer is, is seen from the chat with something unmistakable in its
+    place; what ends it, from the last one, after which nothing follows.
     """
     if not tokenizer.chat_template:
         raise InvalidInput(
@@ -80,22 +83,26 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, Ranges
         )
     text = _templated(tokenizer, chat.turns, False)
     answers = [(index, content.strip()) for index, (role, content) in enumerate(chat.turns) if role == ANSWERING]
-    tail_at = text.rfind(answers[-1][1])
-    if tail_at < 0:
-        raise ValueError("has an answer that the chat template does not write as it is")
-    tail = text[tail_at + len(answers[-1][1]) :]
+    around = [_around(tokenizer, chat.turns, index) for index, _ in answers]
+    tail = around[-1][1]
     ranges: Ranges = []
-    at = 0
-    for index, content in answers:
-        before = _templated(tokenizer, chat.turns[:index], True) if index else ""
-        begin = len(before) if before and text.startswith(before) else None
-        found = text.find(content, at if begin is None else begin)
-        if found < 0:
+    for (index, content), (lead, _) in zip(answers, around, strict=True):
+        if not text.startswith(lead + content):
             raise ValueError("has an answer that the chat template does not write as it is")
-        at = found + len(content)
-        at += _shared(text[at:], tail)
-        ranges.append((found if begin is None else begin, at))
+        before = _templated(tokenizer, chat.turns[:index], True) if index else ""
+        begin = len(before) if before and lead.startswith(before) else len(lead)
+        end = len(lead) + len(content)
+        ranges.append((begin, end + _shared(text[end:], tail)))
     return text, ranges
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], index: int) -> tuple[str, str]:
+    """What the template writes before the content of a turn, and after it."""
+    marked = [(role, MARK if at == index else content) for at, (role, content) in enumerate(turns)]
+    lead, mark, tail = _templated(tokenizer, marked, False).partition(MARK)
+    if not mark:
+        raise ValueError("has an answer that the chat template does not write as it is")
+    return lead, tail
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], answer_next: bool) -> str:

@@ -1,4 +1,4 @@
-"""Files of rows, one example each: JSON lines and Parquet, with the columns that the field has settled on.
+"""Files of rows, one example each: JSON lines, JSON arrays and Parquet, with the columns that the field has settled on.
 
 - `messages`: a chat, a list of {"role": …, "content": …}; its `assistant` turns are what is learned;
 - `prompt` and `completion`: the completion is learned, and follows the prompt as it is, without a blank between;
@@ -16,15 +16,16 @@ from typing import Any, Protocol
 import msgspec
 
 from p2pmodel.domain.errors import InvalidInput
-from p2pmodel.engine.data.texts import file_size, unreadable
+from p2pmodel.engine.data.texts import MAX_TEXT_BYTES, file_size, unreadable
 
 COLUMNS = ("messages", "prompt", "completion", "text")
-JSON_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
+SUFFIXES = (".jsonl", ".ndjson", ".json", *PARQUET_SUFFIXES)
 MAX_FILE_BYTES = 16 << 30
 MAX_ROW_BYTES = 4 << 20
 MAX_TURNS = 1024
 ANSWERING = "assistant"
+_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ def parse(row: Any) -> Example:
 
 
 def read_rows(path: Path, hashed: Hash) -> Iterator[tuple[int, Example | str]]:
-    """(number of the line or row, counted from 1, the example or what is wrong with it), by the file's suffix.
+    """(number, see `noun_of`, counted from 1, the example or what is wrong with it), by the file's suffix.
 
     All of the file's bytes have gone through `hashed` when the iterator ends. Raises InvalidInput.
     """
     if file_size(path) > MAX_FILE_BYTES:
         raise InvalidInput(f"{path.name} is larger than {MAX_FILE_BYTES >> 30} GiB.", "Train on a part of it.")
-    rows = _parquet(path, hashed) if path.suffix.lower() in PARQUET_SUFFIXES else _json_lines(path, hashed)
+    if path.suffix.lower() in PARQUET_SUFFIXES:
+        rows = _parquet(path, hashed)
+    else:
+        rows = _json_array(path, hashed) if _is_array(path) else _json_lines(path, hashed)
     for number, row in rows:
         if isinstance(row, str):
             yield number, row
@@ -89,6 +93,41 @@ def read_rows(path: Path, hashed: Hash) -> Iterator[tuple[int, Example | str]]:
             yield number, parse(row)
         except ValueError as error:
             yield number, str(error)
+
+
+def noun_of(path: Path) -> str:
+    """What the numbers of `read_rows` count: `line`, or `row` where rows are no lines. Raises InvalidInput."""
+    return "row" if path.suffix.lower() in PARQUET_SUFFIXES or _is_array(path) else "line"
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a `.json` file is one array of rows; others are JSON lines."""
+    if path.suffix.lower() != ".json":
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4096).removeprefix(_MARK).lstrip().startswith(b"[")
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _json_array(path: Path, hashed: Hash) -> Iterator[tuple[int, Any]]:
+    if file_size(path) > MAX_TEXT_BYTES:
+        raise InvalidInput(
+            f"{path.name} is one JSON array of more than {MAX_TEXT_BYTES >> 20} MiB.", "Write it as JSON lines."
+        )
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    hashed.update(raw)
+    try:
+        rows = msgspec.json.decode(raw.removeprefix(_MARK), type=list[msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise InvalidInput(f"{path.name} is not valid JSON.", "Mend it, or write it as JSON lines.") from None
+    for number, row in enumerate(rows, 1):
+        text = bytes(row)
+        yield number, _decoded(text) if len(text) <= MAX_ROW_BYTES else f"is longer than {MAX_ROW_BYTES >> 20} MiB"
 
 
 def _json_lines(path: Path, hashed: Hash) -> Iterator[tuple[int, Any]]:
@@ -104,7 +143,7 @@ def _json_lines(path: Path, hashed: Hash) -> Iterator[tuple[int, Any]]:
                         hashed.update(raw)
                     yield number, f"is longer than {MAX_ROW_BYTES >> 20} MiB"
                     continue
-                raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+                raw = raw.removeprefix(_MARK) if number == 1 else raw
                 if raw.strip():
                     yield number, _decoded(raw)
     except OSError as error:
@@ -155,12 +194,22 @@ def _chat(messages: Any) -> Chat:
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError("has a message without role and content")
-        turns.append((_string(message, "role"), _string(message, "content")))
+        if message.get("content") is None and message.get("tool_calls"):
+            raise ValueError("has a message that calls tools, which cannot be learned")
+        turns.append((_string(message, "role"), _string(message | _joined(message), "content")))
     while turns and turns[-1][0] != ANSWERING:
         turns.pop()  # nothing is learned from what has no answer
     if not turns or not any(content.strip() for role, content in turns if role == ANSWERING):
         raise ValueError(f"has no message of the role {ANSWERING}")
     return Chat(tuple(turns))
+
+
+def _joined(message: dict[Any, Any]) -> dict[str, str]:
+    """Its content as one text, where it is a list of parts that are all text."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return {}
+    return {"content": "".join(_string(part, "text") for part in parts)}
 
 
 def _string(row: dict[Any, Any], name: str) -> str:

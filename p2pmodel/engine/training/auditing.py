@@ -33,14 +33,21 @@ def replay_segment(
     steps: range,
     correction: Mapping[str, Tensor] | None = None,
 ) -> Replayed:
-    """state: the optimiser's blob after `steps.start` steps. Raises InvalidInput for one that is of something else."""
-    with frozen(model, trainee):
-        run = Run(model, trainee, blocks, blocks[:0], options, correction or {})
-        run.optimiser.load(state)
-        before = blob.pack(trainee.adapter())
-        for number, batch in islice(run.batches(steps.start), len(steps)):
-            run.step(number, batch)
-        return Replayed(before, blob.pack(trainee.adapter()), run.optimiser.save())
+    """state: the optimiser's blob after `steps.start` steps. trainee: one as the training began with, and so it is left
+    too, since weight decay pulls towards that. Raises InvalidInput for a state that is of something else."""
+    began = {name: leaf.detach().clone() for name, leaf in trainee.parameters.items()}
+    try:
+        with frozen(model, trainee):
+            run = Run(model, trainee, blocks, blocks[:0], options, correction or {})
+            run.optimiser.load(state)
+            before = blob.pack(trainee.adapter())
+            for number, batch in islice(run.batches(steps.start), len(steps)):
+                run.step(number, batch)
+            return Replayed(before, blob.pack(trainee.adapter()), run.optimiser.save())
+    finally:
+        with torch.no_grad():
+            for name, leaf in trainee.parameters.items():
+                leaf.copy_(began[name])
 
 
 def distance(claimed: bytes, found: bytes, before: bytes) -> float:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.kinds import Trainee
 
-__all__ = ["OPTIMIZER", "Run", "Step", "Trained", "TrainingOptions", "frozen", "replay", "train"]
+__all__ = ["OPTIMIZER", "Run", "Step", "Trained", "TrainingOptions", "frozen", "train"]
 
 SAVE_SECONDS = 60.0
 """A training whose checkpoints are farther apart than this is noted between them."""
@@ -96,33 +95,6 @@ def train(
     with frozen(model, trainee):
         run = Run(model, trainee, train_blocks, held_out_blocks[: options.held_out_blocks], options, correction or {})
         return run.train(keeper or MemoryKeeper(), moments, on_step)
-
-
-def replay(
-    model: PreTrainedModel,
-    trainee: Trainee,
-    train_blocks: Blocks,
-    options: TrainingOptions,
-    state: bytes,
-    from_step: int,
-    to_step: int,
-    *,
-    correction: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """What the adapter is after `to_step` steps, from the optimiser's blob after `from_step`: on the same kind of
-    machine and number of threads the same bits as in the training itself, when its claims are true.
-
-    `trainee` is one as the training began with. Raises InvalidInput for a state that is of something else, and for
-    steps out of order.
-    """
-    if not 0 <= from_step <= to_step <= options.steps:
-        raise InvalidInput(f"Steps {from_step} to {to_step} are no segment of a training of {options.steps}.")
-    with frozen(model, trainee):
-        run = Run(model, trainee, train_blocks, train_blocks[:0], options, correction or {})
-        run.optimiser.load(state)
-        for number, batch in islice(run.batches(from_step), to_step - from_step):
-            run.step(number, batch)
-        return trainee.adapter()
 
 
 class Run:

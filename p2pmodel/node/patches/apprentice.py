@@ -24,6 +24,10 @@ class ThroughSwarm:
     def __init__(self, client: SwarmClient, codec: str) -> None:
         self._client, self._codec = client, codec
 
+    @property
+    def computes(self) -> tuple[str, str]:
+        return "swarm", self._codec
+
     @contextmanager
     def open(
         self, assignment: Assignment, state: Mapping[str, Tensor], blocks: Blocks

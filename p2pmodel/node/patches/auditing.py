@@ -1,7 +1,8 @@
 """Whether a patch was trained as it says: some segments of the training done again, from the states it names.
 
-What is compared are digests: the same software on the same kind of processor with as many threads gives the same bits.
-Elsewhere the last bits differ, and what counts is how far the two results are apart, next to how far the segment went.
+What is compared are digests: the same software on the same kind of processor with as many threads gives the same bits,
+and there nothing else will do. Elsewhere the last bits differ, and what counts is how far the two results are apart,
+next to how far the segment went.
 A state stands for all before it, so a segment binds what it begins in: its adapter has to be the checkpoint of that
 step, and the state that it ends in the one that the next segment begins in.
 """
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import short
 from p2pmodel.domain.modular import KIND, place_of
-from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.patch import Patch, Provenance
 from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.training.auditing import distance, replay_segment
@@ -34,15 +35,17 @@ from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.node.evidence import Find, in_order, verified
 from p2pmodel.node.lineages.states import read_change, version_state
+from p2pmodel.node.machine.processor import processor
 from p2pmodel.node.patches.contributing import rounded
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.kinds import Trainee, get_kind
 from p2pmodel.wire import canonical
 
-CLOSE = 0.01
+CLOSE, CLOSE_IN_BF16 = 0.005, 0.25
 """Of a segment's own length: as far as other rounding takes two runs apart; another learning rate or text takes them
-farther."""
+farther. Other vector instructions made up to 5e-6 of it in float32; in bfloat16 up to 0.08, in Adam's first steps,
+where the sign of a gradient counts and not its size."""
 ROUNDED_OTHERWISE = "The patch's adapter is not its checkpoint in four bits a value."
 NOT_ROUNDED_HERE = "Whether the adapter is its checkpoint in four bits cannot be told: the checkpoint is not to be had."
 SAME, NEAR, OTHER, MISSING = "same", "close", "differs", "missing"
@@ -63,7 +66,8 @@ class Segment:
 class Audit:
     """problems: a sentence each; none means that all that was looked at is as the patch says; gaps: what could not be
     looked at. segments: those that were
-    replayed, of so many; seed: that they were drawn by. comparable: whether software and threads are the training's.
+    replayed, of so many; seed: that they were drawn by. comparable: whether software, threads and processor are the
+    training's, so that its bits are expected.
     steps: that were done again, of so many; fisher: as a segment's verdict, or empty where it could not be made."""
 
     segments: tuple[Segment, ...]
@@ -106,7 +110,7 @@ def audit(
         if (other := scene.rounded_otherwise(verified(find))) is not None:
             (problems if other else gaps).append(ROUNDED_OTHERWISE if other else NOT_ROUNDED_HERE)
         done = [_replay(scene, at, verified(find), comparable) for at in chosen]
-        fisher = _fisher(scene, opened, verified(find))
+        fisher = _fisher(scene, opened, verified(find), comparable)
     for segment in done:
         where = f"Steps {segment.first_step} to {segment.last_step}"
         if segment.verdict == OTHER:
@@ -213,16 +217,20 @@ def _replay(scene: _Scene, at: int, find: Find, comparable: bool) -> Segment:
         return Segment(first, last, SAME, 0.0)
     next_state = find(provenance.states[at + 1])
     if claimed is None or next_state is None:
-        # Where the bits should be the same, their digests are enough to tell that they are not.
         return Segment(first, last, OTHER if comparable else MISSING, float("inf"))
     try:
         apart = max(distance(claimed, found.after, found.before), distance(next_state, found.state, state))
     except Rejected:
         apart = float("inf")
-    return Segment(first, last, NEAR if apart <= CLOSE else OTHER, apart)
+    return Segment(first, last, NEAR if not comparable and apart <= _limit(provenance) else OTHER, apart)
 
 
-def _fisher(scene: _Scene, opened: OpenedPatch, find: Find) -> str:
+def _limit(provenance: Provenance) -> float:
+    rounded = provenance.recipe.precision == "bf16" or dict(provenance.software).get("swarm", "fp32") != "fp32"
+    return CLOSE_IN_BF16 if rounded else CLOSE
+
+
+def _fisher(scene: _Scene, opened: OpenedPatch, find: Find, comparable: bool) -> str:
     """Made again at the checkpoint that the adapter is."""
     patch, provenance = scene.patch, scene.patch.provenance
     if patch.checkpoint not in provenance.checkpoints or not opened.fisher:
@@ -245,6 +253,8 @@ def _fisher(scene: _Scene, opened: OpenedPatch, find: Find) -> str:
     raw = blob.pack(compact.encode(kind.fisher_of(found) if options.fisher == "adam" else found))
     if canonical.digest(raw) == patch.fisher.digest:
         return SAME
+    if comparable:
+        return OTHER
     places = tuple((name, tuple(t.shape)) for name, t in sorted(found.items()))
     try:
         both = [compact.decode(each, places, max(len(raw), len(opened.fisher))) for each in (raw, opened.fisher)]
@@ -266,11 +276,11 @@ def _kind_options(opened: OpenedPatch) -> KindOptions:
     if unknown := given.keys() - {f.name for f in fields(KindOptions)}:
         raise InvalidInput(f"The patch's kind has an option {min(unknown)[:64]!r} that is not known here.")
     chosen = {name: type(getattr(defaults, name))(value) for name, value in given.items()}
-    return KindOptions(**chosen, expert=_expert(opened))
+    return KindOptions(**chosen, expert=expert_of(opened))
 
 
-def _expert(opened: OpenedPatch) -> str:
-    """Of a patch of one: its slots name it. Empty for other kinds."""
+def expert_of(opened: OpenedPatch) -> str:
+    """The name of the one that a patch trained: its slots say it. Empty for other kinds."""
     if opened.patch.kind != KIND:
         return ""
     names = read_change(opened.lineage, opened.patch.kind, opened.adapter).values
@@ -278,8 +288,12 @@ def _expert(opened: OpenedPatch) -> str:
 
 
 def _same_software(wanted: Sequence[tuple[str, str]]) -> bool:
+    """And the same processor; what the swarm computed, nobody computes to the bit."""
+    places = dict(wanted)
+    if places.pop("cpu", None) != processor():
+        return False
     try:
-        return all(installed(name) == version for name, version in wanted)
+        return all(installed(name) == version for name, version in places.items())
     except PackageNotFoundError:
         return False
 

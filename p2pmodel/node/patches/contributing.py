@@ -19,13 +19,14 @@ from p2pmodel.domain.ids import Digest, PatchId, VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine import data
-from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
+from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
 from p2pmodel.engine.training.loop import OPTIMIZER, Step, Trained, train
 from p2pmodel.engine.training.pace import Pace, measure
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.machine.processor import processor
 from p2pmodel.node.patches import continuity
 from p2pmodel.node.patches.savepoints import Savepoints
 from p2pmodel.store.scratch import Scratch
@@ -70,6 +71,10 @@ class Assignment:
 class Workplace(Protocol):
     """Where the model is that is trained with."""
 
+    @property
+    def computes(self) -> tuple[str, str]:
+        """On what, for those who audit: (`cpu`, which), or (`swarm`, codec)."""
+
     def open(
         self, assignment: Assignment, state: Mapping[str, Tensor], blocks: data.Blocks
     ) -> AbstractContextManager[tuple[PreTrainedModel, Trainee]]:
@@ -79,6 +84,10 @@ class Workplace(Protocol):
 
 class Alone:
     """The whole model, in this process."""
+
+    @property
+    def computes(self) -> tuple[str, str]:
+        return "cpu", processor()
 
     @contextmanager
     def open(
@@ -110,7 +119,8 @@ class NewPatch:
 @dataclass(frozen=True)
 class Estimate:
     """Of a training that was not done. blocks, held_out: how many; tokens: that are learned from in one epoch; bytes:
-    of the patch file, about. seconds: of the whole training, about. resumes: steps that an earlier process has done."""
+    of the patch file, unless the training stops early. seconds: of the whole training, about. resumes: steps that an
+    earlier process has done."""
 
     examples: int
     skipped: int
@@ -127,8 +137,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Ready:
-    """All that a training needs. state: of the parent's slots. layout: of the trainee's parameters; key: of all that
-    the patch depends on."""
+    """All that a training needs. state: of the parent's slots. software: and what computes; layout: of the trainee's
+    parameters; key: of all that the patch depends on."""
 
     assignment: Assignment
     state: Mapping[str, Tensor]
@@ -137,6 +147,7 @@ class _Ready:
     parts: data.Parts
     sources: tuple[data.Source, ...]
     validation: tuple[data.Source, ...]
+    software: tuple[tuple[str, str], ...]
     layout: str
     past: continuity.Inheritance | None
     correction: dict[str, Tensor] | None
@@ -178,6 +189,14 @@ def estimate(assignment: Assignment, workplace: Workplace = ALONE) -> Estimate:
         options, parts = assignment.options, ready.parts
         pace: Pace = measure(ready.model, ready.trainee, parts.train, parts.held_out, options)
         adapter = _adapter_blob(assignment, pace.adapter, ready.state)
+        fisher, variate = _fisher_blob(assignment.kind, options, pace.fisher), None
+        if options.control:
+            nothing = {name: torch.zeros_like(leaf, device="cpu") for name, leaf in ready.trainee.parameters.items()}
+            variate = control.write(nothing)[0]
+        unknown = (canonical.digest(b""),) * (1 + -(-options.steps // options.checkpoint_every))
+        chosen = unknown[0] if assignment.bits == 4 else None
+        samples = options.steps * options.batch * options.accumulate
+        patch = _patch(ready, (adapter, fisher, variate), samples, (0.0, 0.0), (unknown, unknown), chosen)
         begun = ready.savepoints.found()
         return Estimate(
             examples=sum(source.examples for source in ready.sources),
@@ -187,7 +206,7 @@ def estimate(assignment: Assignment, workplace: Workplace = ALONE) -> Estimate:
             tokens=parts.train.tokens,
             epochs=options.steps * options.batch * options.accumulate / len(parts.train),
             values=pace.values,
-            bytes=len(adapter) + len(_fisher_blob(assignment.kind, options, pace.fisher)),
+            bytes=len(bundle.pack(assignment.lineage.home.key.sign("patch", patch), adapter, fisher, variate)),
             seconds=pace.total(options),
             tokens_per_second=pace.tokens / pace.step,
             resumes=begun.step if begun else 0,
@@ -200,6 +219,10 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
     if kind.name not in manifest.kinds:
         raise InvalidInput(
             f"{manifest.name} takes no patches of kind {kind.name}.", f"It takes {', '.join(manifest.kinds)}."
+        )
+    if options.sequence > (context := read_checkpoint(assignment.base).context):
+        raise InvalidInput(
+            f"The model reads {context} tokens at a time, not {options.sequence}.", f"Use --sequence {context} or less."
         )
     tokenizer = load_tokenizer(assignment.base)
     load = partial(data.load, tokenizer=tokenizer, skip_broken=assignment.skip_broken)
@@ -232,6 +255,7 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
         )
         correction = _correction(assignment, past)
         sources, held_out = tuple(corpus.sources), tuple(validation.sources) if validation else ()
+        software = tuple(sorted((workplace.computes, *_packages())))
         yield _Ready(
             assignment,
             state,
@@ -240,10 +264,11 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
             parts,
             sources,
             held_out,
+            software,
             layout,
             past,
             correction,
-            _key(assignment, sources, held_out, past, correction),
+            _key(assignment, sources, held_out, software, past, correction),
         )
 
 
@@ -260,6 +285,7 @@ def _key(
     assignment: Assignment,
     sources: tuple[data.Source, ...],
     validation: tuple[data.Source, ...],
+    software: tuple[tuple[str, str], ...],
     past: continuity.Inheritance | None,
     correction: Mapping[str, Tensor] | None,
 ) -> Digest:
@@ -273,48 +299,27 @@ def _key(
         "past": past and past.digest,
         "correction": correction and canonical.digest(blob.pack(correction)),
         "threads": torch.get_num_threads(),
-        "software": [list(pair) for pair in _software()],
+        "software": [list(pair) for pair in software],
     }
     return canonical.digest(canonical.encode(inputs))
 
 
 def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
     assignment, options, lineage = ready.assignment, ready.assignment.options, ready.assignment.lineage
+    if ready.correction is not None:  # for whoever does a part of the training again
+        lineage.home.objects.put(blob.pack(ready.correction))
     exact, fisher = blob.pack(trained.adapter), _fisher_blob(assignment.kind, options, trained.fisher)
     adapter = _adapter_blob(assignment, trained.adapter, ready.state)
     variate, left = None, None
     if trained.control is not None:
         variate, left = control.write(trained.control, ready.past.error if ready.past else None)
-    recipe = Recipe(
-        optimizer=OPTIMIZER,
-        kind_options=assignment.options_of_kind,
-        continued=ready.past is not None,
-        **{f.name: getattr(options, f.name) for f in dataclasses.fields(Recipe) if hasattr(options, f.name)},
-    )
-    patch = Patch(
-        contributor=lineage.home.key.peer,
-        model=lineage.model,
-        parent=assignment.parent,
-        kind=assignment.kind,
-        adapter=_ref(adapter),
-        fisher=_ref(fisher),
-        samples=max(1, trained.samples),
-        loss_before=trained.loss_before,
-        loss_after=trained.loss_after,
-        licence=assignment.licence,
-        provenance=Provenance(
-            data=_data_files(ready.sources, assignment.licence),
-            recipe=recipe,
-            software=_software(),
-            checkpoint_every=options.checkpoint_every,
-            checkpoints=trained.checkpoints,
-            states=trained.states,
-            validation=_data_files(ready.validation, assignment.licence),
-            threads=torch.get_num_threads(),
-            correction=_kept(lineage, ready.correction),
-            chosen=None if adapter == exact else canonical.digest(exact),
-        ),
-        control=None if variate is None else _ref(variate),
+    patch = _patch(
+        ready,
+        (adapter, fisher, variate),
+        trained.samples,
+        (trained.loss_before, trained.loss_after),
+        (trained.checkpoints, trained.states),
+        None if adapter == exact else canonical.digest(exact),
     )
     header = lineage.home.key.sign("patch", patch)
     file = bundle.pack(header, adapter, fisher, variate)
@@ -324,6 +329,51 @@ def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
     ready.savepoints.forget(keep=trained.states[-1])
     skipped = sum(source.skipped for source in (*ready.sources, *ready.validation))
     return NewPatch(canonical.digest(header), patch, trained, len(file), skipped)
+
+
+def _patch(
+    ready: _Ready,
+    blobs: tuple[bytes, bytes, bytes | None],
+    samples: int,
+    losses: tuple[float, float],
+    kept: tuple[tuple[Digest, ...], tuple[Digest, ...]],
+    chosen: Digest | None,
+) -> Patch:
+    """blobs: adapter, Fisher, and control variate; losses: before and after; kept: digests of the checkpoints, and of
+    the states; chosen: see `Provenance`."""
+    assignment, options, lineage = ready.assignment, ready.assignment.options, ready.assignment.lineage
+    recipe = Recipe(
+        optimizer=OPTIMIZER,
+        kind_options=assignment.options_of_kind,
+        continued=ready.past is not None,
+        **{f.name: getattr(options, f.name) for f in dataclasses.fields(Recipe) if hasattr(options, f.name)},
+    )
+    adapter, fisher, variate = blobs
+    return Patch(
+        contributor=lineage.home.key.peer,
+        model=lineage.model,
+        parent=assignment.parent,
+        kind=assignment.kind,
+        adapter=_ref(adapter),
+        fisher=_ref(fisher),
+        samples=max(1, samples),
+        loss_before=losses[0],
+        loss_after=losses[1],
+        licence=assignment.licence,
+        provenance=Provenance(
+            data=_data_files(ready.sources, assignment.licence),
+            recipe=recipe,
+            software=ready.software,
+            checkpoint_every=options.checkpoint_every,
+            checkpoints=kept[0],
+            states=kept[1],
+            validation=_data_files(ready.validation, assignment.licence),
+            threads=torch.get_num_threads(),
+            correction=None if ready.correction is None else canonical.digest(blob.pack(ready.correction)),
+            chosen=chosen,
+        ),
+        control=None if variate is None else _ref(variate),
+    )
 
 
 def _adapter_blob(assignment: Assignment, adapter: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> bytes:
@@ -337,11 +387,6 @@ def rounded(kind: str, adapter: Mapping[str, Tensor], parent: Mapping[str, Tenso
     return blob.pack(fourbit.encode(updates)[0])
 
 
-def _kept(lineage: Lineage, correction: Mapping[str, Tensor] | None) -> Digest | None:
-    """In the home, for whoever does a part of the training again."""
-    return None if correction is None else lineage.home.objects.put(blob.pack(correction)).digest
-
-
 def _fisher_blob(kind: str, options: TrainingOptions, fisher: Mapping[str, Tensor]) -> bytes:
     return blob.pack(compact.encode(get_kind(kind).fisher_of(fisher) if options.fisher == "adam" else fisher))
 
@@ -350,7 +395,7 @@ def _data_files(sources: tuple[data.Source, ...], licence: str) -> tuple[DataFil
     return tuple(DataFile(s.name, s.digest, s.size, s.examples, licence) for s in sources)
 
 
-def _software() -> tuple[tuple[str, str], ...]:
+def _packages() -> tuple[tuple[str, str], ...]:
     return ("p2pmodel", __version__), *((name, installed(name)) for name in ("torch", "transformers"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -10,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from p2pmodel.domain.errors import InvalidInput, UsageError
+from p2pmodel.domain.errors import InvalidInput, StorageError, UsageError
 from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.domain.patch import Patch
 from p2pmodel.engine.checkpoint import GENERATION, TOKENIZER_FILES, Checkpoint, load_whole, read_checkpoint
+from p2pmodel.engine.family import no_progress_bars
 from p2pmodel.engine.interchange import adapters, folding
 from p2pmodel.engine.interchange.cards import card
 from p2pmodel.engine.weights import read_json
@@ -25,7 +28,7 @@ from p2pmodel.node.lineages.branches import Family
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import read_change, version_state
 from p2pmodel.node.patches.patchbook import OpenedPatch
-from p2pmodel.store.disk import storage_errors
+from p2pmodel.store.disk import storage_error
 from p2pmodel.tensors import blob, ia3
 from p2pmodel.tensors.kinds import Kinds
 
@@ -78,7 +81,13 @@ def export_adapter(opened: OpenedPatch, base: Path, folder: Path, onto: Path | N
         'model = PeftModel.from_pretrained(model, "DIR")'
     )
     files["README.md"] = _card(
-        lineage, patch, opened.id, f"{lineage.manifest.name}, adapter", "peft", usage, _source(lineage)
+        lineage,
+        patch,
+        opened.id,
+        f"{lineage.manifest.name}, adapter",
+        "peft",
+        usage,
+        _source(lineage) or lineage.manifest.name,
     )
     with new_folder(folder) as inside:
         for file, raw in files.items():
@@ -117,7 +126,8 @@ def export_merged(
     usage = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
     title = f"{lineage.manifest.name} {number}" + (f" with patch {short(opened.id)}" if opened else "")
     with new_folder(folder) as inside:
-        model.save_pretrained(inside)
+        with no_progress_bars():
+            model.save_pretrained(inside)
         for name in (GENERATION, *TOKENIZER_FILES):
             if (base / name).is_file():
                 shutil.copyfile(base / name, inside / name)
@@ -158,18 +168,30 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside it to write into, which takes its place at the end, whole or not at all. Raises InvalidInput for
     a folder that holds something, StorageError."""
     target = folder.resolve()
-    with storage_errors(target):
+    with _errors_of_disks(target):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InvalidInput(f"{folder} is not empty.", "Name a folder that is not there yet.")
         target.parent.mkdir(parents=True, exist_ok=True)
         inside = Path(tempfile.mkdtemp(prefix=".p2pmodel-", dir=target.parent))
     try:
-        yield inside
-        with storage_errors(target):
+        with _errors_of_disks(target):
+            yield inside
             inside.chmod(0o755)
             os.replace(inside, target)
     finally:
         shutil.rmtree(inside, ignore_errors=True)
+
+
+@contextmanager
+def _errors_of_disks(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        told = OSError(int(number[1]) if number else 0, str(error))
+        raise StorageError(storage_error(told, folder).message, "Name another folder.") from error
+    except OSError as error:
+        raise StorageError(storage_error(error, folder).message, "Name another folder.") from error
 
 
 def _demand_version(folder: Path, lineage: Lineage, version: VersionId) -> None:
