@@ -1,5 +1,6 @@
 """A lineage of the starter model that has grown, made in process: patches drawn by chance, verdicts that accept."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,15 @@ def begin(folder: Path, exam: Path = starter.EXAM) -> Lineage:
     home = Home.open(folder)
     founding = Founding(starter.NAME, (home.key.peer,), 1, exam, licence=starter.LICENCE, schedule=Schedule())
     return found(home, starter.MODEL, founding)
+
+
+def exam_of(folder: Path, text: str) -> Path:
+    """An exam of one domain, `prose`, with the text as its only case in both parts."""
+    for part in ("tune", "test"):
+        (folder / f"prose.{part}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    index = '[[domain]]\nname = "prose"\ntune = "prose.tune.jsonl"\ntest = "prose.test.jsonl"\n'
+    (folder / "exam.toml").write_text(f'name = "small"\nlicence = "CC0-1.0"\n{index}')
+    return folder
 
 
 def add_patch(lineage: Lineage, key: Key, seed: int, size: float = 0.01) -> PatchId:

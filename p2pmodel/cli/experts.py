@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, printable, size, table
-from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.errors import InvalidInput, UsageError
 from p2pmodel.domain.ids import short
 from p2pmodel.domain.modular import KIND
 
 if TYPE_CHECKING:
-    from p2pmodel.node.lineages.lineage import Lineage
-    from p2pmodel.node.patches.pool import Shares
+    from p2pmodel.node.lineages.expert_shares import Shares
 
 app = typer.Typer(no_args_is_help=True, help="Modular experts: what a version has, what for, and taking them out.")
 
@@ -28,7 +28,7 @@ def list_experts(
     """The experts of a version, and the version that brought each."""
     from p2pmodel.node.patches.pool import experts_of
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     views = experts_of(lineage, lineage.find_version(version))
     rows = [
         [v.name, str(v.rank), v.since, f"{v.values:,}", str(len({c.contributor for c in v.contributions}))]
@@ -55,7 +55,7 @@ def show(
     """One expert: its size, who trained it, on what, and when."""
     from p2pmodel.node.patches.pool import find_expert
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     view = find_expert(lineage, lineage.find_version(version), name)
     lines = [
         f"expert       {view.name}",
@@ -79,7 +79,7 @@ def remove(
     from p2pmodel.control.client import ControlClient
     from p2pmodel.node.rounds.removing import propose
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     with ControlClient.connect(lineage.home.control_socket) as client:
         record, proposed = propose(lineage, names)
         client.publish(record)
@@ -97,6 +97,14 @@ def stats(
     heatmap: Annotated[
         Path | None, typer.Option("--heatmap", help="Draw experts by domain (.png, .svg, .pdf).", dir_okay=False)
     ] = None,
+    on_page: Annotated[
+        bool, typer.Option("--on-page", help="Show it on the status page of this home's node, with the files' names.")
+    ] = False,
+    through_swarm: Annotated[
+        bool, typer.Option("--through-swarm", help="Ask the swarm's peers; this machine holds none of the layers.")
+    ] = False,
+    peers: options.Peers = None,
+    swarm_key: options.SwarmKey = None,
     version: options.Version = "head",
     model: options.Model = None,
     base: options.Base = None,
@@ -104,15 +112,29 @@ def stats(
     json: options.Json = False,
 ) -> None:
     """What the routers choose for texts of yours: each expert's share, by file."""
+    if peers and not through_swarm:
+        raise UsageError("--peers is for what is asked of the swarm.", "Add --through-swarm.")
     from p2pmodel.cli.training_display import demand_plots
+    from p2pmodel.node.lineages.expert_shares import note_shares
     from p2pmodel.node.patches.pool import shares_on
 
     if heatmap is not None:
         demand_plots(heatmap)
-    lineage = _lineage(home, model)
-    found = shares_on(lineage, lineage.find_version(version), base, data)
+    if through_swarm:
+        from p2pmodel.node.asking.client import SwarmClient
+        from p2pmodel.node.asking.expert_shares import shares_through
+
+        with SwarmClient.connect(home, tuple(peers or ()), model, base, swarm_key) as client:
+            lineage, wanted = client.lineage, client.lineage.find_version(version)
+            found = shares_through(client, version, data)
+    else:
+        lineage = lineage_of(home, model)
+        wanted = lineage.find_version(version)
+        found = shares_on(lineage, wanted, base, data)
     if heatmap is not None:
         draw(found, heatmap)
+    if on_page:
+        note_shares(lineage, str(lineage.number(wanted)), found)
     rows = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in found.rows]
     emit(found, table("", ["text", *found.names], rows), json)
 
@@ -136,10 +158,3 @@ def draw(found: "Shares", path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise InvalidInput(f"The plot cannot be written to {path}: {error.strerror or error}.") from None
-
-
-def _lineage(home: Path | None, model: str | None) -> "Lineage":
-    from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.store.home import Home
-
-    return local_lineage(Home.open(home), model)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, printable
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import short
@@ -26,7 +27,7 @@ def show(model: options.Model = None, home: options.Home = None, json: options.J
     """Patches and candidates on the head, who said what of them, and who signed twice."""
     from p2pmodel.node.rounds.roundview import look
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     view, phase = look(lineage), _phase(lineage)
     emit({**vars(view), "phase": phase}, _text(view, phase), json)
 
@@ -36,7 +37,7 @@ def watch(model: options.Model = None, home: options.Home = None, json: options.
     """Show the round again whenever it changes, until Ctrl-C."""
     from p2pmodel.node.rounds.roundview import look
 
-    lineage, last = _lineage(home, model), ""
+    lineage, last = lineage_of(home, model), ""
     while True:
         lineage.refresh()
         view, phase = look(lineage), _phase(lineage)
@@ -76,7 +77,7 @@ def weigh(
     """Say how much patches count in candidates that this home's maintainer proposes; 1 is what all begin with."""
     from p2pmodel.cli.merging import parse_weights
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     given = {lineage.find_patch(text): weight for text, weight in parse_weights(weights).items()}
     for patch, weight in given.items():
         lineage.weigh(patch, weight)
@@ -91,7 +92,7 @@ def _decide(text: str, model: str | None, home: options.Home, json: bool, accept
     from p2pmodel.control.client import ControlClient
     from p2pmodel.node.rounds.amending import decide, find_candidate
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     version = find_candidate(lineage, text)
     with ControlClient.connect(lineage.home.control_socket) as client:
         record = decide(lineage, version, accept, reason)
@@ -99,13 +100,6 @@ def _decide(text: str, model: str | None, home: options.Home, json: bool, accept
             client.publish(record)
     word = "approved" if accept else "rejected"
     emit({"id": version, "decision": word}, f"version {short(version)} is {word} by this home", json)
-
-
-def _lineage(home: options.Home, model: str | None) -> "Lineage":
-    from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.store.home import Home
-
-    return local_lineage(Home.open(home), model)
 
 
 def _phase(lineage: "Lineage") -> str:

@@ -1,18 +1,16 @@
 """`p2pmodel show`, `diff`, `checkout`, `tag` and `version`: versions as people know commits."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from p2pmodel.cli import interchange, options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, plain, printable, size, table
 from p2pmodel.domain.errors import NotFound, UsageError
 from p2pmodel.domain.ids import short
 from p2pmodel.domain.version import BASE_NUMBER, DomainScore
-
-if TYPE_CHECKING:
-    from p2pmodel.node.lineages.lineage import Lineage
 
 app = typer.Typer(no_args_is_help=True, help="Check versions, and write them for other programs.")
 app.command("export")(interchange.export_version)
@@ -50,7 +48,7 @@ def show(
     version: VersionText = "head", model: options.Model = None, home: options.Home = None, json: options.Json = False
 ) -> None:
     """One version: where it comes from, what was merged and left out, who adopted it, and its exam."""
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     chosen = lineage.find_version(version)
     manifest = lineage.manifest
     tags = [name for name, target in lineage.tags.items() if target == chosen]
@@ -116,7 +114,7 @@ def diff(
     """What lies between two versions: slots by how much they changed, and the exam."""
     from p2pmodel.node.versions.comparing import compare
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     a, b = lineage.find_version(before), lineage.find_version(after)
     found = compare(lineage, a, b)
     numbers = [str(lineage.number(version)) for version in (a, b)]
@@ -161,7 +159,7 @@ def checkout(
     from p2pmodel.node.lineages.bases import find_base
     from p2pmodel.node.versions.checkout import check_out
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     chosen = lineage.find_version(version)
     folder = output or Path(f"{lineage.manifest.name}-{lineage.number(chosen)}")
     source = find_base(lineage.home, lineage, base) if with_base or base else None
@@ -189,7 +187,7 @@ def deps(
     if Path(version).is_dir():
         needs = needs_of_folder(Path(version))
     else:
-        lineage = _lineage(home, model)
+        lineage = lineage_of(home, model)
         needs = needs_of(lineage, lineage.find_version(version), base)
     rows = [[n.kind, n.name, n.wanted, n.found or "-", "ok" if n.met else "MISSING"] for n in needs]
     emit(needs, table("", ["kind", "name", "needed", "here", ""], rows), json)
@@ -207,7 +205,7 @@ def tag(
     json: options.Json = False,
 ) -> None:
     """Name a version, for this home alone; every command takes the name for the version."""
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     if name is None:
         if force or delete:
             raise UsageError("--force and --delete need the name of a tag.", "Name it.")
@@ -242,7 +240,7 @@ def rollback(
     from p2pmodel.control.client import ControlClient
     from p2pmodel.node.versions.rollback import agree_to, propose
 
-    lineage = _lineage(home, model)
+    lineage = lineage_of(home, model)
     chosen = lineage.find_version(version)
     number, head = lineage.number(chosen), lineage.number(lineage.head)
     if agree:
@@ -281,7 +279,7 @@ def verify(
         if origin := proven.manifest.origin:
             where = f"; it begins with {short(origin.model)} {origin.number}, by what its Manifest says"
     else:
-        lineage = _lineage(home, model)
+        lineage = lineage_of(home, model)
         proven, here = verify_version(lineage, lineage.find_version(version))
         if origin := proven.manifest.origin:
             from p2pmodel.node.lineages.branches import Family
@@ -299,10 +297,3 @@ def verify(
         + where,
         json,
     )
-
-
-def _lineage(home: Path | None, model: str | None) -> "Lineage":
-    from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.store.home import Home
-
-    return local_lineage(Home.open(home), model)

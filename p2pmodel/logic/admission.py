@@ -128,16 +128,25 @@ def result_limit(manifest: Manifest, experts: Experts = ()) -> int:
 
 
 def check_verdict(
-    verdict: Verdict, manifest: Manifest, *, model: ModelId, entitled: Collection[PeerId] = (), known: bool = True
+    verdict: Verdict,
+    manifest: Manifest,
+    *,
+    model: ModelId,
+    candidate: Candidate | None,
+    entitled: Collection[PeerId] = (),
 ) -> None:
-    """Whether `verdict` counts at all. entitled: who is a maintainer in other parts of the lineage, or would be by a
-    candidate; known: whether the verdict's candidate is here. Raises Rejected; "parent" when the candidate may still
-    show that its author is entitled."""
+    """Whether `verdict` counts at all. candidate: what it is on, when that is here; entitled: who is a maintainer in
+    other parts of the lineage, or would be by a candidate. Raises Rejected; "parent" when the candidate may still show
+    that its author is entitled."""
     if verdict.model != model:
         raise Rejected("model", f"The verdict is for model {short(verdict.model)}, not {short(model)}.")
     if verdict.maintainer not in manifest.maintainers and verdict.maintainer not in entitled:
-        if not known:
+        if candidate is None:
             raise Rejected("parent", f"{verdict.maintainer} is no maintainer by what is known here of the model.")
         raise Rejected("maintainer", f"{verdict.maintainer} gives a verdict, and is no maintainer of {manifest.name}.")
+    if candidate is not None and verdict.round != candidate.round:
+        raise Rejected(
+            "round", f"The verdict is for round {verdict.round}, and its candidate is of round {candidate.round}."
+        )
     if len({score.domain for score in verdict.scores}) != len(verdict.scores):
         raise Rejected("scores", "The verdict scores a domain of the exam twice.")

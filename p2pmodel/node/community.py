@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 ASK_SECONDS = 4.0
 """Between two peers that are asked what they have. Gossip is faster; this finds what it lost."""
 CATCH_UP_SECONDS = 60.0
+MAX_EXAM_BYTES = 64 << 20
+"""Of an exam that every node brings in, so that whoever trains can run it before publishing."""
+EXAM_SECONDS = 30.0
 
 
 class Community:
@@ -81,6 +84,7 @@ class Community:
             tasks.create_task(self.exchange.run())
             tasks.create_task(self._keeper.run())
             tasks.create_task(self._ask_around())
+            tasks.create_task(self._bring_exam())
 
     @property
     def round(self) -> RoundState:
@@ -153,6 +157,17 @@ class Community:
             except (PeerFailed, Unreachable) as error:
                 log.debug("%s", error)
             await asyncio.sleep(ASK_SECONDS * chance.uniform(0.75, 1.25))
+
+    async def _bring_exam(self) -> None:
+        """The exam in force, unless it is large."""
+        while True:
+            exam = self._lineage.manifest.exam
+            if exam.size <= MAX_EXAM_BYTES and not self._home.objects.has(exam.digest):
+                try:
+                    await self.fetch(exam)
+                except P2PModelError as error:
+                    log.debug("the exam can't be fetched: %s", error)
+            await asyncio.sleep(EXAM_SECONDS)
 
     async def _find_patches(self, patches: Collection[PatchId], first: PeerId) -> None:
         """Asks one peer after the other what they have, `first` before all others, until these patches are here, for

@@ -11,25 +11,8 @@ from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest, PatchId, PeerId, VersionId
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict
-from p2pmodel.logic import admission, propagation, rounds
+from p2pmodel.logic import admission, propagation, round_state, rounds
 from p2pmodel.logic.propagation import Backlog, Fetch
-from p2pmodel.logic.round_state import (
-    Abandon,
-    CandidateSeen,
-    Effect,
-    Event,
-    Examine,
-    Misbehaviour,
-    PatchAdmitted,
-    PatchesRefused,
-    ProposalFailed,
-    Propose,
-    Reject,
-    RoundRules,
-    RoundState,
-    Tick,
-    VerdictSeen,
-)
 from p2pmodel.sim.book import Chain, Entry, bits
 
 if TYPE_CHECKING:
@@ -77,7 +60,7 @@ class Peer:
         self.stored = self.seen = self.backed = self.lives = 0
         self.trained_on: set[VersionId] = set()
         self.since = 0.0
-        self._rules = RoundRules.from_manifest(sim.book.manifest, sim.book.model)
+        self._rules = round_state.RoundRules.from_manifest(sim.book.manifest, sim.book.model)
         self._forget()
 
     def start(self) -> None:
@@ -85,7 +68,7 @@ class Peer:
         self.lives += 1
         self._forget()
         for entry in self._sim.book.of(self._sim.book.verdicts_by.get(self.id, 0) & self.stored):
-            self._advance(VerdictSeen(entry.noun))  # type: ignore[arg-type]
+            self._advance(round_state.VerdictSeen(entry.noun))  # type: ignore[arg-type]
         self._feed_all()
 
     def _forget(self) -> None:
@@ -94,10 +77,10 @@ class Peer:
         self.backlog = Backlog()
         self.asking = self._at_work = False
         self._orphans: set[Digest] = set()
-        self._work: deque[Propose | Examine] = deque()
+        self._work: deque[round_state.Propose | round_state.Examine] = deque()
         self._tick_at = self._wake_at = float("inf")
         self.chain: Chain = book.chain(self.backed)
-        self.state: RoundState = rounds.start(self.chain.round + 1, self.chain.head, self.local)
+        self.state: round_state.RoundState = rounds.start(self.chain.round + 1, self.chain.head, self.local)
 
     @property
     def local(self) -> float:
@@ -186,21 +169,28 @@ class Peer:
         elif isinstance(noun, Candidate):
             self._admit_candidate(noun, entry)
         else:
-            known = noun.version in book.candidates and bool(self.stored >> book.candidates[noun.version] & 1)
-            admission.check_verdict(noun, book.manifest, model=book.model, known=known)
+            on = self._candidate(noun.version)
+            admission.check_verdict(noun, book.manifest, model=book.model, candidate=on)
 
     def _admit_candidate(self, candidate: Candidate, entry: Entry) -> None:
         book, number, round = self._sim.book, BASE_NUMBER, 0
         if candidate.parent != book.model:
-            at = book.candidates.get(candidate.parent)
-            if at is None or not self.stored >> at & 1:
+            parent = self._candidate(candidate.parent)
+            if parent is None:
                 raise Rejected("parent", "The candidate's parent is not known here.")
-            parent = book.entries[at].noun
-            assert isinstance(parent, Candidate)
             number, round = parent.number, parent.round
         admission.check_candidate(
             candidate, book.manifest, model=book.model, proposer=entry.signer, parent_number=number, parent_round=round
         )
+
+    def _candidate(self, version: VersionId) -> Candidate | None:
+        """When it holds it."""
+        at = self._sim.book.candidates.get(version)
+        if at is None or not self.stored >> at & 1:
+            return None
+        noun = self._sim.book.entries[at].noun
+        assert isinstance(noun, Candidate)
+        return noun
 
     def _contributors(self, parent: VersionId) -> list[PeerId]:
         book = self._sim.book
@@ -215,7 +205,7 @@ class Peer:
         noun = entry.noun
         if isinstance(noun, Patch):
             if noun.parent == self.chain.head:
-                self._advance(PatchAdmitted(entry.digest))
+                self._advance(round_state.PatchAdmitted(entry.digest))
             return
         version = entry.version if isinstance(noun, Candidate) else noun.version
         if version in book.candidates:
@@ -225,7 +215,7 @@ class Peer:
                 self._move_head(chain)
                 return
         if isinstance(noun, Verdict):
-            self._advance(VerdictSeen(noun))
+            self._advance(round_state.VerdictSeen(noun))
         elif noun.parent == self.chain.head:
             self._see_candidate(entry, noun)
 
@@ -241,20 +231,20 @@ class Peer:
         book, chain = self._sim.book, self.chain
         for round in range(chain.round + 1, max(book.verdicts_in, default=0) + 1):
             for entry in book.of(book.verdicts_in.get(round, 0) & self.stored):
-                self._advance(VerdictSeen(entry.noun))  # type: ignore[arg-type]
+                self._advance(round_state.VerdictSeen(entry.noun))  # type: ignore[arg-type]
         for entry in book.of(book.candidates_on.get(chain.head, 0) & self.stored):
             if isinstance(entry.noun, Candidate):
                 self._see_candidate(entry, entry.noun)
         for entry in book.of(book.patches_on.get(chain.head, 0) & self.stored):
-            self._advance(PatchAdmitted(entry.digest))
+            self._advance(round_state.PatchAdmitted(entry.digest))
         self._set_tick()
 
     def _see_candidate(self, entry: Entry, candidate: Candidate) -> None:
         assert entry.version is not None
         patches = tuple(sorted({*candidate.patches, *(left.patch for left in candidate.left_out)}))
-        self._advance(CandidateSeen(entry.version, entry.signer, patches, candidate.round))
+        self._advance(round_state.CandidateSeen(entry.version, entry.signer, patches, candidate.round))
 
-    def _advance(self, event: Event) -> None:
+    def _advance(self, event: round_state.Event) -> None:
         before = self.state
         me = self.id if self.maintains else None
         self.state, effects = rounds.advance(before, event, self.local, self._rules, me)
@@ -263,17 +253,17 @@ class Peer:
         if self.state is not before:
             self._set_tick()
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: round_state.Effect) -> None:
         record = self._sim.record
         match effect:
-            case Propose() | Examine():
+            case round_state.Propose() | round_state.Examine():
                 self._work.append(effect)
                 self._labour()
-            case Reject() | Abandon():
+            case round_state.Reject() | round_state.Abandon():
                 record.failed_rounds.setdefault((self.state.parent, effect.round), type(effect).__name__)
                 self.state = rounds.reopen(self.state, self.local)
                 self._feed_all()
-            case Misbehaviour(maintainer):
+            case round_state.Misbehaviour(maintainer):
                 record.misbehaved.add(maintainer)
 
     def _set_tick(self) -> None:
@@ -290,7 +280,7 @@ class Peer:
     def _tick(self, lives: int, due: float) -> None:
         if lives == self.lives and due == self._tick_at:
             self._tick_at = float("inf")
-            self._advance(Tick())
+            self._advance(round_state.Tick())
             self._set_tick()
 
     # A maintainer's work, one thing at a time.
@@ -302,11 +292,11 @@ class Peer:
             seconds = self._sim.seconds_of(task)
             self._sim.clock.after(seconds, self._done, self.lives, task)
 
-    def _done(self, lives: int, task: Propose | Examine) -> None:
+    def _done(self, lives: int, task: round_state.Propose | round_state.Examine) -> None:
         if lives != self.lives:
             return
         self._at_work = False
-        if isinstance(task, Propose):
+        if isinstance(task, round_state.Propose):
             self._propose(task)
         elif self._sim.work_fails():
             self._sim.clock.after(EXAMINE_AGAIN_SECONDS, self._examine_again, self.lives, task)
@@ -314,21 +304,21 @@ class Peer:
             self._examine(task)
         self._labour()
 
-    def _examine_again(self, lives: int, task: Examine) -> None:
+    def _examine_again(self, lives: int, task: round_state.Examine) -> None:
         if lives == self.lives and rounds.may_sign(self.state, task.version, self.local, self._rules):
             self._work.append(task)
             self._labour()
 
-    def _propose(self, task: Propose) -> None:
+    def _propose(self, task: round_state.Propose) -> None:
         sim, book = self._sim, self._sim.book
         if sim.work_fails():
-            return self._advance(ProposalFailed())
+            return self._advance(round_state.ProposalFailed())
         if task.parent != self.chain.head:
             return
         good = tuple(p for p in task.patches if book.entries[book.number_of[p]].good)
         bad = tuple(p for p in task.patches if p not in good)
         if not good:
-            self._advance(PatchesRefused(task.patches))
+            self._advance(round_state.PatchesRefused(task.patches))
         elif rounds.may_propose(self.state, task.round):
             self._publish_candidate(task.round, good, bad)
 
@@ -336,7 +326,7 @@ class Peer:
         sim = self._sim
         sim.publish(self, sim.book.candidate(self.id, self.chain, round, patches, left_out))
 
-    def _examine(self, task: Examine) -> None:
+    def _examine(self, task: round_state.Examine) -> None:
         sim, book = self._sim, self._sim.book
         entry = book.entries[book.candidates[task.version]]
         candidate = entry.noun
@@ -371,5 +361,5 @@ class LyingMaintainer(Peer):
         if left_out:
             super()._publish_candidate(round, tuple(sorted((*patches, *left_out))), ())
 
-    def _examine(self, task: Examine) -> None:
+    def _examine(self, task: round_state.Examine) -> None:
         """It has signed already."""

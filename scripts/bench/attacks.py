@@ -7,9 +7,10 @@
 Ten contributors train (IA)³ patches, two for each of the starter's five domains. Some of them lie; `invented-peers` are
 thirty more. "loss" is the mean loss of the merge on the exam's deciding part divided by that of the ten honest patches
 merged by the same strategy: 1 is no harm; "parent" is where that ratio would be had nothing been merged. "with exam":
-patches are screened one by one, as a proposer does, and those that are left out do not enter. α is 1 for every strategy
-(1/n for the sum), so that the search for it hides nothing. "liars out" and "honest out" count who was left out, of all
-seeds; "trigger" is the loss of the backdoor's payload after its trigger, in nats per byte, against the parent's.
+copies are left out and patches screened one by one, as a proposer does, and those that are left out do not enter. α is
+1 for every strategy (1/n for the sum), so that the search for it hides nothing. "liars out" and "honest out" count who
+was left out, of all seeds; "trigger" is the loss of the backdoor's payload after its trigger, in nats per byte, against
+the parent's.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from p2pmodel import starter
-from p2pmodel.domain.ids import Digest
+from p2pmodel.domain.ids import Digest, PatchId
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import load, split
 from p2pmodel.engine.evaluation import evaluate
@@ -35,9 +36,13 @@ from p2pmodel.engine.exams.screening import screen
 from p2pmodel.engine.training.loop import train
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.logic.copies import copies
 from p2pmodel.logic.judgement import mean
+from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.merging import BUILT_IN, Contribution, apply_update, get_strategy
+from p2pmodel.tensors.merging.layout import Layout
+from p2pmodel.tensors.merging.likeness import Sketches
 
 State = Mapping[str, Tensor]
 CONTRIBUTORS = 10
@@ -124,6 +129,14 @@ class Workshop:
             self._verdicts[given.name] = not found.reason
         return self._verdicts[given.name]
 
+    def copied(self, patches: Sequence[Given]) -> set[str]:
+        """Names of copies; who is honest was seen first."""
+        order = sorted(patches, key=lambda given: given.lies)
+        names = {PatchId(given.id): given.name for given in order}
+        changes = ((PatchId(given.id), Change(given.values, False, ())) for given in order)
+        found = copies(tuple(names), Sketches(Layout(self.parent), changes).cosines)
+        return {names[patch] for patch in found}
+
     def merged(self, strategy: str, patches: Sequence[Given]) -> tuple[float, float]:
         """(mean loss on the deciding part, loss of the backdoor's payload)."""
         key = (strategy, *sorted(given.name for given in patches))
@@ -206,8 +219,8 @@ def round_of(
         return [*honest, *(lie(shop, attack, honest[n % CONTRIBUTORS], "", seed, n) for n in range(INVENTED))]
     if attack == "copies":
         victim = honest[liars]
-        copies = [replace(victim, name=f"{seed}/copies/{liars}/{number}", lies=True) for number in range(liars)]
-        return [*copies, *honest[liars:]]
+        copied = [replace(victim, name=f"{seed}/copies/{liars}/{number}", lies=True) for number in range(liars)]
+        return [*copied, *honest[liars:]]
     if attack == "none":
         return list(honest)
     return [*(lie(shop, attack, honest[n], texts[n], seed, n) for n in range(liars)), *honest[liars:]]
@@ -225,7 +238,8 @@ def outcomes(shop: Workshop, attacks: Sequence[str], counts: Sequence[int], seed
                 patches = [*most_lying[:liars], *honest[liars:]]
             elif attack == "copies":
                 patches = round_of(shop, attack, liars, honest, texts, seed)
-            passed = [given for given in patches if shop.passes(given)]
+            copied = shop.copied(patches)
+            passed = [given for given in patches if given.name not in copied and shop.passes(given)]
             out = [given for given in patches if given not in passed]
             for strategy in BUILT_IN:
                 reference = shop.merged(strategy, honest)[0]

@@ -37,7 +37,7 @@ from p2pmodel.tensors.changes import factors
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.wire import records
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, add_patch_of, adopt
+from tests.lineages import add_patch, add_patch_of, adopt, exam_of
 from tests.training_support import byte_tokenizer, small_model
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs away. " * 3
@@ -46,12 +46,7 @@ State = Mapping[str, Tensor]
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exam")
-    for part in ("tune", "test"):
-        (folder / f"prose.{part}.jsonl").write_text(f'{{"text": "{PROSE}"}}\n')
-    index = '[[domain]]\nname = "prose"\ntune = "prose.tune.jsonl"\ntest = "prose.test.jsonl"\n'
-    (folder / "exam.toml").write_text(f'name = "small"\nlicence = "CC0-1.0"\n{index}')
-    return folder
+    return exam_of(tmp_path_factory.mktemp("exam"), PROSE)
 
 
 def begin(home: Home, exam: Path, base: Path = starter.MODEL, name: str = "main", kind: str = "ia3@1") -> Lineage:

@@ -12,13 +12,16 @@ import pytest_asyncio
 from p2pmodel.domain.errors import Busy
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.model import BlobRef
+from p2pmodel.node.lineages import exchange as exchange_room
 from p2pmodel.node.lineages.exchange import Exchange
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.store.home import Home
 from p2pmodel.swarm import blobs
 from p2pmodel.swarm.blobs import BlobFetcher, BlobServer
 from p2pmodel.swarm.rpc import open_channel
+from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
+from tests.factories import candidate
 from tests.integration.swarm_support import Members, swarm
 from tests.lineages import add_patch, begin
 
@@ -63,9 +66,13 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 class Nobody:
+    def __init__(self) -> None:
+        self.refused: list[tuple[str, str]] = []
+
     async def on_record(self, kind: str, digest: Digest) -> None: ...
 
-    def on_refused(self, kind: str, reason: str) -> None: ...
+    def on_refused(self, kind: str, reason: str) -> None:
+        self.refused.append((kind, reason))
 
 
 async def test_a_record_of_a_busy_holder_is_fetched_later(
@@ -82,6 +89,21 @@ async def test_a_record_of_a_busy_holder_is_fetched_later(
         assert patch not in here.patches
     await until(lambda: patch in here.patches)
     fetching.cancel()
+
+
+async def test_a_record_whose_parent_does_not_come_counts_as_refused_once(
+    members: Members, there: Lineage, server: BlobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange_room, "ORPHAN_TRIES", 0)
+    here, nobody = Lineage.create(Home.open(tmp_path), there.home.objects.load(there.model)), Nobody()
+    noun = candidate(there.model, parent=canonical.digest(b"never seen"))
+    exchange = Exchange(members[0][1], here, nobody)
+    exchange.hear("candidate", there.home.objects.put(there.home.key.sign("candidate", noun)), members[1][1].peer)
+    fetching = asyncio.create_task(exchange.run())
+    await until(lambda: nobody.refused)
+    await until(lambda: next(iter(exchange._backlog.entries.values())).failures > 1)
+    fetching.cancel()
+    assert nobody.refused == [("candidate", "parent")]
 
 
 async def test_busy_is_not_the_same_as_not_there_and_patience_outlasts_it(

@@ -182,6 +182,7 @@ def test_a_late_comer_verifies_the_chain_and_arrives_at_the_head(council: Counci
     assert run(late.home, "version", "verify", "--model", "council")
     said = CliRunner().invoke(app, ["log", "--model", "council", "--home", str(late.home)]).stdout
     assert "amends the Manifest" in said
+    until(lambda: lineage.home.objects.has(lineage.manifest.exam.digest))
 
 
 def test_who_was_away_for_ten_rounds_catches_up(tmp_path: Path) -> None:

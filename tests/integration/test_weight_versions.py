@@ -36,6 +36,7 @@ from p2pmodel.wire import bundle, canonical
 from p2pmodel.wire.signing import Key
 from tests import factories
 from tests.families import save_small
+from tests.lineages import exam_of
 
 KINDS = ("fish", "dense", "lora")
 PROSE = "the quick brown fox jumps over the lazy dog and runs away. " * 3
@@ -52,12 +53,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exam")
-    for part in ("tune", "test"):
-        (folder / f"prose.{part}.jsonl").write_text(f'{{"text": "{PROSE}"}}\n')
-    index = '[[domain]]\nname = "prose"\ntune = "prose.tune.jsonl"\ntest = "prose.test.jsonl"\n'
-    (folder / "exam.toml").write_text(f'name = "small"\nlicence = "CC0-1.0"\n{index}')
-    return folder
+    return exam_of(tmp_path_factory.mktemp("exam"), PROSE)
 
 
 def begin(home: Home, exam: Path, *kinds: str) -> Lineage:

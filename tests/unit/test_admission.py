@@ -103,12 +103,15 @@ def test_only_a_maintainer_proposes() -> None:
 def test_verdicts_of_maintainers_count() -> None:
     score = DomainScore("general", 2.0, 1.9, 1.8, 1.85)
     good = Verdict(KEY.peer, MODEL, 1, canonical.digest(b"v"), True, "", (score,))
-    check_verdict(good, MANIFEST, model=MODEL)
+    on = candidate(MODEL, 1)
+    check_verdict(good, MANIFEST, model=MODEL, candidate=on)
+    check_verdict(good, MANIFEST, model=MODEL, candidate=None)
     for reason, bad in (
         ("model", dataclasses.replace(good, model=blob().digest)),
         ("maintainer", dataclasses.replace(good, maintainer=Key.generate().peer)),
+        ("round", dataclasses.replace(good, round=2)),
         ("scores", dataclasses.replace(good, scores=(score, score))),
     ):
         with pytest.raises(Rejected) as refused:
-            check_verdict(bad, MANIFEST, model=MODEL)
+            check_verdict(bad, MANIFEST, model=MODEL, candidate=on)
         assert refused.value.reason == reason

@@ -121,15 +121,14 @@ def test_what_is_no_amendment_is_refused() -> None:
 
 
 def test_a_verdict_of_one_who_is_no_maintainer_yet_waits_for_its_candidate() -> None:
-    version, _, (verdict,) = link(amending(turnover()), NEW)
-    del version
+    _, on, (verdict,) = link(amending(turnover()), NEW)
     with pytest.raises(Rejected) as refused:
-        check_verdict(verdict, MANIFEST, model=MODEL, known=False)
+        check_verdict(verdict, MANIFEST, model=MODEL, candidate=None)
     assert refused.value.reason == "parent"
     with pytest.raises(Rejected) as refused:
-        check_verdict(verdict, MANIFEST, model=MODEL)
+        check_verdict(verdict, MANIFEST, model=MODEL, candidate=on)
     assert refused.value.reason == "maintainer"
-    check_verdict(verdict, MANIFEST, model=MODEL, entitled={NEW.peer})
+    check_verdict(verdict, MANIFEST, model=MODEL, candidate=on, entitled={NEW.peer})
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])

@@ -2,15 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from p2pmodel.domain.errors import StorageError
+from p2pmodel.domain.errors import StorageError, Unreachable
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId
 from p2pmodel.domain.version import Verdict
+from p2pmodel.logic.round_state import Phase
 from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.rounds import roundkeeper
@@ -52,17 +53,23 @@ def bring(source: Lineage, target: Lineage, kind: str) -> None:
     target.refresh()
 
 
+async def nothing(*_: object) -> None: ...
+
+
 @contextlib.asynccontextmanager
 async def keeping(
-    lineage: Lineage, key: Key, maintainer: Any, find: Callable[[], None] = lambda: None
+    lineage: Lineage,
+    key: Key,
+    maintainer: Any,
+    find: Callable[[], None] = lambda: None,
+    adopted: Callable[[VersionId], Awaitable[None]] = nothing,
 ) -> AsyncIterator[RoundKeeper]:
-    async def nothing(*_: object) -> None: ...
 
     async def find_patches(patches: Collection[PatchId], first: PeerId) -> None:
         assert first == key.peer
         find()
 
-    keeper = RoundKeeper(lineage, key, maintainer, nothing, nothing, find_patches, Metrics())
+    keeper = RoundKeeper(lineage, key, maintainer, nothing, adopted, find_patches, Metrics())
     running = asyncio.create_task(keeper.run())
     yield keeper
     running.cancel()
@@ -105,6 +112,27 @@ async def test_a_candidate_whose_patches_are_not_here_is_judged_when_they_are(tm
     async with keeping(lineage, made.home.key, examining, find):
         await until(lambda: lineage.head == version)
     assert (searches, examining.asked) == (2, 1)
+
+
+async def test_a_round_does_not_end_a_second_time_while_the_node_takes_the_version(tmp_path: Path) -> None:
+    made = begin(tmp_path / "made")
+    adopt(made, [add_patch(made, Key.generate(), 1)])
+    lineage = copied(made, tmp_path / "here", "patch", "candidate")
+    loaded = asyncio.Event()
+
+    async def adopted(version: VersionId) -> None:
+        await loaded.wait()
+        raise Unreachable("Nobody can be told of it now.")
+
+    async with keeping(lineage, made.home.key, Examining(lineage, made.home.key.peer), adopted=adopted) as keeper:
+        await until(lambda: lineage.head != made.model)
+        before = keeper.state
+        verdict = next(iter(lineage.verdicts))
+        await keeper.on_record("verdict", verdict)
+        assert keeper.state is before
+        loaded.set()
+        await until(lambda: keeper.state.parent == lineage.head)
+        assert (keeper.state.round, keeper.state.phase) == (2, Phase.OPEN)
 
 
 async def test_verdicts_of_rounds_that_are_over_are_not_kept(tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_promises_are_kept_whatever_the_world_is_like(name: str) -> None:
     assert (outcome.misbehaved, outcome.refused > 0) == ((1, True) if name == "liars" else (0, False))
 
 
+def test_a_version_that_comes_at_the_end_has_time_to_arrive() -> None:
+    """It is proven 8.6 s before the end, and one node still lacks it."""
+    scenario, seed = load("lossy").changed(30, 2.0), 950
+    assert simulate(scenario, seed).violations == ()
+    strict = replace(scenario, limits=replace(scenario.limits, reach_seconds=8.0))
+    assert any("1 of 30 honest nodes have not reached 1.0.8" in text for text in simulate(strict, seed).violations)
+
+
 def test_who_forges_may_go_and_come_back() -> None:
     scenario = parse((SMALL + WORLDS["churn"] + "[liars]\nforgers = 8\n").replace("versions = 4", "versions = 2"), "")
     outcome = simulate(replace(scenario, hours=1.0), 1)

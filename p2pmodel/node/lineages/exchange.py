@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 PARALLEL_FETCHES = 8
 MAX_REFUSED = 10_000
 IDLE_SECONDS = 1.0
+ORPHAN_TRIES = 5
+"""After so many, half a minute or more, a record whose parent has not come counts as refused; it is still tried."""
 
 
 class Observer(Protocol):
@@ -46,6 +48,7 @@ class Exchange:
         self._backlog = Backlog()
         self._refused: dict[Digest, None] = {}
         self._orphans: set[Digest] = set()
+        self._overdue: set[Digest] = set()
         self._changed = asyncio.Event()
         self._fetches: set[asyncio.Task[None]] = set()
 
@@ -111,9 +114,7 @@ class Exchange:
             await self._take_in(fetch)
         except Rejected as error:
             if error.reason == "parent":
-                if len(self._orphans) < MAX_REFUSED:
-                    self._orphans.add(fetch.digest)
-                return self._fail(fetch)  # what it stands on may still come
+                return self._put_off(fetch, error)  # what it stands on may still come
             log.warning("%s %s is refused: %s", fetch.kind, short(fetch.digest), error.message)
             self._observer.on_refused(fetch.kind, error.reason)
             self._refuse(fetch.digest)
@@ -145,6 +146,17 @@ class Exchange:
             self._backlog = propagation.stir(self._backlog, self._orphans, time.monotonic())
             self._orphans.clear()
         await self._observer.on_record(fetch.kind, fetch.digest)
+
+    def _put_off(self, fetch: Fetch, error: Rejected) -> None:
+        if len(self._orphans) < MAX_REFUSED:
+            self._orphans.add(fetch.digest)
+        entry = self._backlog.entries.get(fetch.digest)
+        overdue = entry is not None and entry.failures >= ORPHAN_TRIES
+        if overdue and fetch.digest not in self._overdue and len(self._overdue) < MAX_REFUSED:
+            self._overdue.add(fetch.digest)
+            log.warning("%s %s goes on waiting: %s", fetch.kind, short(fetch.digest), error.message)
+            self._observer.on_refused(fetch.kind, error.reason)
+        self._fail(fetch)
 
     def _fail(self, fetch: Fetch, *, has_not: bool = False) -> None:
         self._backlog = propagation.failed(self._backlog, fetch.digest, fetch.holder, time.monotonic(), has_not=has_not)

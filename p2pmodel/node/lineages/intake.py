@@ -43,8 +43,8 @@ def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, .
             return candidate.blobs
         return (*candidate.blobs, candidate.amendment.exam)
     verdict = records.open_verdict(record)
-    known = verdict.version in lineage.candidates
-    admission.check_verdict(verdict, lineage.manifest, model=lineage.model, entitled=lineage.entitled, known=known)
+    on = lineage.candidates.get(verdict.version)
+    admission.check_verdict(verdict, lineage.manifest, model=lineage.model, candidate=on, entitled=lineage.entitled)
     return ()
 
 

@@ -9,11 +9,14 @@ from p2pmodel.domain import modular
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId, short
 from p2pmodel.domain.model import MergeSpec
+from p2pmodel.logic.copies import copies
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import read_change, read_masses
+from p2pmodel.node.lineages.states import patch_change, read_change, read_masses
 from p2pmodel.tensors import control, experts, variates
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
+from p2pmodel.tensors.merging.layout import Layout
+from p2pmodel.tensors.merging.likeness import Sketches
 from p2pmodel.tensors.smear import is_expert
 from p2pmodel.tensors.variates import Variate
 
@@ -66,10 +69,23 @@ def merge(lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Sour
     own = [source for source in sources if source.kind == modular.KIND and source.weight]
     update: Mapping[str, Tensor] = {}
     if shared:
-        rest = {name: tensor for name, tensor in parent.items() if not is_expert(name)}
-        update = combine(lineage, rest, shared, spec)
+        update = combine(lineage, _shared(parent), shared, spec)
     placed = experts.merge(parent, list(_contributions(lineage, own)))
     return Merged(parent, update, placed)
+
+
+def copied_among(lineage: Lineage, parent: Mapping[str, Tensor], patches: Sequence[PatchId]) -> dict[PatchId, PatchId]:
+    """patches: of the home, the first seen first -> by each copy, what it is a copy of. Experts are not compared."""
+    shared = [patch for patch in patches if lineage.patches[patch].kind != modular.KIND]
+    if len(shared) < 2:
+        return {}
+    changes = ((patch, patch_change(lineage, lineage.patches[patch])) for patch in shared)
+    return copies(shared, Sketches(Layout(_shared(parent)), changes).cosines)
+
+
+def _shared(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The slots that all versions have."""
+    return {name: tensor for name, tensor in parent.items() if not is_expert(name)}
 
 
 def combine(

@@ -24,7 +24,7 @@ from p2pmodel.engine.exams.screening import screen
 from p2pmodel.logic.judgement import mean, objective, why_reject
 from p2pmodel.logic.pooling import pooled
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.merging import Merged, Source, mean_control, merge, stored
+from p2pmodel.node.lineages.merging import Merged, Source, copied_among, mean_control, merge, stored
 from p2pmodel.node.lineages.states import new_experts, patch_change, version_state
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.experts import without_experts
@@ -48,9 +48,19 @@ class Proposal:
 
 
 class Maintainer:
-    def __init__(self, lineage: Lineage, me: PeerId, base: Path, observe_merge: Callable[[float], None]) -> None:
-        """base: folder of the whole checkpoint. observe_merge is told the seconds of every merge."""
-        self.lineage, self.me, self._observe_merge = lineage, me, observe_merge
+    def __init__(
+        self,
+        lineage: Lineage,
+        me: PeerId,
+        base: Path,
+        observe_merge: Callable[[float], None],
+        observe_refusal: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """base: folder of the whole checkpoint. observe_merge is told the seconds of every merge, observe_refusal in a
+        word what is wrong with every candidate that is refused before its exam. Raises NotFound, Rejected when this
+        node cannot merge as the Manifest says."""
+        get_strategy(lineage.manifest.merge.strategy).check(dict(lineage.manifest.merge.parameters))
+        self.lineage, self.me, self._observe_merge, self._observe_refusal = lineage, me, observe_merge, observe_refusal
         self._kind = Kinds(lineage.manifest.kinds)
         self._model, self._tokenizer = load_whole(base), load_tokenizer(base)
         self._exam = lineage.manifest.exam
@@ -63,20 +73,20 @@ class Maintainer:
         self._stopped.set()
 
     def propose(self, round: int, parent: VersionId, patches: tuple[PatchId, ...]) -> Proposal | None:
-        """Examines the patches one by one on the tuning split, merges those that help, and finds α there.
-        None when nothing is left to merge."""
+        """Leaves copies out, examines the other patches one by one on the tuning split, merges those that help, and
+        finds α there. None when nothing is left to merge."""
         lineage, manifest = self.lineage, self.lineage.manifest
         self._follow_exam()
         rules = self._examiner.suite.rules
         before = version_state(lineage, parent)
         measured = self._examiner.measure(before, "tune")
         tuning = {name: section.score for name, section in measured.items()}
-        left_out = []
-        for patch in patches:
+        left_out = [LeftOut(p, "its proposer gives it no weight") for p in patches if lineage.weight_of(p) == 0]
+        weighed = set(patches) - {x.patch for x in left_out}
+        copied = copied_among(lineage, before, [patch for patch in lineage.patches if patch in weighed])
+        left_out += [LeftOut(patch, f"it is a copy of patch {short(copied[patch])}") for patch in copied]
+        for patch in sorted(weighed - copied.keys()):
             self._demand_running()
-            if lineage.weight_of(patch) == 0:
-                left_out.append(LeftOut(patch, "its proposer gives it no weight"))
-                continue
             began = time.monotonic()
             alone = patch_change(lineage, lineage.patches[patch]).applied_to(before)
             screened = screen(self._examiner, alone, measured, "tune", patch)
@@ -90,6 +100,8 @@ class Maintainer:
         left_out += pool.left_out
         entering = tuple(patch for patch in entering if patch not in {x.patch for x in pool.left_out})
         if not entering:
+            for entry in left_out:
+                log.warning("patch %s can't be merged: %s", short(entry.patch), entry.reason)
             return None
         sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in entering]
         merged = self._merge(before, sources, manifest.merge)
@@ -121,6 +133,7 @@ class Maintainer:
         try:
             scores = self._examine(candidate)
         except Rejected as error:
+            self._observe_refusal(error.reason)
             return self._verdict(candidate, version, error.message, ())
         if candidate.amends:
             # Its values are its parent's; whether it is wanted is for people to say.
@@ -166,6 +179,10 @@ class Maintainer:
         if pool.left_out or pool.experts != candidate.experts:
             raise Rejected("chain", "The candidate has other experts than its parent and its patches.")
         sources = [stored(lineage, patch, candidate.weight(patch)) for patch in candidate.patches]
+        for copy, original in copied_among(lineage, before, candidate.patches).items():
+            raise Rejected(
+                "copies", f"The candidate merges patches {short(original)} and {short(copy)}: one is a copy."
+            )
         after = self._merge(before, sources, candidate.merge).at(candidate.alpha)
         if _ref(blob.pack(after)) != candidate.result:
             raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")

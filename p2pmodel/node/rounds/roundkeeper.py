@@ -52,6 +52,7 @@ class RoundKeeper:
         here, first the one that is named. ask: whether a person decides on what the exam accepts; on amendments people
         always decide."""
         self._ask, self._asked = ask, dict[VersionId, Verdict]()
+        self._lacking = set[VersionId]()
         self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
         self._announce, self._adopted, self._find_patches = announce, adopted, find_patches
         self._rules = round_state.RoundRules.from_manifest(lineage.manifest, lineage.model)
@@ -111,13 +112,20 @@ class RoundKeeper:
                         self._advance(round_state.VerdictSeen(verdict))
 
     async def _move_head(self) -> None:
-        before, self._head = self._head, self._lineage.head
-        number, last = self._lineage.number(self._head), self._lineage.versions[-1].candidate.round
-        log.info("version %s (%s) is adopted in round %d", number, short(self._head), last)
-        await self._adopted(self._head)
+        head, last = self._lineage.head, self._lineage.versions[-1].candidate.round
+        before, self._head = self._head, head
+        log.info("version %s (%s) is adopted in round %d", self._lineage.number(head), short(head), last)
         self._count_adopted(before)
+        try:
+            await self._adopted(head)
+        except P2PModelError as error:
+            # Whatever this node serves, the round on the old head is over.
+            log.error("version %s is adopted; this node has not done all that this takes: %s", short(head), error)
+        if self._head != head:
+            return  # a newer one came meanwhile
         self._rules = round_state.RoundRules.from_manifest(self._lineage.manifest, self._lineage.model)
         self._asked.clear()
+        self._lacking.clear()
         self.state = rounds.follow(self.state, self._head, last, time.monotonic())
         self._feed_all()
 
@@ -130,6 +138,8 @@ class RoundKeeper:
             self._metrics.patches.labels("left_out").inc(len(version.candidate.left_out))
 
     def _advance(self, event: round_state.Event) -> None:
+        if self.state.parent != self._head:
+            return  # the node is taking a new head; then all is fed again
         self.state, effects = rounds.advance(self.state, event, time.monotonic(), self._rules, self._me)
         for effect in effects:
             self._perform(effect)
@@ -195,6 +205,9 @@ class RoundKeeper:
             await self._find_patches(missing, self._lineage.proposers[task.version])
             missing = self._missing(candidate)
         if missing:
+            if task.version not in self._lacking:
+                self._lacking.add(task.version)
+                self._metrics.refused.labels("candidate", "patches").inc()
             raise Unreachable(
                 f"{len(missing)} of the patches of version {short(task.version)} cannot be had, so it cannot be judged."
             )

@@ -166,7 +166,7 @@ def chosen_suite(lineage: Lineage, folder: Path | None) -> Suite:
         if not lineage.home.objects.has(exam.digest):
             raise NotFound(
                 f"The exam of {lineage.manifest.name} is not on this machine yet.",
-                "Join as a maintainer to fetch it, or name a folder with --suite.",
+                "A node of this home fetches it (p2pmodel join); or name a folder with --suite.",
             )
         return Suite.unpack(lineage.home.objects.load(exam.digest, exam.size), exam.size)
     suite = Suite.load(folder)

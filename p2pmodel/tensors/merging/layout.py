@@ -67,6 +67,12 @@ class Layout:
         values = self._row(contribution.adapter, 0.0 if contribution.relative else self._start, begin, end)
         return values, self._row(contribution.fisher, NOT_HELD, begin, end)
 
+    def update(self, values: Mapping[str, Tensor], relative: bool, begin: int, end: int) -> F64:
+        """Columns [begin, end) of one patch's update, the caller's to overwrite; 0 of what it does not hold."""
+        row = self._row(values, 0.0 if relative else self._start, begin, end)
+        update: F64 = updates_of(row[None], self.parent[begin:end], np.array([relative]))[0]
+        return update
+
     def _row(self, tensors: Mapping[str, Tensor], start: Row | float, begin: int, end: int) -> Any:
         if isinstance(tensors, Tensors) and tensors.flat is not None and tensors.places == self.places:
             return tensors.flat.numpy()[begin:end]
