@@ -275,6 +275,12 @@ NODE = board(
             [(f"sum by (state) (p2pmodel_gpu_memory_bytes{N}) or vector(0)", "{{state}}")],
             about="0 where no node computes on one.",
         ),
+        lines(
+            "GPU at work",
+            "percentunit",
+            [(f"p2pmodel_gpu_busy_ratio{N} or vector(0)", "{{instance}} {{gpu}}")],
+            about="For anybody. 0 where no node computes on one, or nvidia-ml-py is not installed.",
+        ),
         lines("Clock", "s", [(f"p2pmodel_clock_offset_seconds{N}", "{{instance}}")], about="Of one neighbour."),
         lines(
             "Gossip process",

@@ -40,7 +40,8 @@ def join(
         typer.Option(
             "--experts",
             metavar="A-B",
-            help="Host only these experts of the layers (such as 4-7 or 0,2,5-7), or `none`: all but their experts.",
+            help="Host only these experts of the layers (as 4-7 or 0,2,5-7), or `auto`: those that need it most; or "
+            "`none`: all but their experts.",
         ),
     ] = None,
     missing_experts: Annotated[
@@ -60,7 +61,12 @@ def join(
     ] = None,
     capacity: Annotated[
         int | None,
-        typer.Option("--capacity", help="With `auto`: how many layers fit.", min=1, show_default="half of them"),
+        typer.Option(
+            "--capacity",
+            help="With `auto`: how many layers fit, or with `--experts auto`: how many experts of each layer.",
+            min=1,
+            show_default="half of them",
+        ),
     ] = None,
     base: options.Base = None,
     host: Annotated[
@@ -167,8 +173,10 @@ def parse_layers(text: str) -> Span | str:
         ) from None
 
 
-def parse_experts(text: str) -> tuple[int, ...]:
-    """Sorted numbers of `4-7` or `0,2,5-7`; empty for `none`. Raises UsageError."""
+def parse_experts(text: str) -> tuple[int, ...] | str:
+    """`auto`, or sorted numbers of `4-7` or `0,2,5-7`; empty for `none`. Raises UsageError."""
+    if text == "auto":
+        return text
     if text == "none":
         return ()
     try:
@@ -179,6 +187,7 @@ def parse_experts(text: str) -> tuple[int, ...]:
         check_experts(numbers)
     except ValueError:
         raise UsageError(
-            f"--experts {text[:64]!r} names no experts.", "Write 4-7, or 0,2,5-7, or `none` for layers without experts."
+            f"--experts {text[:64]!r} names no experts.",
+            "Write 4-7, or 0,2,5-7, or `auto`, or `none` for layers without experts.",
         ) from None
     return numbers

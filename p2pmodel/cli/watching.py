@@ -11,6 +11,7 @@ from rich.text import Text
 from p2pmodel.cli.output import duration
 from p2pmodel.control.client import ControlClient
 from p2pmodel.domain.errors import P2PModelError, UsageError
+from p2pmodel.domain.experts import describe
 from p2pmodel.domain.ids import short
 from p2pmodel.store.home import Home
 from p2pmodel.wire.v1 import control_pb2 as pb
@@ -56,6 +57,7 @@ def view(reply: pb.StatusReply) -> RenderableType:
 def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> list[RenderableType]:
     covered = sum(1 for hosts in model.coverage if hosts)
     whole = covered == model.layers
+    experts: list[RenderableType] = [Text(""), _experts(reply, model)] if model.expert_leases else []
     return [
         Text.assemble(
             (f"{_clean(model.name)} {model.head.number}", "bold"),
@@ -67,6 +69,7 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> list[RenderableType]
         Text.assemble("hosts of each layer  ", *(_host_count(hosts) for hosts in model.coverage)),
         Text(""),
         _leases(reply, model),
+        *experts,
         Text(""),
         _peers(model),
     ]
@@ -99,6 +102,26 @@ def _leases(reply: pb.StatusReply, model: pb.ModelStatus) -> Table:
             Text(_clean(lease.dtype)),
             f"{lease.layer_seconds * 1e3:.2f}",
             str(lease.queue),
+        )
+    return grid
+
+
+def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> Table:
+    grid = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("experts", "of layers", "host", "versions", "dtype"):
+        grid.add_column(name, no_wrap=True)
+    for name in ("ms a row", "rows a second"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for lease in model.expert_leases:
+        moving = f" (-{describe(lease.going)} +{describe(lease.coming)})" if lease.coming else ""
+        grid.add_row(
+            f"{describe(lease.experts)}{moving}",
+            f"{lease.span.start}:{lease.span.end}",
+            f"…{lease.peer[-8:]}{'  this node' if lease.peer == reply.peer else ''}",
+            ", ".join(version.number or short(version.id) for version in lease.versions),
+            Text(_clean(lease.dtype)),
+            f"{lease.pair_seconds * 1e3:.2f}",
+            f"{sum(lease.rows_per_second):.1f}" if lease.rows_per_second else "",
         )
     return grid
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log2
 
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId, check_digest, check_peer
 from p2pmodel.domain.swarm import Span
@@ -11,13 +11,21 @@ MAX_EXPERTS = 2048
 """Of one layer."""
 MAX_CALL_ROWS = 1024
 MAX_CALL_PAIRS = 1 << 16
+MAX_LOADS = 1024
+"""Of a lease: a host of more experts does not say how often each is asked."""
+MAX_LOAD = 127
+MAX_EXCHANGED = 64
+"""Experts that a host takes for others at once."""
 
 
 @dataclass(frozen=True)
 class ExpertLease:
     """A peer's signed claim to serve `experts` of every layer of `span` that has experts, until `expires` (Unix
     seconds). experts: sorted numbers, the same in all layers; pair_seconds: measured time of one row through one
-    expert; versions, queue, leaving: as in a `Lease`."""
+    expert; versions, queue, leaving: as in a `Lease`.
+
+    loads: how often each of the experts was asked lately, in a layer on the mean over layers, as `load_of` has it; or
+    nothing. coming, going: sorted; what it is loading, to serve it instead of what is going."""
 
     peer: PeerId
     model: ModelId
@@ -29,6 +37,9 @@ class ExpertLease:
     queue: int
     leaving: bool
     expires: float
+    loads: tuple[int, ...] = ()
+    coming: tuple[int, ...] = ()
+    going: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_peer(self.peer, "expert lease peer")
@@ -40,6 +51,16 @@ class ExpertLease:
         check_experts(self.experts)
         if not (isfinite(self.pair_seconds) and self.pair_seconds > 0 and isfinite(self.expires) and self.queue >= 0):
             raise ValueError("expert lease figures are out of range")
+        if self.loads and (len(self.loads) != len(self.experts) or len(self.loads) > MAX_LOADS):
+            raise ValueError("an expert lease says of all its experts how often they are asked, or of none")
+        if any(not 0 <= load <= MAX_LOAD for load in self.loads):
+            raise ValueError("an expert lease's loads are out of range")
+        for some in filter(None, (self.coming, self.going)):
+            check_experts(some)
+        if len(self.coming) > MAX_EXCHANGED or len(self.going) > MAX_EXCHANGED:
+            raise ValueError(f"an expert host exchanges at most {MAX_EXCHANGED} experts at once")
+        if not set(self.going) <= set(self.experts) or set(self.coming) & set(self.experts):
+            raise ValueError("an expert host gives up what it has, for what it has not")
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,17 @@ class MissingExpert:
 
     layer: int
     expert: int
+
+
+def load_of(rate: float) -> int:
+    """In a lease: 0 for fewer than one in a minute, else in steps of a quarter of an octave, so that it takes a byte.
+    rate: pairs of a row and an expert in a second."""
+    return 0 if rate < 1 / 64 else min(MAX_LOAD, 1 + round(4 * log2(rate * 64)))
+
+
+def rate_at(load: int) -> float:
+    """The rate that such a number stands for."""
+    return 2.0 ** ((load - 1) / 4) / 64 if load else 0.0
 
 
 def check_experts(experts: Collection[int]) -> None:

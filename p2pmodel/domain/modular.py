@@ -24,6 +24,7 @@ ROUTING = (ROUTER, GATE)
 MAX_EXPERTS = 128
 NONE = "none"
 """What the layer as it is is called among experts."""
+MAX_RANK = 1 << 16
 DEFAULT_MAX_RANK = 32
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _POOL = ".experts"
@@ -39,7 +40,7 @@ class Expert:
     def __post_init__(self) -> None:
         if not is_name(self.name):
             raise ValueError("an expert's name has 1 to 32 small letters, digits, '-' and '_'")
-        if not 1 <= self.rank <= 1 << 16:
+        if not 1 <= self.rank <= MAX_RANK:
             raise ValueError("an expert's rank is out of range")
 
 

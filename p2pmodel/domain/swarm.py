@@ -9,6 +9,8 @@ from p2pmodel.domain.model import BlobRef
 
 LEASE_SECONDS = 30.0
 """The longest that a lease or a presence may be valid for."""
+CLAIM_SECONDS = 25.0
+"""What a peer claims at a time: so whoever looks misses one that died within LEASE_SECONDS, the looking included."""
 MAX_DELAYS = 16
 MAX_DELAY_SECONDS = 60.0
 

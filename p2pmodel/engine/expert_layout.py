@@ -52,7 +52,11 @@ class ExpertLayout:
         """Layer -> how many experts it has, of the layers that have any."""
 
     def counts_in(self, span: Span) -> dict[int, int]:
-        return {layer: count for layer, count in self.counts.items() if layer in span}
+        """Of the layers of `span` that have any. Raises InvalidInput when none has."""
+        counts = {layer: count for layer, count in self.counts.items() if layer in span}
+        if not counts:
+            raise InvalidInput(f"None of the layers {span} has experts.", "Choose others with --layers.")
+        return counts
 
     def of_shard(self, span: Span, experts: Collection[int]) -> dict[str, ExpertTensor]:
         """The tensors that a host of these experts reads, all or in part. Raises as `tensors`."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,16 @@ MEASURED_CALLS = 8
 
 
 @dataclass(frozen=True, eq=False)
+class HostedExperts:
+    """Experts that are loaded, with their versions."""
+
+    shard: ExpertShard
+    versions: VersionTable
+
+
+@dataclass(frozen=True, eq=False)
 class _Work:
+    shard: ExpertShard
     call: ExpertCall
     codec: Codec
     state: State
@@ -37,11 +47,20 @@ class _Work:
 
 class ExpertRunner:
     """Implements `domain.ports.ExpertRunner`; the handle of a trunk is its codec. rows, pairs: how many were computed
-    since the start; forwards: in how many forwards."""
+    since the start; forwards: in how many forwards; loads: pairs by expert."""
 
-    def __init__(self, shard: ExpertShard, model: ModelId, versions: VersionTable) -> None:
-        self._shard, self._model, self._versions = shard, model, versions
+    def __init__(self, experts: HostedExperts, model: ModelId) -> None:
+        self._hosted: tuple[HostedExperts, ...] = (experts,)
+        self._model = model
         self.rows = self.pairs = self.forwards = 0
+        self.loads: Counter[int] = Counter()
+
+    def take(self, experts: HostedExperts) -> None:
+        """Beside what is there, which still computes what it alone has, until it is dropped."""
+        self._hosted = (experts, *self._hosted)
+
+    def drop(self, experts: HostedExperts) -> None:
+        self._hosted = tuple(one for one in self._hosted if one is not experts)
 
     def open(self, opening: ExpertOpening) -> Codec:
         """Raises NotFound for another model, InvalidInput for an unknown codec."""
@@ -52,14 +71,14 @@ class ExpertRunner:
     def compute(self, batch: Sequence[tuple[Codec, bytes, Buffer]]) -> list[Buffer | Exception]:
         """Calls for the same layer at the same version share a forward, whoever sent them."""
         outputs: dict[int, Buffer | Exception] = {}
-        groups: dict[tuple[int, int, int], dict[int, _Work]] = {}
+        groups: dict[tuple[int, int, int, int], dict[int, _Work]] = {}
         for index, (codec, meta, body) in enumerate(batch):
             try:
                 work = self._read(codec, meta, body)
             except P2PModelError as error:
                 outputs[index] = error
                 continue
-            key = work.call.layer, id(work.state), index if work.call.gradients else -1
+            key = id(work.shard), work.call.layer, id(work.state), index if work.call.gradients else -1
             groups.setdefault(key, {})[index] = work
         for works in groups.values():
             outputs.update(zip(works, self._run(list(works.values())), strict=True))
@@ -67,7 +86,7 @@ class ExpertRunner:
 
     def measure(self) -> float:
         """Seconds that one row takes through one expert: the median of a few."""
-        shard, seconds = self._shard, []
+        shard, seconds = self._hosted[0].shard, []
         layer = min(shard.counts)
         rows = torch.randn(1, shard.width, generator=torch.Generator().manual_seed(0))
         for number in range(MEASURED_CALLS):
@@ -80,10 +99,12 @@ class ExpertRunner:
 
     def _read(self, codec: Codec, meta: bytes, body: Buffer) -> _Work:
         call = canonical.decode(meta, ExpertCall, MAX_META_BYTES)
-        state = self._versions.get(call.version)
-        rows, outer, pairs = decode_call(codec, call, body, self._shard.width)
-        self._shard.check(call.layer, pairs)
-        return _Work(call, codec, state, rows, pairs, outer)
+        current = self._hosted[0]
+        rows, outer, pairs = decode_call(codec, call, body, current.shard.width)
+        # A trunk that has read an earlier lease asks for what is about to go.
+        hosted = next((one for one in self._hosted if one.shard.has(call.layer, pairs)), current)
+        hosted.shard.check(call.layer, pairs)
+        return _Work(hosted.shard, call, codec, hosted.versions.get(call.version), rows, pairs, outer)
 
     def _run(self, works: Sequence[_Work]) -> Sequence[Buffer | Exception]:
         try:
@@ -106,18 +127,20 @@ class ExpertRunner:
             torch.cat([work.pairs.expert for work in works]),
             torch.cat([work.pairs.gate for work in works]),
         )
-        self._count(sum(counts), len(pairs))
-        out = self._shard.compute(layer, torch.cat([work.rows.to(self._shard.dtype) for work in works]), pairs, state)
+        self._count(sum(counts), pairs)
+        shard = works[0].shard
+        out = shard.compute(layer, torch.cat([work.rows.to(shard.dtype) for work in works]), pairs, state)
         return [
             work.codec.encode(part.unsqueeze(0)) for work, part in zip(works, torch.split(out, counts), strict=True)
         ]
 
     def _gradients(self, work: _Work, outer: Tensor) -> Buffer:
-        self._count(work.call.rows, len(work.pairs))
-        rows, gates = self._shard.gradients(work.call.layer, work.rows, work.pairs, outer, work.state)
+        self._count(work.call.rows, work.pairs)
+        rows, gates = work.shard.gradients(work.call.layer, work.rows, work.pairs, outer, work.state)
         return encode_gradients(work.codec, rows, gates)
 
-    def _count(self, rows: int, pairs: int) -> None:
+    def _count(self, rows: int, pairs: Pairs) -> None:
         self.rows += rows
-        self.pairs += pairs
+        self.pairs += len(pairs)
         self.forwards += 1
+        self.loads.update(pairs.expert.tolist())

@@ -37,8 +37,6 @@ def load_experts(
     if span.end > checkpoint.layers:
         raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
     counts = layout.counts_in(span)
-    if not counts:
-        raise InvalidInput(f"None of the layers {span} has experts.", "Choose others with --layers.")
     fewest = min(counts.values())
     if experts[-1] >= fewest:
         raise InvalidInput(
@@ -200,6 +198,11 @@ class ExpertShard:
                 f"Experts of type {self.checkpoint.architecture} can't be hosted apart: {family.first_line(error)}."
             ) from None
 
+    def has(self, layer: int, pairs: Pairs) -> bool:
+        """Whether it hosts all of them."""
+        known = pairs.expert < len(self._places)
+        return layer in self.counts and bool(known.all()) and int(self._places[pairs.expert].min()) >= 0
+
     def check(self, layer: int, pairs: Pairs) -> None:
         """Raises NotFound for a layer or an expert that is not hosted."""
         self._find(layer, pairs)
@@ -208,11 +211,9 @@ class ExpertShard:
         """[P], each expert's place among those that are hosted."""
         if layer not in self.counts:
             raise NotFound(f"This peer hosts no experts of layer {layer}.")
-        known = pairs.expert < len(self._places)
-        hosted = self._places[pairs.expert.clamp(max=len(self._places) - 1)]
-        if not bool(known.all()) or int(hosted.min()) < 0:
+        if not self.has(layer, pairs):
             raise NotFound(f"This peer hosts experts {describe(self.experts)} of layer {layer}, and others were asked.")
-        return hosted
+        return self._places[pairs.expert]
 
 
 def _part(name: str, tensor: Any, experts: Sequence[int], count: int) -> Tensor:

@@ -24,7 +24,7 @@ from p2pmodel.engine.tuning import TrainingSession, Tuner
 from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import State, VersionTable, stack_states, weights_key
 from p2pmodel.tensors.codecs import Codec, get_codec
-from p2pmodel.tensors.smear import is_expert
+from p2pmodel.tensors.smear import check_pools, is_expert
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,9 @@ class Runner:
         if handle.begun:
             raise Rejected("frame", "A session's vectors come before its first step.")
         own = self._vectors.read(body, handle.span, by_row=False)
-        handle.state = {**handle.state, **own}
+        state = {**handle.state, **own}
+        check_pools(state)
+        handle.state = state
         if handle.trail:
             self._forget(handle)
 

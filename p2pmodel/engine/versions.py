@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import VersionId, short
-from p2pmodel.domain.modular import DOWN, UP, Expert, place_of, pool_slot, slots_of_expert
+from p2pmodel.domain.modular import DOWN, MAX_RANK, UP, Expert, place_of, pool_slot, slots_of_expert
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.tensors import weights
@@ -99,20 +99,12 @@ class VersionTable:
 
     def _vector(self, name: str, tensor: Tensor) -> Tensor:
         if is_expert(name):
-            _check(name, tensor, self._expert_shape(name, tensor))
+            _check(name, tensor, expert_shape(self._stage, name, tensor))
             return tensor.detach().to(self._stage.device, copy=True)
         if self._shapes is None:
             self._shapes = self._stage.slot_shapes()
         _check(name, tensor, self._shapes.get(name))
         return tensor.detach().to(self._stage.device, copy=True)
-
-    def _expert_shape(self, name: str, tensor: Tensor) -> tuple[int, ...] | None:
-        place = place_of(name)
-        if place is None or place.layer.rpartition(".")[0] != self._stage.checkpoint.stack or not tensor.ndim:
-            return None
-        pool = pool_slot(place.layer, self._stage.checkpoint.hidden_size)
-        rank = tensor.shape[0] if place.part in (DOWN, UP) else 1
-        return next(s.shape for s in slots_of_expert([pool], Expert(place.expert, rank)) if s.name == name)
 
     def _folded(self, updates: State) -> dict[str, Tensor]:
         """The weights that are not the checkpoint's own."""
@@ -143,6 +135,18 @@ class VersionTable:
             folded = [version for version, state in self._states.items() if has_weights(state)]
             for version in folded[: len(folded) - (MAX_FOLDED - 1)]:
                 del self._states[version]
+
+
+def expert_shape(stage: Host, name: str, tensor: Tensor) -> tuple[int, ...] | None:
+    """Of the slot of a modular expert whose rank is that of `tensor`; None where the model has no place for one."""
+    place = place_of(name)
+    if place is None or place.layer.rpartition(".")[0] != stage.checkpoint.stack or not tensor.ndim:
+        return None
+    pool = pool_slot(place.layer, stage.checkpoint.hidden_size)
+    rank = tensor.shape[0] if place.part in (DOWN, UP) else 1
+    if not 1 <= rank <= MAX_RANK:
+        return None
+    return next(s.shape for s in slots_of_expert([pool], Expert(place.expert, rank)) if s.name == name)
 
 
 def has_weights(state: State) -> bool:

@@ -13,7 +13,11 @@ from p2pmodel.gateway.ports import Exposition
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-STATUS_FILES = {"/": "status.html", "/status.css": "status.css", "/status.js": "status.js", "/parts.js": "parts.js"}
+STATUS_FILES = {
+    "/": "status.html",
+    "/status.css": "status.css",
+    **{f"/{name}": name for name in ("status.js", "experts.js", "parts.js")},
+}
 CHAT_FILES = {"/chat": "chat.html", "/chat.css": "chat.css", "/chat.js": "chat.js"}
 COMMON_FILES = {"/common.css": "common.css", "/icon.svg": "icon.svg"}
 RETRY_MILLISECONDS = 2000

@@ -1,13 +1,42 @@
 """Which peer computes which expert: the one that will have answered first; and which experts nobody hosts."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import exp
 
-from p2pmodel.domain.experts import ExpertLease, MissingExpert
+from p2pmodel.domain.experts import ExpertLease, MissingExpert, rate_at
 from p2pmodel.domain.ids import PeerId, VersionId
 
 MEMORY = 0.2
 """The weight of the latest observation in what is expected of a peer."""
+
+
+LOAD_SECONDS = 60.0
+"""What an expert was asked this long ago counts a third of what it is asked now."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """How often a host's experts are asked. at: when that was looked at; counted: pairs by expert until then, in all
+    layers; rates: pairs in a second and layer, as of lately."""
+
+    at: float
+    counted: Mapping[int, int] = field(default_factory=dict)
+    rates: Mapping[int, float] = field(default_factory=dict)
+
+    def after(self, counted: Mapping[int, int], layers: int, now: float) -> "Loads":
+        """counted: since the start, in `layers` layers together."""
+        seconds = now - self.at
+        if seconds <= 0:
+            return self
+        keep = exp(-seconds / LOAD_SECONDS)
+        rates = {
+            expert: keep * self.rates.get(expert, 0.0)
+            + (1 - keep) * (counted.get(expert, 0) - self.counted.get(expert, 0)) / (seconds * layers)
+            for expert in self.rates.keys() | counted.keys()
+        }
+        return Loads(now, counted, rates)
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,38 @@ def missing(
         held = {expert for lease in there if layer in lease.span for expert in lease.experts}
         found += [MissingExpert(layer, expert) for expert in range(count) if expert not in held]
     return found
+
+
+def hosts_of(leases: Sequence[ExpertLease]) -> tuple[int, ...]:
+    """By expert, up to the highest that anybody hosts: how many peers do, in the layer where they are fewest, of those
+    layers that anybody hosts experts of."""
+    counts = [Counter(e for lease in some for e in lease.experts) for some in _by_layer(leases)]
+    return tuple(min(count[expert] for count in counts) for expert in range(_known(leases)))
+
+
+def asked_of(leases: Sequence[ExpertLease]) -> tuple[float, ...]:
+    """The same of rows a second that they were lately asked for, in the layer where they are most."""
+    sums = [_asked(some) for some in _by_layer(leases)]
+    return tuple(max(rates.get(expert, 0.0) for rates in sums) for expert in range(_known(leases)))
+
+
+def _asked(leases: Sequence[ExpertLease]) -> dict[int, float]:
+    rates: dict[int, float] = {}
+    for lease in leases:
+        for expert, load in zip(lease.experts, lease.loads, strict=False):
+            rates[expert] = rates.get(expert, 0.0) + rate_at(load)
+    return rates
+
+
+def _by_layer(leases: Sequence[ExpertLease]) -> list[list[ExpertLease]]:
+    """Those on each layer, but for layers that are like the one before."""
+    edges = sorted({edge for lease in leases for edge in (lease.span.start, lease.span.end)})
+    there = [[lease for lease in leases if layer in lease.span and not lease.leaving] for layer in edges]
+    return [some for some in there if some]
+
+
+def _known(leases: Sequence[ExpertLease]) -> int:
+    return max((lease.experts[-1] + 1 for lease in leases if not lease.leaving), default=0)
 
 
 def name_missing(found: Sequence[MissingExpert]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from p2pmodel import __version__
 from p2pmodel.domain.errors import P2PModelError
-from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Presence
+from p2pmodel.domain.swarm import CLAIM_SECONDS, Lease, Presence
 from p2pmodel.node.community import Community
 from p2pmodel.node.hosting.neighbours import Neighbours
 from p2pmodel.node.lineages.lineage import Lineage
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RENEW_SECONDS = LEASE_SECONDS / 3
+RENEW_SECONDS = CLAIM_SECONDS / 3
+LEAST_PAUSE_SECONDS = 1.0
+"""Where a dead peer, whom the DHT still asks, makes a renewal take long."""
 
 
 class Attendance:
@@ -51,6 +53,7 @@ class Attendance:
     async def run(self) -> None:
         """Until cancelled. A DHT that does not answer is tried again: it may be this machine that was cut off."""
         while True:
+            began = time.monotonic()
             try:
                 await self.renew()
                 await self.read()
@@ -58,7 +61,7 @@ class Attendance:
                     await self._neighbours.measure(self._hosting.span, self.leases, self._community.presences)
             except P2PModelError as error:
                 log.warning("%s", error)
-            await asyncio.sleep(RENEW_SECONDS)
+            await asyncio.sleep(max(LEAST_PAUSE_SECONDS, began + RENEW_SECONDS - time.monotonic()))
 
     @property
     def neighbours(self) -> Neighbours:
@@ -70,13 +73,14 @@ class Attendance:
         return self.leases
 
     async def renew(self) -> None:
-        await self._directory.publish_presence(self._key.sign("presence", self._presence()))
-        if self._hosting:
-            lease = self._lease(self._hosting)
-            if lease is not None:
-                await self._directory.publish_lease(self._key.sign("lease", lease))
+        """Raises Unreachable."""
+        said = [self._directory.publish_presence(self._key.sign("presence", self._presence()))]
+        if self._hosting and (lease := self._lease(self._hosting)) is not None:
+            said.append(self._directory.publish_lease(self._key.sign("lease", lease)))
         if self._experts:
-            await self._directory.publish_expert_lease(self._key.sign("experts", self._experts.lease(self._host.peer)))
+            experts = self._experts.lease(self._host.peer)
+            said.append(self._directory.publish_expert_lease(self._key.sign("experts", experts)))
+        await asyncio.gather(*said)
 
     async def leave(self) -> None:
         """Withdraws the lease, so that nobody routes here any more."""
@@ -112,5 +116,5 @@ class Attendance:
             gossip_addresses=gossip_addresses,
             roles=self._roles,
             software=f"p2pmodel/{__version__}",
-            expires=time.time() + LEASE_SECONDS,
+            expires=time.time() + CLAIM_SECONDS,
         )

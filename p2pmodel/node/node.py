@@ -18,6 +18,7 @@ from p2pmodel.domain.swarm import Span
 from p2pmodel.gateway.feed import Feed
 from p2pmodel.gateway.pages import Pages
 from p2pmodel.gateway.server import HttpServer
+from p2pmodel.logic.expert_placement import choose_experts
 from p2pmodel.logic.placement import choose_span
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
@@ -41,6 +42,7 @@ from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
+    from p2pmodel.node.expert_moving import ExpertMover
     from p2pmodel.node.hosting.expert_hosting import ExpertHosting
     from p2pmodel.node.hosting.hosting import Hosting
     from p2pmodel.node.hosting.trunk import Trunk
@@ -61,8 +63,8 @@ class NodeOptions:
     swarm_key: Path | None = None
     layers: Span | str = "auto"
     capacity: int | None = None
-    experts: tuple[int, ...] | None = None
-    """Those to host, without the rest of their layers; none for the layers without their experts."""
+    experts: tuple[int, ...] | str | None = None
+    """Those to host, without the rest of their layers, or `auto`; none for the layers without their experts."""
     spread_missing: bool = False
     expert_codec: str | None = None
     base: Path | None = None
@@ -116,7 +118,7 @@ class Node:
     attendance: Attendance
     gauges: Gauges
     host: PeerHost
-    mover: "Mover | None"
+    mover: "Mover | ExpertMover | None"
     trunk: "Trunk | None"
     glancer: Glancer
     serving: str
@@ -200,7 +202,9 @@ async def _start(
         stack.callback(maintainer.stop)
     hosts = base if options.layers != "none" else None
     trunk = _trunk(options, device, host, lineage, directory, say) if hosts and options.experts == () else None
-    experts = await _experts(options, device, host, lineage, hosts, say) if hosts and options.experts else None
+    experts = (
+        await _experts(options, device, host, lineage, directory, hosts, say) if hosts and options.experts else None
+    )
     hosting = (
         await _hosting(options, device, host, lineage, directory, hosts, trunk, say) if hosts and not experts else None
     )
@@ -241,7 +245,11 @@ async def _start(
     remember_contacts(home, host.addresses)
     feed.begin(NodeView(host, lineage, directory, community, hosting).status)
     gauges = Gauges(metrics, host, lineage, attendance, community, hosting, traffic)
-    mover = _mover(options, lineage, host, attendance, hosting, say) if hosting else None
+    mover = (
+        _mover(options, lineage, host, attendance, hosting, say)
+        if hosting
+        else _expert_mover(options, directory, attendance, experts, say)
+    )
     glancer = Glancer(host, lineage, attendance, community, hosting, experts)
     serving = _serving(lineage, hosting, experts, options)
     return Node(community, attendance, gauges, host, mover, trunk, glancer, serving)
@@ -271,7 +279,11 @@ async def _maintainer(lineage: Lineage, base: Path, home: Home, community: Commu
         )
     if not home.objects.has(lineage.manifest.exam.digest):
         await community.fetch(lineage.manifest.exam)
-    return await asyncio.to_thread(Maintainer, lineage, home.key.peer, base, metrics.merge_seconds.observe)
+
+    def refused(reason: str) -> None:
+        metrics.refused.labels("candidate", reason).inc()
+
+    return await asyncio.to_thread(Maintainer, lineage, home.key.peer, base, metrics.merge_seconds.observe, refused)
 
 
 async def _hosting(
@@ -300,17 +312,30 @@ async def _hosting(
 
 
 async def _experts(
-    options: NodeOptions, device: Device, host: PeerHost, lineage: Lineage, base: Path, say: Callable[[str], None]
+    options: NodeOptions,
+    device: Device,
+    host: PeerHost,
+    lineage: Lineage,
+    directory: Directory,
+    base: Path,
+    say: Callable[[str], None],
 ) -> "ExpertHosting":
-    from p2pmodel.engine.expert_layout import fetch_part
+    from p2pmodel.engine.expert_layout import ExpertLayout
     from p2pmodel.node.hosting.expert_hosting import ExpertHosting
 
-    assert options.experts
     span = _all_layers(options, lineage.manifest.layers)
-    say(f"experts {describe(options.experts)} of layers {span}, as asked")
     checkpoint = await asyncio.to_thread(open_base, lineage, base, say)
-    await in_daemon(fetch_part, checkpoint, span, options.experts)
-    return await ExpertHosting.start(host, lineage, checkpoint, span, options.experts, device)
+    if isinstance(options.experts, tuple):
+        chosen, why = options.experts, ", as asked"
+    else:
+        counts = await asyncio.to_thread(lambda: ExpertLayout(checkpoint).counts_in(span))
+        count = min(counts.values())
+        leases = [lease for lease in await directory.expert_leases() if lease.peer != host.peer]
+        capacity = options.capacity or max(1, count // 2)
+        chosen, why = choose_experts(leases, tuple(counts), count, capacity, salt=host.peer)
+        why = f": {why}"
+    say(f"experts {describe(chosen)} of layers {span}{why}")
+    return await ExpertHosting.start(host, lineage, checkpoint, span, chosen, device)
 
 
 def _trunk(
@@ -369,6 +394,21 @@ def _mover(
         return None
     layers = lineage.manifest.layers
     return Mover(host.peer, attendance, hosting, layers, _capacity(options, layers), say)
+
+
+def _expert_mover(
+    options: NodeOptions,
+    directory: Directory,
+    attendance: Attendance,
+    experts: "ExpertHosting | None",
+    say: Callable[[str], None],
+) -> "ExpertMover | None":
+    """None for a node whose experts were asked for: they stay."""
+    if experts is None or options.experts != "auto":
+        return None
+    from p2pmodel.node.expert_moving import ExpertMover  # loads torch, as hosting does
+
+    return ExpertMover(directory, experts, attendance.renew, say)
 
 
 def _roles(options: NodeOptions, hosting: "Hosting | None", experts: "ExpertHosting | None") -> tuple[str, ...]:

@@ -1,19 +1,23 @@
 """What a node answers to the commands on its machine (proto/p2pmodel/wire/v1/control.proto)."""
 
+import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from p2pmodel import __version__
 from p2pmodel.domain.errors import NotFound
+from p2pmodel.domain.experts import ExpertLease, rate_at
 from p2pmodel.domain.ids import Digest, VersionId, short
-from p2pmodel.domain.swarm import Lease
+from p2pmodel.domain.swarm import Lease, Presence
+from p2pmodel.logic.experts import hosts_of
 from p2pmodel.logic.routing import coverage
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.patches.patchbook import entries
+from p2pmodel.node.watching.lookout import Lookout
 from p2pmodel.node.watching.traffic import Traffic
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.directory import Directory
@@ -43,11 +47,11 @@ class Service:
         self._home, self._host, self._lineage, self._directory = home, host, lineage, directory
         self._community, self._attendance, self._hosting = community, attendance, hosting
         self._traffic, self._maintains, self._stop = traffic, maintains, stop
+        self._lookout = Lookout(self._read)
         self._began = time.monotonic()
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
-        leases = await self._directory.leases()
-        presences = await self._directory.presences()
+        leases, presences, experts = await self._lookout.look()
         lineage, head = self._lineage, self._lineage.served_head
         model = pb.ModelStatus(
             id=lineage.model,
@@ -62,6 +66,8 @@ class Service:
             ],
             coverage=coverage(leases, lineage.manifest.layers, head),
             maintains=self._maintains,
+            expert_leases=[self._expert_lease(lease) for lease in sorted(experts, key=lambda x: (x.span, x.experts))],
+            expert_hosts=hosts_of(experts),
         )
         if self._hosting:
             model.hosted.CopyFrom(pb.Span(start=self._hosting.span.start, end=self._hosting.span.end))
@@ -128,6 +134,11 @@ class Service:
         self._stop()
         return pb.StopReply()
 
+    async def _read(self) -> tuple[Sequence[Lease], Sequence[Presence], Sequence[ExpertLease]]:
+        return await asyncio.gather(
+            self._directory.leases(), self._directory.presences(), self._directory.expert_leases()
+        )
+
     def _ref(self, version: VersionId) -> pb.VersionRef:
         """A lease may name a version that this node has not heard of yet; it has no number here."""
         try:
@@ -145,6 +156,21 @@ class Service:
             since_seconds=time.monotonic() - state.since,
             accepts=len(accepts),
             threshold=rules.threshold,
+        )
+
+    def _expert_lease(self, lease: ExpertLease) -> pb.ExpertLeaseStatus:
+        return pb.ExpertLeaseStatus(
+            peer=lease.peer,
+            span=pb.Span(start=lease.span.start, end=lease.span.end),
+            experts=lease.experts,
+            versions=[self._ref(v) for v in lease.versions],
+            dtype=lease.dtype,
+            queue=lease.queue,
+            pair_seconds=lease.pair_seconds,
+            rows_per_second=[rate_at(load) for load in lease.loads],
+            coming=lease.coming,
+            going=lease.going,
+            expires_in_seconds=lease.expires - time.time(),
         )
 
     def _lease(self, lease: Lease) -> pb.LeaseStatus:

@@ -33,9 +33,9 @@ start, at 0.
 
 _TAIL = """
 `process_cpu_seconds_total`, `process_resident_memory_bytes`, `process_open_fds` and the others of that family are the
-Prometheus client's own, of the node or gateway itself; its two child processes are in `p2pmodel_child_…`. How busy a
-GPU is, beyond this node's own forwards (`rate(p2pmodel_step_seconds_total[1m])` is the share of the time that they
-take), is for the vendor's exporter to say.
+Prometheus client's own, of the node or gateway itself; its two child processes are in `p2pmodel_child_…`. The share of
+the time that this node's own forwards take is `rate(p2pmodel_step_seconds_total[1m])`; how busy its GPU is takes the
+library nvidia-ml-py (`pip install '.[gpu]'`), which asks the driver.
 """
 
 

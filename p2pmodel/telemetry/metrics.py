@@ -52,6 +52,12 @@ class Metrics(SwarmView):
             "Memory of the GPU that this node computes on: what it holds itself, and what is free for anybody.",
             {"state": ("held", "free")},
         )
+        self.gpu_busy = self.gauge(
+            "p2pmodel_gpu_busy_ratio",
+            "Share of the last second or less in which that GPU computed anything, for anybody. Not there without a "
+            "GPU, or without the library nvidia-ml-py.",
+            {"gpu": "number of the GPU that this node computes on"},
+        )
         self.children_memory = self.gauge(
             "p2pmodel_child_resident_memory_bytes", "Resident memory of a child process.", {"process": CHILDREN}
         )

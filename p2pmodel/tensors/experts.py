@@ -71,11 +71,16 @@ def read(raw: bytes, pools: Sequence[Slot], limit: int) -> Change:
         shape = slots_of_expert([pool], Expert(place.expert, rank))[PARTS.index(place.part)].shape
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise Rejected("shape", f"Slot {name[:128]!r} is float32 {list(shape)}, but the blob has another.")
-        if float(tensor.abs().max()) > MAX_VALUE:
-            raise Rejected("finite", f"Slot {name[:128]!r} has values beyond {MAX_VALUE:g}, which no expert needs.")
+        check_values(name, tensor)
     if not values:
         raise Rejected("shape", "The patch changes nothing.")
     return Change(values, False, tuple((name, tuple(tensor.shape)) for name, tensor in sorted(values.items())))
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Of a slot. Raises Rejected("finite")."""
+    if float(tensor.abs().max()) > MAX_VALUE:
+        raise Rejected("finite", f"Slot {name[:128]!r} has values beyond {MAX_VALUE:g}, which no expert needs.")
 
 
 def check_parent(change: Change, pools: Sequence[Slot], before: Experts) -> Experts:

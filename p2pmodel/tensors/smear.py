@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, pad
 
-from p2pmodel.domain.modular import DOWN, GATE, PREFIX, ROUTER, UP, place_of
+from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.modular import DOWN, GATE, MAX_EXPERTS, PARTS, PREFIX, ROUTER, UP, place_of
 
 LEAD = 32
 """Tokens. scripts/bench/experts.py compares others."""
@@ -110,12 +111,33 @@ def is_expert(slot: str) -> bool:
 
 def pools(state: Mapping[str, Tensor]) -> dict[str, Pool]:
     """Of the experts in a state, which has all parts of each; other slots are passed over."""
+    return {layer: _pool(dict(sorted(experts.items()))) for layer, experts in _parts(state).items()}
+
+
+def check_pools(state: Mapping[str, Tensor]) -> None:
+    """Raises Rejected("expert") when a layer's experts are too many, or one lacks a part or has two of different
+    ranks."""
+    for layer, experts in _parts(state).items():
+        if len(experts) > MAX_EXPERTS:
+            raise Rejected(
+                "expert", f"Layer {layer[:128]} would have {len(experts)} experts; {MAX_EXPERTS} are possible."
+            )
+        for name, parts in experts.items():
+            missing = [part for part in PARTS if part not in parts]
+            if missing:
+                raise Rejected("expert", f"Expert {name} of layer {layer[:128]} comes without its {missing[0]}.")
+            if parts[DOWN].shape != parts[UP].shape:
+                raise Rejected("expert", f"Expert {name} of layer {layer[:128]} has two ranks.")
+
+
+def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """By layer, expert and part."""
     parts: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for name, tensor in sorted(state.items()):
+    for name, tensor in state.items():
         place = place_of(name) if is_expert(name) else None
         if place is not None:
             parts.setdefault(place.layer, {}).setdefault(place.expert, {})[place.part] = tensor
-    return {layer: _pool(experts) for layer, experts in parts.items()}
+    return parts
 
 
 def _pool(experts: Mapping[str, Mapping[str, Tensor]]) -> Pool:

@@ -17,10 +17,10 @@ from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
 from tests.expert_support import save_experts
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 TOKENS = 16
 PROMPT = "the cat sat"
-PATIENCE = 60.0
+PATIENCE = 120.0
 HOSTS = {"low": "0-4", "high": "3-7", "ends": "0-2,5-7"}
 """Every expert has two of them."""
 
@@ -36,8 +36,8 @@ class Nodes:
     def start(self, name: str, *arguments: str) -> NodeProcess:
         return self.swarm.start(name, "--threads", "1", "--peers", self.first.address, *arguments)
 
-    def host(self, name: str, experts: str) -> NodeProcess:
-        return self.start(name, "--model", str(self.model), "--base", str(self.model), "--experts", experts)
+    def host(self, name: str, experts: str, *arguments: str) -> NodeProcess:
+        return self.start(name, "--model", str(self.model), "--base", str(self.model), "--experts", experts, *arguments)
 
     def trunk(self, name: str, *arguments: str) -> NodeProcess:
         return self.start(name, "--model", str(self.model), "--base", str(self.model), "--experts", "none", *arguments)
@@ -135,11 +135,32 @@ def test_an_expert_that_is_left_to_nobody(nodes: Nodes) -> None:
             return False
 
     eventually(answers)
-    nodes.host("again", "5-7").wait_until_serving(time.monotonic() + PATIENCE)
+    again = nodes.host("again", "auto", "--capacity", "3")
+    again.wait_until_serving(time.monotonic() + PATIENCE)
+    assert "experts 5-7 of layers 0:4: experts 5-7 are served by nobody" in again.lines
     eventually(lambda: trunk.lines[-1] == "all experts are served")
+    eventually(lambda: is_right(nodes))
 
-    def is_right() -> bool:
+
+def test_who_chose_experts_by_itself_takes_those_that_another_leaves(nodes: Nodes) -> None:
+    """Peer `low` has 0 to 4, and was told to."""
+    spare = nodes.host("spare", "auto", "--capacity", "3")
+    spare.wait_until_serving(time.monotonic() + PATIENCE)
+    assert any("is asked most for its 1 host" in line for line in spare.lines)
+    nodes.swarm.nodes["again"].stop()
+    eventually(lambda: has_experts(spare, (5, 6, 7)))
+    eventually(lambda: is_right(nodes))
+
+
+def has_experts(node: NodeProcess, experts: tuple[int, ...]) -> bool:
+    with node.control() as client:
+        leases = {lease.peer: tuple(lease.experts) for lease in client.status().models[0].expert_leases}
+        return experts in leases.values() and len(leases) == 2
+
+
+def is_right(nodes: Nodes) -> bool:
+    try:
         answer = nodes.answer()
-        return answer.spread_gates == 0 and answer.text == text_of(nodes)
-
-    eventually(is_right)
+    except Unreachable:
+        return False
+    return answer.spread_gates == 0 and answer.text == text_of(nodes)

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -13,11 +14,13 @@ from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.training.trainees import KindOptions
+from p2pmodel.node.lineages.expert_shares import noted_shares
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.kinds import Kinds
 from tests.modular_support import KINDS, begin, contribute, small_trainings, write_domains
 
+pytestmark = pytest.mark.timeout(400)
 TOKENS = 12
 
 
@@ -42,6 +45,8 @@ def test_an_expert_comes_serves_and_goes(tmp_path: Path) -> None:
         swarm.wait_for_head("1.1.0", 120)
         asked = ("infer", prompt, "--max-new-tokens", str(TOKENS), "--codec", "fp32", "--peers", first.address)
         said = json.loads(run(*asked, "--explain", "--json"))
+        data = ("--data", str(texts / "table.txt"), "--data", str(texts / "prose.txt"))
+        stats = json.loads(run("expert", "stats", "--through-swarm", "--peers", first.address, *data, "--json"))
         run("expert", "remove", "table")
         swarm.wait_for_head("1.2.0", 120)
         without = json.loads(run(*asked, "--json"))
@@ -51,14 +56,22 @@ def test_an_expert_comes_serves_and_goes(tmp_path: Path) -> None:
     assert shares.keys() == {"table", "none"}
     assert shares["table"] > 0.5
     assert len(said["route"]["hops"]) == 2
+    assert stats["names"] == ["table", "none"]
+    assert stats["rows"][0][1][0] > 0.5 > stats["rows"][1][1][0]
     assert said["text"] == answer(version_state(lineage, lineage.versions[0].id), prompt)
     assert without["text"] == answer({}, prompt)
     assert not without["experts"]
     listed = run("expert", "list", "--version", "1.1.0")
     assert "table" in listed
     heatmap = tmp_path / "shares.png"
-    run("expert", "stats", "--version", "1.1.0", "--data", str(texts / "prose.txt"), "--heatmap", str(heatmap))
+    prose = str(texts / "prose.txt")
+    run("expert", "stats", "--version", "1.1.0", "--data", prose, "--heatmap", str(heatmap), "--on-page")
     assert heatmap.read_bytes().startswith(b"\x89PNG")
+    noted = noted_shares(lineage)
+    assert noted is not None
+    assert noted[0] == "1.1.0"
+    assert noted[1].names == ("table", "none")
+    assert noted[1].rows[0][0] == "prose.txt"
     assert "removes expert table" in run("log")
 
 

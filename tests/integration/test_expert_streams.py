@@ -21,7 +21,7 @@ from p2pmodel.domain.ids import ModelId, PeerId
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs, encode_call
-from p2pmodel.engine.expert_runner import ExpertRunner
+from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
 from p2pmodel.engine.experts import ExpertShard, load_experts
 from p2pmodel.engine.remote_experts import Traffic
 from p2pmodel.engine.versions import VersionTable
@@ -97,7 +97,7 @@ async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
             shard = load_experts(checkpoint, everything, share)
             table = VersionTable(shard)
             table.put(MODEL, {})
-            runners.append(ExpertRunner(shard, MODEL, table))
+            runners.append(ExpertRunner(HostedExperts(shard, table), MODEL))
             servers.append(ExpertServer(host, runners[-1]))
             await asyncio.to_thread(servers[-1].start)
         whole = load_experts(checkpoint, everything, range(8))
@@ -279,6 +279,38 @@ async def test_rows_that_are_not_finite_blame_nobody(setting: Setting) -> None:
         await ask(dispatcher, rows / 0.0, experts, gates)
     assert not setting.failed
     dispatcher.close()
+
+
+def test_experts_that_are_exchanged_are_computed_until_they_are_dropped(tmp_path: Path) -> None:
+    save_experts("qwen3_moe", tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+
+    def hosted(experts: range) -> HostedExperts:
+        shard = load_experts(checkpoint, Span(0, checkpoint.layers), experts)
+        table = VersionTable(shard)
+        table.put(MODEL, {})
+        return HostedExperts(shard, table)
+
+    before, after, whole = hosted(range(4)), hosted(range(2, 6)), hosted(range(8)).shard
+    runner, codec = ExpertRunner(before, MODEL), get_codec("fp32")
+    rows = torch.randn(1, checkpoint.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def asked(expert: int) -> bool:
+        pairs = Pairs(torch.tensor([0]), torch.tensor([expert]), torch.ones(1))
+        meta = canonical.encode(ExpertCall(LAYER, MODEL, 1, 1))
+        (answer,) = runner.compute([(codec, meta, encode_call(codec, rows, pairs))])
+        if isinstance(answer, NotFound):
+            return False
+        assert not isinstance(answer, Exception)
+        assert torch.equal(codec.decode(answer, 1, rows.shape[1])[0], whole.compute(LAYER, rows, pairs))
+        return True
+
+    assert [asked(expert) for expert in (0, 3, 5)] == [True, True, False]
+    runner.take(after)
+    assert [asked(expert) for expert in (0, 3, 5, 6)] == [True, True, True, False]
+    runner.drop(before)
+    assert [asked(expert) for expert in (0, 3, 5)] == [False, True, True]
+    assert runner.loads == {0: 2, 3: 3, 5: 2}
 
 
 async def test_what_a_host_refuses(setting: Setting) -> None:

@@ -1,6 +1,6 @@
 """Modular experts of the starter model: trained, adopted, served in stages, updated, removed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
 from p2pmodel.engine.training.losses import row_nats
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import VersionTable
+from p2pmodel.node.asking.private import demand_vectors, private_vectors
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_change, patch_file_state, version_state
@@ -128,6 +130,10 @@ class Chain:
             runner.open(SessionRequest("s" * 32, self.model, version, "fp32", span, 256, 1, rewinds=rewinds))
             for runner, span in zip(self.runners, spans, strict=True)
         ]
+
+    def load(self, session: Sequence[Any], own: Mapping[str, Tensor]) -> None:
+        for runner, handle in zip(self.runners, session, strict=True):
+            runner.load(handle, blob.pack(own))
 
     def step(self, sessions: Sequence[Sequence[Any]], hidden: Sequence[Tensor], at: Sequence[int]) -> list[Note]:
         """A step of each session; `hidden` becomes what comes out."""
@@ -260,6 +266,57 @@ def test_parts_of_experts_that_are_nowhere_are_refused(grown: tuple[Lineage, Mai
     change = read(blob.pack({slot: torch.zeros(256)}), pools, 1 << 20)
     with pytest.raises(Rejected, match="'law', which its parent version lacks"):
         check_parent(change, pools, ())
+
+
+def test_a_session_carries_an_expert_that_is_not_merged(
+    grown: tuple[Lineage, Maintainer], whole: PreTrainedModel, stages: list[Stage], texts: Path
+) -> None:
+    lineage, _ = grown
+    first = lineage.versions[0].id
+    both = {name: t for name, t in version_state(lineage, first).items() if place_of(name) is not None}
+    (patch,) = [p for p in lineage.versions[0].candidate.patches if experts_in_patch(lineage, p) == {"table"}]
+    begins, table = private_vectors(lineage, patch)
+    assert begins == lineage.model
+    assert table.keys() == {name for name in both if ".table." in name}
+    chain = Chain(stages, lineage, [first, lineage.model])
+    merged, carried, one, plain = chain.open(first), *(chain.open(lineage.model) for _ in range(3))
+    chain.load(carried, both)
+    chain.load(one, table)
+    ids = load_tokenizer(starter.MODEL)((texts / "table.txt").read_text())["input_ids"][: LEAD + 4]
+    hidden = whole.base_model.get_input_embeddings()(torch.tensor([ids])).detach()
+    sessions, outputs = (merged, carried, one, plain), [hidden.clone() for _ in range(4)]
+    prompts = [output[:, : LEAD + 3].clone() for output in outputs]
+    notes = chain.step(sessions, prompts, [0] * 4)
+    assert torch.equal(prompts[0], prompts[1])
+    assert not torch.allclose(prompts[2], prompts[3], atol=1e-4)
+    assert [None if note.shares is None else note.shares.shape[1] for note in notes] == [3, 3, 2, None]
+    together = [output[:, LEAD + 3 :].clone() for output in outputs]
+    chain.step(sessions, together, [LEAD + 3] * 4)
+    torch.testing.assert_close(together[0], together[1])
+
+
+def test_what_no_session_carries(grown: tuple[Lineage, Maintainer], stages: list[Stage]) -> None:
+    lineage, _ = grown
+    patch = lineage.versions[0].candidate.patches[0]
+    _, own = private_vectors(lineage, patch)
+    chain = Chain(stages, lineage, [lineage.model])
+    down, up, router = (next(name for name in own if name.endswith(part)) for part in ("down", "up", "router"))
+    ranks = own | {up: torch.zeros(1, stages[0].width)}
+    for state, why in (
+        ({name: t for name, t in own.items() if name != router}, "comes without its router"),
+        (ranks, "has two ranks"),
+        (own | {down: own[down][:, :-1].contiguous()}, "no place for slot"),
+        (own | {down: torch.zeros(0, stages[0].width), up: torch.zeros(0, stages[0].width)}, "no place for slot"),
+        (own | {router: torch.full_like(own[router], 2e4)}, "values beyond 10000"),
+        (own | {router: torch.full_like(own[router], torch.nan)}, "finite"),
+        ({down.replace("layers.", "elsewhere."): own[down]}, "travel with a session"),
+    ):
+        with pytest.raises(Rejected, match=why):
+            chain.load(chain.open(lineage.model), state)
+    with pytest.raises(InvalidInput, match="not trained through the swarm"):
+        demand_vectors(own)
+    with pytest.raises(Rejected, match="travel with a session"):
+        SessionVectors(stages[0]).read(blob.pack(own), Span(0, 3), by_row=True)
 
 
 def test_experts_are_not_merged_by_hand(grown: tuple[Lineage, Maintainer], tmp_path: Path) -> None:

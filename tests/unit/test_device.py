@@ -1,6 +1,7 @@
 """What a node computes on: what is chosen, and what is refused in one sentence."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from p2pmodel.cli.options import UNITS, parse_size
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.engine.quantisation import require_library
-from p2pmodel.node.machine.device import DTYPES, Device, choose_device, free_bytes
+from p2pmodel.node.machine.device import DTYPES, Device, choose_device, free_bytes, gpu_busy
 
 
 def test_the_cpu_computes_in_fp32_unless_it_is_told() -> None:
@@ -42,6 +43,13 @@ def test_what_is_no_dtype_and_no_gpu_is_refused() -> None:
 
 def test_free_memory_is_known() -> None:
     assert free_bytes(Device()) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_how_busy_no_gpu_is_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_busy(Device("cuda:0", "bf16", "bf16")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as where the library is not installed
+    assert gpu_busy(Device("cuda:0", "bf16", "bf16")) is None
 
 
 @pytest.mark.parametrize(

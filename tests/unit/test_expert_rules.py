@@ -1,15 +1,27 @@
 """Which peer computes which expert, and which experts nobody hosts."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pmodel.cli.joining import parse_experts
 from p2pmodel.domain.errors import Rejected, UsageError
-from p2pmodel.domain.experts import MAX_EXPERTS, ExpertLease, check_experts, describe
+from p2pmodel.domain.experts import (
+    MAX_EXCHANGED,
+    MAX_EXPERTS,
+    MAX_LOAD,
+    MAX_LOADS,
+    ExpertLease,
+    check_experts,
+    describe,
+)
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import Span
-from p2pmodel.logic.experts import Offer, assign, missing, name_missing
+from p2pmodel.logic.experts import LOAD_SECONDS, Loads, Offer, assign, missing, name_missing
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
 
@@ -49,6 +61,19 @@ def test_the_one_that_will_be_done_first_is_asked() -> None:
     assert shares == {PeerId("near"): (0,), PeerId("far"): (1,)}
 
 
+@given(st.floats(0.5, 20.0))
+def test_how_often_an_expert_is_asked_is_a_mean_that_forgets(step: float) -> None:
+    loads, now = Loads(0.0), 0.0
+    while now < 6 * LOAD_SECONDS:
+        now += step
+        loads = loads.after({3: int(now * 40), 5: 12}, 4, now)
+    assert loads.rates[3] == pytest.approx(10.0, rel=0.05)
+    assert loads.rates[5] < 0.1
+    assert loads.after({3: 0}, 4, now) is loads
+    still = loads.after(loads.counted, 4, now + LOAD_SECONDS)
+    assert still.rates[3] == pytest.approx(loads.rates[3] / math.e)
+
+
 def lease(key: Key, experts: tuple[int, ...], span: Span = BOTH, leaving: bool = False) -> ExpertLease:
     return ExpertLease(key.peer, MODEL, span, experts, "fp32", (MODEL,), 1e-4, 0, leaving, 1e9)
 
@@ -73,6 +98,40 @@ def test_a_lease_of_experts_is_its_owners() -> None:
     assert len(record) < records.MAX_DHT_BYTES
     with pytest.raises(Rejected, match="speaks for"):
         records.open_expert_lease(other.sign("experts", noun))
+
+
+@pytest.mark.parametrize("held", [MAX_LOADS, MAX_EXPERTS - MAX_EXCHANGED])
+def test_the_largest_lease_fits(held: int) -> None:
+    key, versions = Key.generate(), tuple(canonical.digest(bytes([n])) for n in range(16))
+    experts = tuple(range(MAX_EXPERTS - held, MAX_EXPERTS))
+    noun = replace(
+        lease(key, experts),
+        versions=versions,
+        loads=(MAX_LOAD,) * held if held <= MAX_LOADS else (),
+        coming=tuple(range(MAX_EXCHANGED)),
+        going=experts[-MAX_EXCHANGED:],
+    )
+    record = key.sign("experts", noun)
+    assert records.open_expert_lease(record) == noun
+    assert len(record) <= records.MAX_DHT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("loads", (1,)),
+        ("loads", (1, MAX_LOAD + 1)),
+        ("loads", (-1, 0)),
+        ("coming", (1,)),
+        ("going", (2,)),
+        ("coming", (4, 3)),
+        ("coming", tuple(range(2, 3 + MAX_EXCHANGED))),
+    ],
+)
+def test_what_no_lease_of_experts_says(field: str, value: tuple[int, ...]) -> None:
+    said: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match="expert"):
+        replace(lease(Key.generate(), (0, 1)), **said)
 
 
 @pytest.mark.parametrize("experts", [(), (1, 0), (2, 2), (-1,), (MAX_EXPERTS,)])

@@ -32,7 +32,7 @@ from p2pmodel.engine.training.gates import discriminant
 from p2pmodel.logic.admission import check_patch, result_limit
 from p2pmodel.logic.pooling import pooled
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.experts import check_parent, merge, new_adapter, read, without_experts
+from p2pmodel.tensors.experts import MAX_VALUE, check_parent, merge, new_adapter, read, without_experts
 from p2pmodel.tensors.merging import Contribution
 from p2pmodel.tensors.smear import LEAD, Adapter, Course, norm, pools
 from p2pmodel.tensors.smear_hooks import Together
@@ -90,6 +90,48 @@ def test_the_merged_expert_is_the_average_by_the_routers_shares() -> None:
     expected = torch.nn.functional.gelu(norm(given[:, LEAD:]) @ down.T) @ up
     torch.testing.assert_close(update[:, LEAD:], expected)
     assert torch.equal(update[:, :LEAD], torch.zeros(1, LEAD, WIDTH))
+
+
+extremes = st.one_of(st.sampled_from([0.0, MAX_VALUE, -MAX_VALUE, 1e-38]), st.floats(-MAX_VALUE, MAX_VALUE, width=32))
+wild = st.lists(extremes, min_size=WIDTH, max_size=WIDTH)
+
+
+@settings(max_examples=60, deadline=None)
+@given(wild, wild, st.tuples(extremes, extremes), st.tuples(extremes, extremes))
+def test_shares_of_whatever_a_patch_may_hold_are_shares(
+    law: list[float], code: list[float], one: tuple[float, float], other: tuple[float, float]
+) -> None:
+    state = values(LAW, CODE)
+    for expert, row, gate in (("law", law, one), ("code", code, other)):
+        for pool in POOLS:
+            state[f"{pool.name}.{expert}.router"] = torch.tensor(row)
+            state[f"{pool.name}.{expert}.gate"] = torch.tensor(gate)
+            for part in ("down", "up"):
+                state[f"{pool.name}.{expert}.{part}"] *= MAX_VALUE / 8
+    assert read(blob.pack(state), POOLS, LIMIT).values.keys() == state.keys()
+    given_states = hidden(LEAD + 2) * 1e3
+    course = Course(pools(state))
+    update = whole(course, given_states)
+    shares = course.shares["layers.0"]
+    assert bool((shares >= 0).all())
+    torch.testing.assert_close(shares.sum(1), torch.ones(1))
+    assert bool(update.isfinite().all())
+
+
+def test_experts_are_in_the_order_of_their_names() -> None:
+    names = ("law", "law-us", "law_uk", "law2")
+    assert pools(values(*(Expert(name, 2) for name in reversed(names))))["layers.0"].names == tuple(sorted(names))
+
+
+def test_router_rows_and_gates_beyond_the_bound_are_refused() -> None:
+    for part in ("router", "gate", "down", "up"):
+        state = values(LAW)
+        state[f"{POOLS[0].name}.law.{part}"].view(-1)[0] = -1.01 * MAX_VALUE
+        with pytest.raises(Rejected, match="which no expert needs"):
+            read(blob.pack(state), POOLS, LIMIT)
+        state[f"{POOLS[0].name}.law.{part}"].view(-1)[0] = torch.nan
+        with pytest.raises(Rejected, match="finite"):
+            read(blob.pack(state), POOLS, LIMIT)
 
 
 def test_what_is_computed_does_not_grow_with_the_experts() -> None:

@@ -1,3 +1,4 @@
+import { experts } from "./experts.js";
 import { count, curves, element, peerName, short, table, tail } from "./parts.js";
 
 const at = (id) => document.getElementById(id);
@@ -23,6 +24,9 @@ function summary(status) {
   show("summary", items.map(([name, value, note]) => element("div", {}, element("dt", {}, name), element("dd", {}, value, element("small", {}, note)))));
 }
 
+const milliseconds = (lease) => (lease.layer_seconds * 1000).toFixed(2);
+const newest = (lease) => lease.versions.map((version) => version.number || short(version.id)).pop();
+
 function place(node, first, last) {
   node.style.gridColumn = `${first + 2} / ${last + 2}`;
   return node;
@@ -42,9 +46,7 @@ function layers(status) {
     element("span", { class: "out-of-sight" }, `layer ${layer}: `), peers ? String(peers) : "✗", element("span", { class: "out-of-sight" }, peers ? " hosts. " : " nobody. "))));
   const bars = status.leases.map((lease) => {
     const here = status.here !== null && lease.peer === status.here.peer;
-    const speed = `${(lease.layer_seconds * 1000).toFixed(2)} ms a layer`;
-    const newest = lease.versions.map((version) => version.number || short(version.id)).pop();
-    const said = [newest, speed, lease.dtype, `${lease.queue} sessions`, here ? "this node" : ""].filter(Boolean).join(" · ");
+    const said = [newest(lease), `${milliseconds(lease)} ms a layer`, lease.dtype, `${lease.queue} sessions`, here ? "this node" : ""].filter(Boolean).join(" · ");
     const bar = place(element("div", { class: `bar${here ? " here" : ""}`, title: `${lease.peer}: layers ${lease.start} to ${lease.end - 1} · ${said}` },
       element("span", { class: "out-of-sight" }, `layers ${lease.start} to ${lease.end - 1}: `), said), lease.start, lease.end);
     const moving = lease.moving && place(element("div", { class: "bar moving" }, "is loading these"), lease.moving[0], lease.moving[1]);
@@ -141,10 +143,12 @@ function figure(status) {
 function peers(status) {
   const maintainers = new Set(status.model.maintainers);
   const hosts = new Map(status.leases.map((lease) => [lease.peer, lease]));
-  show("peers", table("Peers", ["peer", "roles", "layers", "sessions", "software"], status.peers.map((peer) => [
+  show("peers", table("Peers", ["peer", "roles", "layers", "version", "ms a layer", "sessions", "software"], status.peers.map((peer) => [
     element("span", {}, peerName(peer.peer), status.here && status.here.peer === peer.peer ? " (this node)" : ""),
     peer.roles.join(", ") + (maintainers.has(peer.peer) && !peer.roles.includes("maintainer") ? ", its key maintains" : ""),
     hosts.has(peer.peer) ? `${hosts.get(peer.peer).start}:${hosts.get(peer.peer).end}` : "–",
+    hosts.has(peer.peer) ? newest(hosts.get(peer.peer)) : "",
+    hosts.has(peer.peer) ? milliseconds(hosts.get(peer.peer)) : "",
     hosts.has(peer.peer) ? String(hosts.get(peer.peer).queue) : "", peer.software])));
   text("peers-note", count(status.peers.length, "peer"));
 }
@@ -174,7 +178,7 @@ function render(status) {
   document.title = `${status.model.name} ${status.model.served.number} – p2pmodel`;
   text("name", status.model.name);
   at("to-chat").hidden = !status.chat;
-  for (const part of [summary, layers, round, versions, peers, news]) part(status);
+  for (const part of [summary, layers, experts, round, versions, peers, news]) part(status);
   at("join-card").hidden = !status.join;
   text("join", status.join);
   before = status;

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed
+from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import Digest, VersionId
-from p2pmodel.domain.modular import NONE
+from p2pmodel.domain.modular import NONE, experts_in, united
 from p2pmodel.domain.swarm import Lease, Presence, Route
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole
@@ -115,6 +116,7 @@ class SwarmClient:
             self._routed: RoutedChain | None = None
             self._drafts: dict[str, PreTrainedModel] = {}
             self._encoding = threading.Lock()  # tokenizers refuse two threads at once
+            self._longest_token = max(map(len, self.tokenizer.get_vocab()))
             self._known = known
             self.refresh()
             remember_contacts(home, peers)
@@ -219,17 +221,22 @@ class SwarmClient:
             reused_tokens=session.reused_tokens,
             seconds=time.monotonic() - began,
             spread_gates=session.spread_gates,
-            experts=self._shares(wanted, session),
+            experts=self._shares(wanted, vectors, session),
         )
 
-    def _shares(self, version: VersionId, session: RoutedSession) -> tuple[tuple[str, float], ...]:
-        names = [*(expert.name for expert in self.lineage.experts(version)), NONE]
+    def _shares(
+        self, version: VersionId, own: Mapping[str, Tensor], session: RoutedSession
+    ) -> tuple[tuple[str, float], ...]:
+        experts = united(self.lineage.experts(version), experts_in({name: tuple(t.shape) for name, t in own.items()}))
+        names = [*(expert.name for expert in experts), NONE]
         if session.shares is None or session.shares.shape[1] != len(names):
             return ()
         return tuple(zip(names, session.shares[0].tolist(), strict=True))
 
     def encode(self, text: str) -> Tensor:
-        """[1, T] of token ids, beginning with the token that the model wants there."""
+        """[1, T] of token ids, beginning with the token that the model wants there. Raises InvalidInput when there are
+        more characters than the context has room for, whatever they say."""
+        self._check_length(text)
         with self._encoding:
             ids: Tensor = (
                 self.tokenizer(text, return_tensors="pt").input_ids if text else torch.empty(1, 0, dtype=torch.long)
@@ -247,12 +254,23 @@ class SwarmClient:
             )
         try:
             turns = [dict(message) for message in messages]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except (TemplateError, TypeError, ValueError) as error:
             raise InvalidInput(f"The chat template does not take these messages: {first_line(error)}.") from None
+        self._check_length(text)
         with self._encoding:
             ids: Tensor = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         return ids.long()
+
+    def _check_length(self, text: str) -> None:
+        """Before it is cut into tokens, since that takes seconds a megabyte."""
+        longest = self._longest_token
+        if len(text) > longest * self.checkpoint.context:
+            raise InvalidInput(
+                f"The prompt has {len(text)} characters, and {self.lineage.manifest.name} reads "
+                f"{self.checkpoint.context} tokens at most, of {longest} characters at most, answer included.",
+                "Shorten it.",
+            )
 
     def room(self, ids: Tensor) -> int:
         """How many tokens may follow those of a prompt [1, T]. Raises InvalidInput when it is empty or too long."""
@@ -281,6 +299,10 @@ class SwarmClient:
             return await self._directory.leases(), await self._directory.presences()
 
         return self._await(read())
+
+    def expert_leases(self) -> list[ExpertLease]:
+        """Who serves experts apart from their layers, now. Raises Unreachable."""
+        return self._await(self._directory.expert_leases())
 
     def chain(self, version: VersionId, codec: str) -> RoutedChain:
         """What the layers of a model at `version` are replaced by. Raises InvalidInput for an unknown codec."""

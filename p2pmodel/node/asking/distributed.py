@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from p2pmodel.engine.head import NO_VECTORS, load_head
 from p2pmodel.node.asking.client import SwarmClient
 from p2pmodel.node.asking.inference import RoutedChain, RoutedSession
-from p2pmodel.node.asking.private import private_vectors, trainable_vectors
+from p2pmodel.node.asking.private import demand_vectors, private_vectors, trainable_vectors
 from p2pmodel.node.asking.tape import RoutedTape
 from p2pmodel.tensors.codecs import DEFAULT_CODEC
 
@@ -58,6 +58,8 @@ class DistributedModelForCausalLM:
             vectors: Mapping[str, Tensor] = NO_VECTORS
             if patch is not None:
                 wanted, vectors = private_vectors(client.lineage, patch)
+                if trainable:
+                    demand_vectors(vectors)
             elif trainable:
                 vectors = trainable_vectors(client.lineage, wanted)
             loaded = load_head(client.checkpoint, _Membership(client, client.chain(wanted, codec)))

@@ -11,7 +11,7 @@ import torch
 
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PeerId, VersionId
-from p2pmodel.domain.swarm import LEASE_SECONDS, Lease, Span
+from p2pmodel.domain.swarm import CLAIM_SECONDS, Lease, Span
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.memory import measure_cache
 from p2pmodel.engine.remote_experts import Exchange
@@ -21,7 +21,7 @@ from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.hosting.stages import HostedStage, Stages, scaled_bytes
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
-from p2pmodel.node.machine.device import DTYPES, Device, cached_tokens, free_bytes, graph_bytes
+from p2pmodel.node.machine.device import DTYPES, Device, cached_tokens, free_bytes, gpu_busy, graph_bytes
 from p2pmodel.node.machine.threads import in_daemon
 from p2pmodel.swarm.chain_server import ChainServer, ChainStats
 from p2pmodel.swarm.host import PeerHost
@@ -102,7 +102,7 @@ class Hosting:
             layer_seconds=stage.layer_seconds,
             queue=self._stages.busy,
             leaving=leaving,
-            expires=time.time() + LEASE_SECONDS,
+            expires=time.time() + CLAIM_SECONDS,
             delays=delays,
             moving=self.moving,
         )
@@ -114,6 +114,10 @@ class Hosting:
     def gpu_memory(self) -> tuple[int, int]:
         """Bytes of the GPU that this process holds, and that are free for anybody."""
         return int(torch.cuda.memory_reserved(self.device.name)), free_bytes(self.device)
+
+    def gpu_busy(self) -> float | None:
+        """See `device.gpu_busy`."""
+        return gpu_busy(self.device)
 
     @property
     def stages(self) -> Stages:

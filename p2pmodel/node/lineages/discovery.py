@@ -118,7 +118,8 @@ async def _choose(
     wanted = "the starter model" if text is None else repr(text)
     if found:
         raise InvalidInput(f"Several models of these peers match {wanted}.", f"Name one by its id: {offered}.")
-    raise NotFound(f"These peers have no model {wanted}.", f"They have: {offered}; name one with --model.")
+    missing = "starter model" if text is None else f"model {text!r}"
+    raise NotFound(f"These peers have no {missing}.", f"They have: {offered}; name one with --model.")
 
 
 async def _with_manifest(home: Home, host: PeerHost, offer: LineageOffer, holders: Sequence[PeerId]) -> Lineage:

@@ -1,6 +1,7 @@
 """What a node computes on."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,19 @@ def free_bytes(device: Device) -> int:
         return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
     except (OSError, ValueError):  # no container, or one of another kind
         return free
+
+
+def gpu_busy(device: Device) -> float | None:
+    """Share of the last second or less in which the GPU computed anything, for anybody. None where the library
+    nvidia-ml-py is not installed, or the driver does not tell."""
+    try:
+        library = import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        return torch.cuda.utilization(device.name) / 100
+    except (RuntimeError, library.NVMLError):
+        return None
 
 
 def cached_tokens(device: Device, stage: "Stage") -> int:

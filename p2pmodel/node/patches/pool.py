@@ -16,6 +16,7 @@ from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import read_texts
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.node.lineages.bases import find_base
+from p2pmodel.node.lineages.expert_shares import Shares
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import read_change, version_state
 from p2pmodel.tensors.kinds import Kinds
@@ -109,20 +110,15 @@ def _contributions(lineage: Lineage, chain: Sequence[VersionId], name: str) -> I
                 yield Contribution(str(lineage.number(version)), patch, header.contributor, tuple(parts), data)
 
 
-@dataclass(frozen=True)
-class Shares:
-    """names: of the experts, and `none`; rows: by file, the mean share of each over layers and excerpts."""
-
-    names: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[float, ...]], ...]
-
-
 def shares_on(lineage: Lineage, version: VersionId, base: Path | None, files: Sequence[Path]) -> Shares:
     """What the routers choose for excerpts of texts. Raises InvalidInput for a text that is too short, and for a
     version without experts; NotFound."""
     names = tuple(expert.name for expert in lineage.experts(version))
     if not names:
-        raise InvalidInput(f"{lineage.manifest.name} {lineage.number(version)} has no experts.")
+        raise InvalidInput(
+            f"{lineage.manifest.name} {lineage.number(version)} has no experts.",
+            "Train one: p2pmodel train --kind expert",
+        )
     folder = find_base(lineage.home, lineage, base)
     model, tokenizer = load_whole(folder), load_tokenizer(folder)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

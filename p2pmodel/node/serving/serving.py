@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, UsageError
+from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import PatchId, VersionId
 from p2pmodel.domain.swarm import Lease, Presence
 from p2pmodel.engine.head import NO_VECTORS, load_head
@@ -31,7 +32,9 @@ from p2pmodel.node.asking.private import carries, vectors_of_known
 from p2pmodel.node.machine.threads import use_threads
 from p2pmodel.node.serving.answering import Writer
 from p2pmodel.node.serving.metering import metered, request_counter
+from p2pmodel.node.watching.expert_view import ExpertView
 from p2pmodel.node.watching.gauges import show_swarm
+from p2pmodel.node.watching.lookout import Lookout, Sighting, unexpired
 from p2pmodel.node.watching.overview import Overview, requests_view
 from p2pmodel.telemetry.gateway import GatewayMetrics
 
@@ -121,16 +124,24 @@ class Gateway:
         self._pool = ThreadPoolExecutor(answers, thread_name_prefix="answer")
         self._leases: Sequence[Lease] = ()
         self._presences: Sequence[Presence] = ()
+        self._lookout = Lookout(self._read)
         self._overview = Overview(client.lineage)
+        self._experts = ExpertView(client.lineage, self._read_experts, self._overview.named)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     async def look(self) -> None:
-        """Raises Unreachable."""
-        self._leases, self._presences = await asyncio.to_thread(self._client.look)
+        """Raises Unreachable, the first time."""
+        self._leases, self._presences = await self._lookout.look()
         lineage = self._client.lineage
         show_swarm(self._metrics, lineage, self._leases, lineage.head, len(self._presences))
+
+    async def _read(self) -> Sighting:
+        return await asyncio.to_thread(self._client.look)
+
+    async def _read_experts(self) -> list[ExpertLease]:
+        return await asyncio.to_thread(self._client.expert_leases)
 
     async def keep_up(self) -> None:
         """Follows who serves what, and which versions are adopted, until cancelled."""
@@ -144,6 +155,7 @@ class Gateway:
         return self._overview.view(self._leases, self._presences) | {
             "here": None,
             "round": None,
+            "experts": await self._experts.view(),
             "chat": True,
             "requests": requests_view(turnstile.at_work, turnstile.waiting, turnstile.answered),
         }
@@ -258,7 +270,7 @@ class Gateway:
             number=str(lineage.number(version)),
             head=False,
             created=lineage.manifest.created,
-            available=all(coverage(self._leases, lineage.manifest.layers, version)),
+            available=all(coverage(unexpired(self._leases), lineage.manifest.layers, version)),
             chat=self._client.tokenizer.chat_template is not None,
             context=self._client.checkpoint.context,
         )

@@ -12,6 +12,7 @@ from p2pmodel.logic.routing import coverage
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.watching.lookout import unexpired
 from p2pmodel.node.watching.traffic import Traffic
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.telemetry.families import Growth
@@ -47,7 +48,8 @@ class Gauges:
     async def refresh(self) -> None:
         metrics, attendance = self._metrics, self._attendance
         metrics.peers_connected.set(len(await self._host.peers()))
-        show_swarm(metrics, self._lineage, attendance.leases, self._lineage.served_head, len(self._community.presences))
+        leases = unexpired(attendance.leases)
+        show_swarm(metrics, self._lineage, leases, self._lineage.served_head, len(self._community.presences))
         metrics.served_round.set(round_of(self._lineage, self._lineage.served_head))
         neighbours = attendance.neighbours
         if neighbours.clock_offset is not None:
@@ -123,6 +125,8 @@ class Gauges:
             held, free = hosting.gpu_memory()
             metrics.gpu_memory.labels("held").set(held)
             metrics.gpu_memory.labels("free").set(free)
+            if (busy := hosting.gpu_busy()) is not None:
+                metrics.gpu_busy.labels(hosting.device.name.removeprefix("cuda:")).set(busy)
 
 
 def show_swarm(view: SwarmView, lineage: Lineage, leases: Sequence[Lease], served: VersionId, presences: int) -> None:

@@ -14,6 +14,7 @@ from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.community import Community
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.patches.patchbook import state_of
+from p2pmodel.node.watching.lookout import unexpired
 from p2pmodel.swarm.host import PeerHost
 
 if TYPE_CHECKING:
@@ -103,14 +104,14 @@ class Glancer:
     ) -> None:
         self._host, self._lineage = host, lineage
         self._attendance, self._community, self._hosting = attendance, community, hosting
-        self._part = f"experts {describe(experts.experts)} of layers {experts.span}" if experts else "no layers"
+        self._experts = experts
         self._began = time.monotonic()
         self._tokens: deque[tuple[float, int]] = deque()
 
     def take(self) -> Glance:
-        lineage, now = self._lineage, time.monotonic()
+        lineage, experts, now = self._lineage, self._experts, time.monotonic()
         state, head = self._community.round, lineage.served_head
-        leases = {lease.peer: lease for lease in self._attendance.leases if not lease.leaving}
+        leases = {lease.peer: lease for lease in unexpired(self._attendance.leases) if not lease.leaving}
         hosted = self._hosting.lease(self._host.peer) if self._hosting else None
         if hosted:
             leases[hosted.peer] = hosted
@@ -129,7 +130,7 @@ class Glancer:
             head=str(lineage.number(head)),
             coverage=coverage(tuple(leases.values()), lineage.manifest.layers, head),
             hosted=hosted,
-            part=self._part,
+            part=f"experts {describe(experts.experts)} of layers {experts.span}" if experts else "no layers",
             sessions=stats.sessions if stats else 0,
             sessions_total=stats.opened if stats else 0,
             failed=stats.failed if stats else 0,

@@ -19,6 +19,8 @@ from p2pmodel.logic.round_state import RoundState
 from p2pmodel.logic.routing import coverage
 from p2pmodel.node.community import Community
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.watching.expert_view import ExpertView
+from p2pmodel.node.watching.lookout import Lookout, Sighting, unexpired
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.host import PeerHost
 
@@ -36,9 +38,9 @@ class Overview:
         self._lineage = lineage
 
     def view(self, leases: Sequence[Lease], presences: Sequence[Presence]) -> dict[str, Any]:
-        now, manifest = time.time(), self._lineage.manifest
-        live = [lease for lease in leases if lease.expires > now and not lease.leaving]
-        present = [presence for presence in presences if presence.expires > now]
+        manifest = self._lineage.manifest
+        live = [lease for lease in unexpired(leases) if not lease.leaving]
+        present = unexpired(presences)
         served = self._served_head(live)
         return {
             "software": f"p2pmodel/{__version__}",
@@ -50,8 +52,8 @@ class Overview:
                 "layers": manifest.layers,
                 "maintainers": list(manifest.maintainers),
                 "threshold": manifest.threshold,
-                "head": self._named(self._lineage.head),
-                "served": self._named(served),
+                "head": self.named(self._lineage.head),
+                "served": self.named(served),
             },
             "coverage": list(coverage(live, manifest.layers, served)),
             "leases": [self._lease(lease) for lease in sorted(live, key=lambda x: (x.span, x.peer))[:MOST_LISTED]],
@@ -87,7 +89,7 @@ class Overview:
             "peer": lease.peer,
             "start": lease.span.start,
             "end": lease.span.end,
-            "versions": [self._named(version) for version in sorted(lease.versions, key=self._age)],
+            "versions": [self.named(version) for version in sorted(lease.versions, key=self._age)],
             "dtype": lease.dtype,
             "layer_seconds": lease.layer_seconds,
             "queue": lease.queue,
@@ -99,7 +101,7 @@ class Overview:
         known = [VersionId(self._lineage.model), *(version.id for version in self._lineage.versions)]
         return known.index(version) if version in known else len(known)
 
-    def _named(self, version: VersionId) -> dict[str, str]:
+    def named(self, version: VersionId) -> dict[str, str]:
         """A lease may name a version that has not been heard of here; it has no number."""
         try:
             return {"id": version, "number": str(self._lineage.number(version))}
@@ -153,12 +155,14 @@ class NodeView:
         self, host: PeerHost, lineage: Lineage, directory: Directory, community: Community, hosting: "Hosting | None"
     ) -> None:
         self._host, self._directory, self._community, self._hosting = host, directory, community, hosting
+        self._lookout = Lookout(self._read)
         self._overview = Overview(lineage)
+        self._experts = ExpertView(lineage, directory.expert_leases, self._overview.named)
         self._began = round(time.time())
 
     async def status(self) -> dict[str, Any]:
         """Implements `gateway.ports.StatusSource`. Raises Unreachable."""
-        leases, presences = await asyncio.gather(self._directory.leases(), self._directory.presences())
+        (leases, presences), experts = await asyncio.gather(self._lookout.look(), self._experts.view())
         hosting = self._hosting
         return self._overview.view(leases, presences) | {
             "here": {
@@ -168,10 +172,14 @@ class NodeView:
                 "tokens": hosting.stats.tokens if hosting else 0,
             },
             "round": self._overview.round(self._community.round),
+            "experts": experts,
             "chat": False,
             "requests": None,
             "join": next((f"p2pmodel join --peers {address}" for address in self._host.addresses), ""),
         }
+
+    async def _read(self) -> Sighting:
+        return await asyncio.gather(self._directory.leases(), self._directory.presences())
 
 
 def requests_view(at_work: int, waiting: int, answered: int) -> dict[str, int]:

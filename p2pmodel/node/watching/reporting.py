@@ -4,7 +4,10 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
+from p2pmodel.domain.experts import describe
 from p2pmodel.wire.v1 import control_pb2 as pb
+
+MOST_EXPERTS_DRAWN = 64
 
 
 def status_data(reply: pb.StatusReply) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> str:
             f"{lease.layer_seconds * 1e3:.2f} ms a layer, "
             f"{lease.queue} sessions{mine}"
         )
+    lines += _experts(reply, model)
     lines.append(
         f"  {len(model.presences)} peers: "
         + ", ".join(f"{p.peer[-8:]} ({', '.join(p.roles)})" for p in model.presences)
@@ -47,3 +51,35 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> str:
         f"{r.accepts} of {r.threshold} accepting verdicts"
     )
     return "\n".join(lines)
+
+
+def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> list[str]:
+    if not model.expert_leases:
+        return []
+    counts = model.expert_hosts
+    row = (
+        "".join(str(min(n, 9)) for n in counts)
+        if len(counts) <= MOST_EXPERTS_DRAWN
+        else f"{min(counts)} to {max(counts)}"
+    )
+    lines = [f"  {'experts':<10}{row}   (how many peers host each)"]
+    for lease in model.expert_leases:
+        mine = "  this node" if lease.peer == reply.peer else ""
+        versions = ", ".join(v.number or v.id[:10] for v in lease.versions)
+        moving = f", exchanging {describe(lease.going)} for {describe(lease.coming)}" if lease.coming else ""
+        layers = f"{lease.span.start}:{lease.span.end}"
+        lines.append(
+            f"  {describe(lease.experts)} of {layers}  {lease.peer}  {versions}  {lease.dtype}, "
+            f"{lease.pair_seconds * 1e3:.2f} ms a row, {rows_said(lease)}{moving}{mine}"
+        )
+    return lines
+
+
+def rows_said(lease: pb.ExpertLeaseStatus) -> str:
+    """How often its experts were asked lately, all together and the one that was asked most."""
+    rates = list(lease.rows_per_second)
+    if not rates:
+        return "rows not told"
+    said = f"{sum(rates):.1f} rows a second and layer"
+    most = max(rates)
+    return f"{said}, {most:.1f} of them for expert {lease.experts[rates.index(most)]}" if most else said

@@ -190,6 +190,8 @@ class ModelStatus(_message.Message):
     MAINTAINS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPERT_LEASES_FIELD_NUMBER: _builtins.int
+    EXPERT_HOSTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Digest of its Manifest."""
     name: _builtins.str
@@ -226,6 +228,14 @@ class ModelStatus(_message.Message):
     def coverage(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """How many live leases serve each layer at the head version; as many entries as the model has layers."""
 
+    @_builtins.property
+    def expert_leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLeaseStatus]:
+        """All live leases on experts that are hosted apart from their layers."""
+
+    @_builtins.property
+    def expert_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """By expert, up to the highest that anybody hosts apart: how many peers host it, in the layer where they are fewest."""
+
     def __init__(
         self,
         *,
@@ -241,10 +251,12 @@ class ModelStatus(_message.Message):
         maintains: _builtins.bool = ...,
         sessions: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        expert_leases: _abc.Iterable[Global___ExpertLeaseStatus] | None = ...,
+        expert_hosts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "hosted", b"hosted", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "coverage", b"coverage", "head", b"head", "hosted", b"hosted", "id", b"id", "layers", b"layers", "leases", b"leases", "maintains", b"maintains", "name", b"name", "presences", b"presences", "round", b"round", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "coverage", b"coverage", "expert_hosts", b"expert_hosts", "expert_leases", b"expert_leases", "head", b"head", "hosted", b"hosted", "id", b"id", "layers", b"layers", "leases", b"leases", "maintains", b"maintains", "name", b"name", "presences", b"presences", "round", b"round", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -341,6 +353,82 @@ class LeaseStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseStatus: _TypeAlias = LeaseStatus  # noqa: Y015
+
+@_typing.final
+class ExpertLeaseStatus(_message.Message):
+    """One peer's claim to serve some experts of the layers of a span."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    SPAN_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    PAIR_SECONDS_FIELD_NUMBER: _builtins.int
+    ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    COMING_FIELD_NUMBER: _builtins.int
+    GOING_FIELD_NUMBER: _builtins.int
+    EXPIRES_IN_SECONDS_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Who serves."""
+    dtype: _builtins.str
+    """What it computes in, such as `float32`."""
+    queue: _builtins.int
+    """Peers that asked lately, but for one."""
+    pair_seconds: _builtins.float
+    """Measured time of one row through one expert."""
+    expires_in_seconds: _builtins.float
+    """Until the claim ends, unless it is renewed."""
+    @_builtins.property
+    def span(self) -> Global___Span:
+        """Of which layers."""
+
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their numbers, the same in each layer, ascending."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionRef]:
+        """At which versions."""
+
+    @_builtins.property
+    def rows_per_second(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Rows a second that each of the experts was lately asked for, in a layer, in the same order; empty where the peer does
+        not say.
+        """
+
+    @_builtins.property
+    def coming(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What it is loading, to serve it instead of what is going."""
+
+    @_builtins.property
+    def going(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What it will give up then."""
+
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        span: Global___Span | None = ...,
+        experts: _abc.Iterable[_builtins.int] | None = ...,
+        versions: _abc.Iterable[Global___VersionRef] | None = ...,
+        dtype: _builtins.str = ...,
+        queue: _builtins.int = ...,
+        pair_seconds: _builtins.float = ...,
+        rows_per_second: _abc.Iterable[_builtins.float] | None = ...,
+        coming: _abc.Iterable[_builtins.int] | None = ...,
+        going: _abc.Iterable[_builtins.int] | None = ...,
+        expires_in_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["span", b"span"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coming", b"coming", "dtype", b"dtype", "experts", b"experts", "expires_in_seconds", b"expires_in_seconds", "going", b"going", "pair_seconds", b"pair_seconds", "peer", b"peer", "queue", b"queue", "rows_per_second", b"rows_per_second", "span", b"span", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertLeaseStatus: _TypeAlias = ExpertLeaseStatus  # noqa: Y015
 
 @_typing.final
 class PresenceStatus(_message.Message):

@@ -1,0 +1,38 @@
+"""What routers of modular experts chose for some texts: noted in the home, for its node's status page."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from p2pmodel.node.lineages.lineage import Lineage
+
+MOST_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class Shares:
+    """names: of the experts, and `none`; rows: by file, the mean share of each over layers and excerpts."""
+
+    names: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float, ...]], ...]
+
+
+def note_shares(lineage: Lineage, number: str, shares: Shares) -> None:
+    """Of the version of that number, in place of what was noted before. Raises StorageError."""
+    short = Shares(
+        shares.names, tuple((name, tuple(round(x, 4) for x in row)) for name, row in shares.rows[:MOST_TEXTS])
+    )
+    lineage.home.refs.set(_ref(lineage), json.dumps({"number": number, **asdict(short)}))
+
+
+def noted_shares(lineage: Lineage) -> tuple[str, Shares] | None:
+    """The number of a version, and its experts' shares. Raises StorageError."""
+    note = lineage.home.refs.get(_ref(lineage))
+    if note is None:
+        return None
+    read = json.loads(note)
+    rows = tuple((str(name), tuple(float(share) for share in row)) for name, row in read["rows"])
+    return str(read["number"]), Shares(tuple(map(str, read["names"])), rows)
+
+
+def _ref(lineage: Lineage) -> str:
+    return f"models/{lineage.model}/shares"
