@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The environment that the scripts share. To be sourced: it defines REPO and VENV, and `ensure_env runtime|dev`.
 #
 #   P2PMODEL_VENV    folder of the environment (default: .venv beside this folder)

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from p2pmodel.domain.errors import Busy, NotRunning, P2PModelError, UsageError
 from p2pmodel.gateway.access import HEADERS, demand_own_page
-from p2pmodel.gateway.failures import ApiError, translated
+from p2pmodel.gateway.failures import ApiError, bad_request, translated
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,18 @@ STOP_SECONDS = 2.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Answered = Callable[[str, int], None]
+
+
+class _NotOfClients(logging.Filter):
+    """What is no HTTP, or cannot be decoded, is its sender's fault: it gets an answer, and the log no traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
+
+
+_http_log = logging.getLogger(f"{__name__}.http")
+_http_log.addFilter(_NotOfClients())
 
 
 class HttpServer:
@@ -41,6 +54,7 @@ class HttpServer:
         runner = web.AppRunner(
             app,
             access_log=None,
+            logger=_http_log,
             keepalive_timeout=HEADER_SECONDS,
             handler_cancellation=True,  # a client that hangs up ends its answer
             shutdown_timeout=STOP_SECONDS,
@@ -73,6 +87,9 @@ def _guard(host: str, answered: Answered) -> Any:
             response = ApiError(503, str(error), retry=1).response()
         except P2PModelError as error:
             response = translated(error).response()
+        except web.RequestPayloadError:
+            response = bad_request("The body is not as its headers say: it cannot be decoded.").response()
+            response.force_close()  # where the next request begins is not known
         except web.HTTPException as error:
             response = _refusal(error).response()
             if "Allow" in error.headers:

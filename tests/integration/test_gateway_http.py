@@ -13,6 +13,7 @@ import pytest
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, PeerFailed, Unreachable, UsageError
 from p2pmodel.gateway import api, server
 from p2pmodel.gateway.access import Keys
+from tests import gateway_support
 from tests.gateway_support import WORDS, Parrot, gateway, sample_status
 
 KEY = "a-key-of-this-test-0001"
@@ -174,6 +175,7 @@ async def test_bad_requests(http: aiohttp.ClientSession, monkeypatch: pytest.Mon
         for data, headers, status in (
             (b"{", json_type, 400),
             (b"\xff", json_type, 400),
+            (b"no gzip", {**json_type, "Content-Encoding": "gzip"}, 400),
             (json.dumps(COMPLETION).encode(), {"Content-Type": "text/plain"}, 415),
             (json.dumps({**COMPLETION, "prompt": "x" * 2000}).encode(), json_type, 413),
             (json.dumps({**COMPLETION, "model": "eagle"}).encode(), json_type, 404),
@@ -191,6 +193,26 @@ async def test_bad_requests(http: aiohttp.ClientSession, monkeypatch: pytest.Mon
             assert reply.status == 404
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: br\r\nContent-Length: 1\r\n\r\nx",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["no HTTP", "a long header", "an encoding that is not known", "a broken chunk"],
+)
+async def test_what_is_no_request_is_refused_and_not_logged(said: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async with gateway(Parrot()) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]))
+        writer.write(said)
+        assert b" 400 " in await asyncio.wait_for(reader.readline(), 10)
+        writer.close()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_a_body_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "BODY_SECONDS", 0.1)
     async with gateway(Parrot()) as running:
@@ -198,6 +220,20 @@ async def test_a_body_that_never_comes_is_not_waited_for(monkeypatch: pytest.Mon
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9"
         writer.write(f"{head}\r\n\r\n{{".encode())
         assert b" 408 " in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_ends_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "WRITE_SECONDS", 0.2)
+    monkeypatch.setattr(gateway_support, "WORDS", ("x" * (1 << 20),) * 64)  # more than the kernel keeps for it
+    parrot = Parrot()
+    async with gateway(parrot) as running:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]), limit=1024)
+        body = json.dumps({**COMPLETION, "stream": True}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await until(lambda: parrot.open == 1)
+        await until(lambda: parrot.open == 0)
         writer.close()
 
 

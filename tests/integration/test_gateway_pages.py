@@ -1,11 +1,13 @@
 """The pages in headless Chromium, where this machine has one: CHROMIUM names it, or it is on the path.
 
-axe-core (npm) looks at them too where AXE_CORE names its axe.min.js, or npm's global folder has it.
+axe-core (npm) looks at them too where AXE_CORE names its axe.min.js, or the environment has it (scripts/ci-packages),
+or npm's global folder.
 """
 
 import asyncio
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,13 @@ from tests.gateway_support import HOSTILE, WORDS, Parrot, gateway, peer, sample_
 playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-AXE = [Path(os.environ.get("AXE_CORE", "/none")), Path("/usr/local/lib/node_modules/axe-core/axe.min.js")]
+AXE = [
+    Path(os.environ.get("AXE_CORE", "/none")),
+    *(
+        Path(folder, "node_modules/axe-core/axe.min.js")
+        for folder in (f"{sys.prefix}/npm", "/usr/local/lib", "/usr/lib")
+    ),
+]
 PHONE = {"width": 360, "height": 740}
 KEY = "a-key-of-this-test-0001"
 
@@ -146,7 +154,7 @@ async def test_without_a_chat_template_it_completes_and_an_answer_can_be_stopped
 async def test_axe_finds_nothing(browser: Any, path: str, scheme: str) -> None:
     axe = next((file for file in AXE if file.is_file()), None)
     if axe is None:
-        pytest.skip("axe-core is not installed: npm install --global axe-core, or AXE_CORE=…/axe.min.js")
+        pytest.skip("axe-core is not installed: scripts/ci-packages, or AXE_CORE=…/axe.min.js")
     async with gateway(Parrot(), status=sample_status()) as running:
         page, _ = await opened(browser, running.url + path, color_scheme=scheme, bypass_csp=True)
         await page.wait_for_selector("#versions details" if path == "/" else "#model option", state="attached")

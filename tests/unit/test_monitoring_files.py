@@ -83,6 +83,18 @@ def test_the_dockerfile_is_clean() -> None:
     check("hadolint", "docker/Dockerfile")
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_shell_scripts_are_clean() -> None:
+    scripts = [
+        path
+        for folder in (REPOSITORY / "scripts", DOCKER)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and (path.suffix == ".sh" or path.read_bytes().startswith(b"#!/usr/bin/env bash"))
+    ]
+    assert len(scripts) >= 8
+    check("shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts)
+
+
 def test_the_containers_are_bounded_and_refer_to_what_is_there() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     services = compose["services"]
@@ -100,6 +112,15 @@ def test_the_containers_are_bounded_and_refer_to_what_is_there() -> None:
         else:
             assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "a version that is pinned"
     check("bash", "-n", "docker/entrypoint.sh")
+
+
+def test_docker_takes_the_compose_file() -> None:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    ):
+        pytest.skip("docker compose is not installed")
+    check("docker", "compose", "--file", "docker/compose.yaml", "config", "--quiet")
 
 
 def test_the_stack_says_in_one_sentence_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from p2pmodel.telemetry.metrics import Metrics
 
 ALLOWED_LABELS = {
     *("direction", "outcome", "kind", "reason", "le", "version", "python", "number", "layer", "end", "phase", "state"),
-    *("statistic", "codec", "process", "section", "of", "route", "status"),
+    *("statistic", "codec", "process", "section", "of", "route", "status", "gpu"),
 }
 DOCS = Path(__file__).parents[2] / "docs"
 
