@@ -204,5 +204,6 @@ async def test_a_daemon_that_does_not_start_says_why() -> None:
 
 def test_hivemind_logs_as_the_program_does() -> None:
     logger = logging.getLogger("hivemind.p2p")
-    assert (logger.getEffectiveLevel(), logging.getLogger("hivemind").handlers) == (logging.WARNING, [])
+    assert logger.getEffectiveLevel() >= logging.WARNING  # a command that ran in this process may have raised it
+    assert logging.getLogger("hivemind").handlers == []
     assert logging.getLevelName(logging.WARNING) == "WARNING"
