@@ -34,7 +34,7 @@ from p2pmodel.store.home import Home
 from p2pmodel.wire.bundle import open_bundle
 
 ADOPTION_SECONDS = 300.0
-TRAINING = ("--steps", "8", "--batch", "4", "--sequence", "128", "--learning-rate", "0.01", "--fisher-examples", "8")
+TRAINING = ("--steps", "8", "--batch", "2", "--sequence", "256", "--learning-rate", "0.01", "--fisher-examples", "8")
 DOMAINS = ("asyncio", "email", "tkinter", "xml", "distutils")
 
 
