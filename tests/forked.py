@@ -18,7 +18,9 @@ from p2pmodel.cli import localswarm
 IMPORTED = [
     "p2pmodel.cli.app",
     "p2pmodel.node.node",
-    "p2pmodel.engine.runner",
+    "p2pmodel.node.hosting.hosting",
+    "p2pmodel.node.lineages.founding",
+    "p2pmodel.node.rounds.maintaining",
     "transformers.models.llama.modeling_llama",
 ]
 _launch = localswarm.launch

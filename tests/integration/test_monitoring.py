@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from p2pmodel import starter
+from p2pmodel.cli import localswarm
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.telemetry import stack
 from p2pmodel.telemetry.stack import Stack, StackOptions
@@ -44,26 +46,12 @@ class Watched:
         self.first = swarm.start("first", "--layers", "0:3", "--threads", "1", "--http", self.targets[0])
         self.first.wait_until_serving(time.monotonic() + PATIENCE)
         self.lineage, self.second = lineage, self.host("second", "--http", self.targets[1])
-        self.gateway = subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "p2pmodel",
-                    "serve",
-                    "--port",
-                    str(ports[2]),
-                    "--home",
-                    str(folder / "gateway"),
-                ),
-                *("--peers", self.first.address),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=(folder / "gateway.log").open("w"),
-        )
+        serve = ["serve", "--port", str(ports[2]), "--home", str(folder / "gateway"), "--peers", self.first.address]
+        with (folder / "gateway.log").open("wb") as log:
+            self.gateway = localswarm.launch(serve, log, False)
         self.second.wait_until_serving(time.monotonic() + PATIENCE)
         assert self.gateway.stdout
-        assert b"serving" in self.gateway.stdout.readline()
+        assert "serving" in self.gateway.stdout.readline()
         until(self.is_whole)
         self.alerts = Webhook()
         options = StackOptions(
@@ -110,7 +98,7 @@ class Watched:
     def close(self) -> None:
         self.stack.stop()
         self.alerts.close()
-        self.gateway.terminate()
+        self.gateway.send_signal(signal.SIGTERM)
         self.gateway.wait(20)
 
 
