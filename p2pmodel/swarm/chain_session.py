@@ -123,11 +123,15 @@ class ChainSession:
             way.sent += 1
             way.outbox.flush(way.out)
             if way.outbox.size:
-                self._poll.modify(way.out, select.POLLIN | select.POLLOUT)
+                self._watch_for(way.out, select.POLLIN | select.POLLOUT)
                 with self._waiting(timeout) as deadline:
                     while way.outbox.size:
                         self._wait(deadline, timeout)
-                self._poll.modify(way.out, select.POLLIN)
+                self._watch_for(way.out, select.POLLIN)
+
+    def _watch_for(self, stream: socket.socket, events: int) -> None:
+        if stream.fileno() in self._watched:  # it may have ended in the meantime
+            self._poll.modify(stream, events)
 
     def _receive(self, way: "_Way", timeout: float) -> tuple[bytes, Buffer]:
         with self._using:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from p2pmodel.wire.signing import Key
 from tests.factories import candidate
 from tests.integration.swarm_support import Members, swarm
 from tests.lineages import add_patch, begin
+from tests.waiting import soon
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 STREAMS_PER_PEER = 8
@@ -55,14 +56,8 @@ async def all_streams_taken(members: Members, server: BlobServer) -> AsyncIterat
         for _ in range(STREAMS_PER_PEER):
             channel = open_channel(members[0][1], members[1][1].peer, blobs.PROTOCOL)
             await streams.enter_async_context(channel)
-        await until(lambda: server._service._open.total() == STREAMS_PER_PEER)
+        await soon(lambda: server._service._open.total() == STREAMS_PER_PEER)
         yield
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not holds():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
 
 
 class Nobody:
@@ -85,9 +80,9 @@ async def test_a_record_of_a_busy_holder_is_fetched_later(
     fetching = asyncio.create_task(exchange.run())
     async with all_streams_taken(members, server):
         exchange.hear("patch", BlobRef(patch, there.home.objects.size(patch) or 0), members[1][1].peer)
-        await until(lambda: "1 of 1 peers that may have it are busy" in caplog.text)
+        await soon(lambda: "1 of 1 peers that may have it are busy" in caplog.text)
         assert patch not in here.patches
-    await until(lambda: patch in here.patches)
+    await soon(lambda: patch in here.patches)
     fetching.cancel()
 
 
@@ -100,8 +95,8 @@ async def test_a_record_whose_parent_does_not_come_counts_as_refused_once(
     exchange = Exchange(members[0][1], here, nobody)
     exchange.hear("candidate", there.home.objects.put(there.home.key.sign("candidate", noun)), members[1][1].peer)
     fetching = asyncio.create_task(exchange.run())
-    await until(lambda: nobody.refused)
-    await until(lambda: next(iter(exchange._backlog.entries.values())).failures > 1)
+    await soon(lambda: nobody.refused)
+    await soon(lambda: next(iter(exchange._backlog.entries.values())).failures > 1)
     fetching.cancel()
     assert nobody.refused == [("candidate", "parent")]
 
@@ -120,6 +115,6 @@ async def test_busy_is_not_the_same_as_not_there_and_patience_outlasts_it(
             await fetcher.describe(ref.digest, ref.size, [members[1][1].peer])
         caplog.clear()
         waiting = asyncio.create_task(patient.fetch(ref, [members[1][1].peer]))
-        await until(lambda: "refused: busy" in caplog.text)
+        await soon(lambda: "refused: busy" in caplog.text)
     await waiting
     assert home.objects.has(ref.digest)

@@ -38,6 +38,7 @@ from p2pmodel.swarm.streams import Listener, open_stream
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
 from p2pmodel.wire.signing import Key
+from tests.waiting import until
 
 MODEL = canonical.digest(b"model")
 PATIENCE = 10.0
@@ -678,14 +679,6 @@ def raw_session(swarm: Swarm, opener: Host, *names: str, training: bool = False)
     listener.close()
     until(lambda: all(swarm.servers[name].sessions for name in names))
     return stream, sink
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        pause.wait(0.01)
 
 
 def stands_still(pid: int) -> bool:

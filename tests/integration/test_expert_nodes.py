@@ -3,7 +3,7 @@ when a host dies; and when an expert is left to nobody, the trunk says which."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from p2pmodel.domain.errors import P2PModelError, Unreachable
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
 from tests.expert_support import save_experts
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(400)
 TOKENS = 16
@@ -44,13 +45,6 @@ class Nodes:
 
     def answer(self) -> Answer:
         return self.client.generate(PROMPT, Sampling(TOKENS), "head", "fp32", lambda _: None)
-
-
-def eventually(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +91,7 @@ def text_of(nodes: Nodes) -> str:
 
 
 def test_the_answer_is_the_whole_models(nodes: Nodes) -> None:
-    eventually(lambda: "all experts are served" in nodes.swarm.nodes["trunk"].lines)
+    until(lambda: "all experts are served" in nodes.swarm.nodes["trunk"].lines)
     answer = nodes.answer()
     assert answer.text == text_of(nodes)
     assert answer.failovers == answer.spread_gates == 0
@@ -120,7 +114,7 @@ def test_a_host_that_is_killed_costs_a_retry_not_the_answer(nodes: Nodes) -> Non
 def test_an_expert_that_is_left_to_nobody(nodes: Nodes) -> None:
     trunk = nodes.swarm.nodes["trunk"]
     nodes.swarm.nodes["ends"].kill()
-    eventually(lambda: any("nobody serves expert 5 of layer 0" in line for line in trunk.lines))
+    until(lambda: any("nobody serves expert 5 of layer 0" in line for line in trunk.lines))
     with contextlib.suppress(P2PModelError):
         nodes.client.look()
     with pytest.raises(Unreachable):
@@ -134,12 +128,12 @@ def test_an_expert_that_is_left_to_nobody(nodes: Nodes) -> None:
         except Unreachable:
             return False
 
-    eventually(answers)
+    until(answers)
     again = nodes.host("again", "auto", "--capacity", "3")
     again.wait_until_serving(time.monotonic() + PATIENCE)
     assert "experts 5-7 of layers 0:4: experts 5-7 are served by nobody" in again.lines
-    eventually(lambda: trunk.lines[-1] == "all experts are served")
-    eventually(lambda: is_right(nodes))
+    until(lambda: trunk.lines[-1] == "all experts are served")
+    until(lambda: is_right(nodes))
 
 
 def test_who_chose_experts_by_itself_takes_those_that_another_leaves(nodes: Nodes) -> None:
@@ -148,8 +142,8 @@ def test_who_chose_experts_by_itself_takes_those_that_another_leaves(nodes: Node
     spare.wait_until_serving(time.monotonic() + PATIENCE)
     assert any("is asked most for its 1 host" in line for line in spare.lines)
     nodes.swarm.nodes["again"].stop()
-    eventually(lambda: has_experts(spare, (5, 6, 7)))
-    eventually(lambda: is_right(nodes))
+    until(lambda: has_experts(spare, (5, 6, 7)))
+    until(lambda: is_right(nodes))
 
 
 def has_experts(node: NodeProcess, experts: tuple[int, ...]) -> bool:

@@ -6,9 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer
 from p2pmodel import starter
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.engine.checkpoint import load_whole
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 PROMPT = "def read_lines(path):\n    "
@@ -255,10 +255,3 @@ def test_nothing_that_was_asked_is_logged(served: Served) -> None:
     log = served.log.read_text()
     assert "read_lines" not in log
     assert "Traceback" not in log
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        pause.wait(0.1)

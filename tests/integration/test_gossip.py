@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from p2pmodel.gossip.link import GossipLink
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
 from tests.factories import blob
+from tests.waiting import soon
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL: ModelId = canonical.digest(b"model")
 OTHER: ModelId = canonical.digest(b"another model")
-DEADLINE = 60.0
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -106,12 +106,6 @@ async def swarm(size: int) -> AsyncIterator[list[Node]]:
         await asyncio.gather(*(node.link.stop() for node in nodes))
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110 - of other processes
-            await asyncio.sleep(0.02)
-
-
 def alive(pid: int) -> bool:
     """Whether the process runs; a zombie, which waits for a parent to ask, does not."""
     try:
@@ -145,20 +139,20 @@ async def test_every_node_gets_every_announcement_once_though_it_went_out_before
         await asyncio.gather(*(node.link.publish(MODEL, data) for node in nodes for data in sent[node.link.peer]))
         for node in nodes:
             others = {data for peer, records in sent.items() if peer != node.link.peer for data in records}
-            await until(partial(others.issubset, node.received))
+            await soon(partial(others.issubset, node.received))
 
         first = nodes[0]
         await first.link.publish(MODEL, sent[first.link.peer][0])  # again: nobody is told twice
         last = first.announcement(99)
         await first.link.publish(MODEL, last)
-        await until(lambda: all(last in node.received for node in nodes[1:]))
+        await soon(lambda: all(last in node.received for node in nodes[1:]))
         for node in nodes:
             assert len(node.received) == len(set(node.received))
             assert not set(node.received) & set(sent[node.link.peer])
             stats = node.link.stats()
             assert (stats.received, stats.refused, stats.restarts) == (len(node.received), {}, 0)
         assert first.link.stats().sent == 7
-        await until(lambda: nodes[1].link.stats().peers == 2)
+        await soon(lambda: nodes[1].link.stats().peers == 2)
 
         with pytest.raises(ValueError, match="4096"):
             await first.link.publish(MODEL, bytes(4097))
@@ -188,24 +182,24 @@ async def test_what_a_rogue_peer_sends_is_refused_and_harms_nobody() -> None:
         }
         with python(ROGUE, json.dumps(order)):
             wanted = {"signature": 1, "model": 1, "size": 1, "origin": 2, "rpc": 1}
-            await until(lambda: node.received and node.link.stats().refused == wanted)
+            await soon(lambda: node.received and node.link.stats().refused == wanted)
         assert node.received == [good]
         assert node.link.stats().restarts == 0
 
 
 async def test_a_killed_child_is_restarted_and_gossips_again() -> None:
     async with swarm(2) as (first, second):
-        await until(lambda: first.link.stats().peers == 1)
+        await soon(lambda: first.link.stats().peers == 1)
         addresses, pid = second.link.addresses, second.link.stats().pid
         assert pid is not None
         os.kill(pid, signal.SIGINT)  # what Ctrl-C sends to everyone in the foreground
         greeting = second.announcement(1)
         await second.link.publish(MODEL, greeting)
-        await until(lambda: greeting in first.received)
+        await soon(lambda: greeting in first.received)
         assert second.link.stats().restarts == 0
 
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: second.link.stats().pid != pid)
+        await soon(lambda: second.link.stats().pid != pid)
         meanwhile = second.announcement(2)
         await second.link.publish(MODEL, meanwhile)  # waits for the new child
         assert second.link.stats().restarts == 1
@@ -214,7 +208,7 @@ async def test_a_killed_child_is_restarted_and_gossips_again() -> None:
 
         answer = first.announcement(3)
         await first.link.publish(MODEL, answer)
-        await until(lambda: answer in second.received and meanwhile in first.received)
+        await soon(lambda: answer in second.received and meanwhile in first.received)
         assert second.link.stats().sent == 2
 
 
@@ -235,7 +229,7 @@ async def test_unreachable_peers_are_passed_over() -> None:
         )
         greeting = first.announcement(1)
         await first.link.publish(MODEL, greeting)
-        await until(lambda: greeting in second.received)
+        await soon(lambda: greeting in second.received)
         assert first.link.stats().restarts == 0
 
 
@@ -245,7 +239,7 @@ async def test_a_killed_node_leaves_no_child() -> None:
         pid = int(await asyncio.to_thread(parent.stdout.readline))
         assert alive(pid)
         parent.kill()
-        await until(lambda: not alive(pid))
+        await soon(lambda: not alive(pid))
 
 
 async def test_the_end_of_the_socket_ends_the_child() -> None:
@@ -256,7 +250,7 @@ async def test_the_end_of_the_socket_ends_the_child() -> None:
             ours.sendall(frames.encode(frames.Start(Key.generate().to_libp2p(), "/ip4/127.0.0.1/tcp/0")))
             assert await asyncio.to_thread(ours.recv, 1)  # it is up
             assert alive(child.pid)
-        await until(lambda: not alive(child.pid))
+        await soon(lambda: not alive(child.pid))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
@@ -269,7 +263,7 @@ async def test_the_death_of_the_parent_ends_the_child_though_its_socket_stays_op
         pid = int(await asyncio.to_thread(holder.stdout.readline))
         assert await asyncio.to_thread(ours.recv, 1)  # it is up
         holder.kill()
-        await until(lambda: not alive(pid))
+        await soon(lambda: not alive(pid))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from p2pmodel import starter
 from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import read_checkpoint
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 FIRST, MOVED = "a" * 40, "b" * 40
@@ -259,13 +260,11 @@ def test_an_interrupted_download_goes_on_in_another_process(hub: Hub, tmp_path: 
 
 
 def wait_for_part(home: Path) -> Path:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        for part in home.glob("hub/models--*/blobs/*.p2pmodel.incomplete"):
-            if part.stat().st_size:
-                return part
-        threading.Event().wait(0.05)
-    raise AssertionError("nothing arrived")
+    def begun() -> Path | None:
+        parts = home.glob("hub/models--*/blobs/*.p2pmodel.incomplete")
+        return next((part for part in parts if part.stat().st_size), None)
+
+    return until(begun, SECONDS, otherwise=lambda: "nothing arrived")
 
 
 def test_a_file_that_is_not_what_the_hub_said_is_refused(hub: Hub, tmp_path: Path) -> None:

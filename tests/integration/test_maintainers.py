@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,12 @@ from p2pmodel.store.home import Home
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
 from tests.lineages import add_patch_of, begin, grow
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(400)
 
 PLAIN = ("--layers", "none", "--threads", "1")
 SCHEDULE = Schedule(min_patches=1, open_seconds=60.0, proposer_seconds=6.0, verdict_seconds=120.0)
-
-
-def until(holds: Callable[[], Any], seconds: float = 90.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "it did not come to pass in time"
-        time.sleep(0.3)
-    return found
 
 
 def run(home: Path, *arguments: str) -> Any:

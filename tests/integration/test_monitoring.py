@@ -10,10 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -25,6 +24,7 @@ from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.telemetry import stack
 from p2pmodel.telemetry.stack import Stack, StackOptions
 from tests import lineages
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -148,7 +148,7 @@ def test_every_panel_has_data(watched: Watched) -> None:
     verdict = next(reversed(watched.lineage.verdicts))
     with watched.first.control() as client:
         client.publish(verdict)
-    until(lambda: watched.samples('p2pmodel_patches_total{outcome="merged"}') == [1.0, 1.0], watched.ask)
+    until(lambda: watched.samples('p2pmodel_patches_total{outcome="merged"}') == [1.0, 1.0], meanwhile=watched.ask)
     assert watched.samples("max(p2pmodel_served_round)") == [2.0]
     until(lambda: watched.samples("sum(up)") == [3.0])
     missing = dict(queries())
@@ -160,7 +160,7 @@ def test_every_panel_has_data(watched: Watched) -> None:
                 del missing[name]
         return not missing
 
-    until(all_there, watched.ask, lambda: str(missing))
+    until(all_there, meanwhile=watched.ask, otherwise=lambda: str(missing))
     assert watched.samples("swarm:p2pmodel_errors:ratio_rate5m") == [0.0]
     assert watched.samples('ALERTS{alertname="LayerReplicasBelowTarget"}') in ([], [1.0])  # a host each
 
@@ -224,13 +224,3 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
-
-
-def until(
-    condition: Callable[[], bool], meanwhile: Callable[[], Any] = lambda: None, otherwise: Callable[[], str] = str
-) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, otherwise()
-        meanwhile()
-        threading.Event().wait(0.5)

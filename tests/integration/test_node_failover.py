@@ -27,6 +27,7 @@ from p2pmodel.engine.head import RemoteApplier, load_head
 from p2pmodel.node.asking import connecting, inference
 from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
 from p2pmodel.tensors.kinds import get_kind
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 PROMPT = "def read_lines(path):\n    "
@@ -305,10 +306,3 @@ def test_an_answer_whose_layers_are_lost_ends_and_names_them(nodes: Nodes, monke
     with pytest.raises(Unreachable, match="layers 3:6"):
         nodes.answer(before=kill_all)
     assert time.monotonic() - began < 2 * SHORT_PATIENCE + 2.0
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        pause.wait(0.05)

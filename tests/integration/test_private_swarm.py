@@ -35,6 +35,7 @@ from p2pmodel.wire.swarm_key import SwarmKey
 from p2pmodel.wire.v1 import control_pb2 as pb
 from p2pmodel.wire.v1 import control_pb2_grpc as rpc
 from tests.integration.swarm_support import lease
+from tests.waiting import soon
 
 pytestmark = pytest.mark.timeout(240)
 STRANGERS = ("no key", "another key")
@@ -205,9 +206,7 @@ async def test_gossip_is_among_members(private: Private) -> None:
         await asyncio.gather(*(link.start([private.model]) for link in links.values()))
         for link in links.values():
             await link.connect(addresses)
-        async with asyncio.timeout(60):
-            while not links["member"].stats().peers:  # noqa: ASYNC110 - of another process
-                await asyncio.sleep(0.05)
+        await soon(lambda: links["member"].stats().peers)
         before = {who: link.stats().peers for who, link in links.items()}
     finally:
         await asyncio.gather(*(link.stop() for link in links.values()))

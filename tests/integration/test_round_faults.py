@@ -12,7 +12,8 @@ import pytest
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.store.home import Home
-from tests.integration.test_maintainers import PLAIN, Council, until
+from tests.integration.test_maintainers import PLAIN, Council
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
 

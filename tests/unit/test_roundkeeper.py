@@ -20,6 +20,7 @@ from p2pmodel.store.home import Home
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire.signing import Key
 from tests.lineages import add_patch, adopt, begin
+from tests.waiting import soon
 
 
 class Examining:
@@ -75,12 +76,6 @@ async def keeping(
     running.cancel()
 
 
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roundkeeper, "EXAMINE_AGAIN_SECONDS", 0.05)
@@ -92,7 +87,7 @@ async def test_an_examination_that_fails_is_tried_again(tmp_path: Path) -> None:
     lineage = copied(made, tmp_path / "here", "patch", "candidate")
     examining = Examining(lineage, made.home.key.peer, failures=2)
     async with keeping(lineage, made.home.key, examining):
-        await until(lambda: lineage.head == version)
+        await soon(lambda: lineage.head == version)
     assert examining.asked == 3
 
 
@@ -110,7 +105,7 @@ async def test_a_candidate_whose_patches_are_not_here_is_judged_when_they_are(tm
 
     examining = Examining(lineage, made.home.key.peer)
     async with keeping(lineage, made.home.key, examining, find):
-        await until(lambda: lineage.head == version)
+        await soon(lambda: lineage.head == version)
     assert (searches, examining.asked) == (2, 1)
 
 
@@ -125,13 +120,13 @@ async def test_a_round_does_not_end_a_second_time_while_the_node_takes_the_versi
         raise Unreachable("Nobody can be told of it now.")
 
     async with keeping(lineage, made.home.key, Examining(lineage, made.home.key.peer), adopted=adopted) as keeper:
-        await until(lambda: lineage.head != made.model)
+        await soon(lambda: lineage.head != made.model)
         before = keeper.state
         verdict = next(iter(lineage.verdicts))
         await keeper.on_record("verdict", verdict)
         assert keeper.state is before
         loaded.set()
-        await until(lambda: keeper.state.parent == lineage.head)
+        await soon(lambda: keeper.state.parent == lineage.head)
         assert (keeper.state.round, keeper.state.phase) == (2, Phase.OPEN)
 
 
