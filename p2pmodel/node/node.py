@@ -42,11 +42,11 @@ from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from p2pmodel.node.expert_moving import ExpertMover
     from p2pmodel.node.hosting.expert_hosting import ExpertHosting
     from p2pmodel.node.hosting.hosting import Hosting
     from p2pmodel.node.hosting.trunk import Trunk
-    from p2pmodel.node.moving import Mover
+    from p2pmodel.node.moving.experts import ExpertMover
+    from p2pmodel.node.moving.layers import LayerMover
     from p2pmodel.node.rounds.maintaining import Maintainer
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Node:
     attendance: Attendance
     gauges: Gauges
     host: PeerHost
-    mover: "Mover | ExpertMover | None"
+    mover: "LayerMover | ExpertMover | None"
     trunk: "Trunk | None"
     glancer: Glancer
     serving: str
@@ -386,14 +386,14 @@ def _mover(
     attendance: Attendance,
     hosting: "Hosting",
     say: Callable[[str], None],
-) -> "Mover | None":
+) -> "LayerMover | None":
     """None for a node whose layers were asked for: they stay."""
-    from p2pmodel.node.moving import Mover  # loads torch, as hosting does
+    from p2pmodel.node.moving.layers import LayerMover  # loads torch, as hosting does
 
     if isinstance(options.layers, Span) or options.experts is not None:
         return None
     layers = lineage.manifest.layers
-    return Mover(host.peer, attendance, hosting, layers, _capacity(options, layers), say)
+    return LayerMover(host.peer, attendance, hosting, layers, _capacity(options, layers), say)
 
 
 def _expert_mover(
@@ -406,7 +406,7 @@ def _expert_mover(
     """None for a node whose experts were asked for: they stay."""
     if experts is None or options.experts != "auto":
         return None
-    from p2pmodel.node.expert_moving import ExpertMover  # loads torch, as hosting does
+    from p2pmodel.node.moving.experts import ExpertMover  # loads torch, as hosting does
 
     return ExpertMover(directory, experts, attendance.renew, say)
 

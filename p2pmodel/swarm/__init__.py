@@ -2,9 +2,11 @@
 
 import logging
 
-from hivemind.utils.logging import use_hivemind_log_handler
+_level = logging.getLogger("hivemind").level
 
-# hivemind logs through a handler of its own and renames a level; the program's own logging decides instead.
+from hivemind.utils.logging import use_hivemind_log_handler  # noqa: E402
+
+# To import hivemind sets its level, renames another one, and gives it a handler: the program's own logging decides.
 use_hivemind_log_handler("nowhere")
 logging.addLevelName(logging.WARNING, "WARNING")
-logging.getLogger("hivemind").setLevel(logging.WARNING)
+logging.getLogger("hivemind").setLevel(_level)

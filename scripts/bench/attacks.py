@@ -2,7 +2,7 @@
 """What liars do to a merge: every strategy, with and without the exam, on the starter model.
 
     python scripts/bench/attacks.py [--fast] [--seeds 0 1 2] [--liars 1 2 3 4] [--attacks sign-flip …]
-                                    [--steps 60] [--cases 100] [--json FILE]
+                                    [--steps 60] [--cases 100] [--results FILE]
 
 Ten contributors train (IA)³ patches, two for each of the starter's five domains. Some of them lie; `invented-peers` are
 thirty more. "loss" is the mean loss of the merge on the exam's deciding part divided by that of the ten honest patches
@@ -11,6 +11,9 @@ copies are left out and patches screened one by one, as a proposer does, and tho
 1 for every strategy (1/n for the sum), so that the search for it hides nothing. "liars out" and "honest out" count who
 was left out, of all seeds; "trigger" is the loss of the backdoor's payload after its trigger, in nats per byte, against
 the parent's.
+
+With `--results` what a seed gave is appended to a file, a line of JSON each. Seeds that are there are not run again,
+and the table is of all of them: so seeds can be run in processes of their own, and their files put together.
 """
 
 import argparse
@@ -293,21 +296,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--cases", type=int, default=100, help="texts of each section of the exam, at most")
     parser.add_argument("--fast", action="store_true", help="one seed, few steps, a short exam")
-    parser.add_argument("--json", type=Path, help="write every outcome there")
+    parser.add_argument("--results", type=Path, help="outcomes of earlier runs, and where to append this one's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     options = TrainingOptions(steps=args.steps, batch=4, sequence=256, fisher_examples=16, learning_rate=0.02)
     if args.fast:
         options = TrainingOptions(steps=8, batch=2, sequence=128, fisher_examples=4, learning_rate=0.02)
+    found = [Outcome(**json.loads(line)) for line in _lines(args.results)]
     began = time.monotonic()
-    shop = Workshop(options, 6_000 if args.fast else 20_000, 1 if args.fast else args.cases)
-    found: list[Outcome] = []
-    for seed in args.seeds[:1] if args.fast else args.seeds:
-        found += outcomes(shop, args.attacks, args.liars[-1:] if args.fast else args.liars, seed)
+    missing = sorted({*(args.seeds[:1] if args.fast else args.seeds)} - {outcome.seed for outcome in found})
+    if missing:
+        shop = Workshop(options, 6_000 if args.fast else 20_000, 1 if args.fast else args.cases)
+        for seed in missing:
+            new = outcomes(shop, args.attacks, args.liars[-1:] if args.fast else args.liars, seed)
+            found += new
+            if args.results:
+                with args.results.open("a") as file:
+                    file.writelines(json.dumps(vars(outcome)) + "\n" for outcome in new)
     print(table(found))
     print(f"\n{time.monotonic() - began:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps([vars(outcome) for outcome in found], indent=1))
+
+
+def _lines(results: Path | None) -> list[str]:
+    return results.read_text().splitlines() if results and results.exists() else []
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ async def test_a_node_takes_the_place_of_one_that_died_and_its_sessions_go_on(tm
                 await asyncio.to_thread(chain.open, Route((Hop(peer, at_first),)), model, model, "fp32", TOKENS)
         torch.testing.assert_close(codec.decode(body, 1, stage.width), expected[:, -1:], atol=1e-4, rtol=1e-4)
         assert after == before
-        assert f"moving from layers {at_first} to {needed}: layers {needed} are served by nobody" in auto.lines
+        assert f"moving from layers {at_first} to layers {needed}: layers {needed} are served by nobody" in auto.lines
 
 
 def ask(client: SwarmClient) -> str:

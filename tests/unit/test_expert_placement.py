@@ -151,7 +151,7 @@ def test_of_two_that_would_leave_an_expert_to_nobody_one_stays() -> None:
 
 @dataclass
 class Node:
-    """As `node.expert_moving` does it, in virtual time: say so, look again, load, look again."""
+    """As `node.moving` does it, in virtual time: say so, look again, load, look again."""
 
     home: ExpertResidence
     pair_seconds: float

@@ -1,0 +1,72 @@
+"""Exchanges a node's experts for those that `logic/expert_placement` names."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from p2pmodel.domain.experts import describe
+from p2pmodel.engine.expert_runner import HostedExperts
+from p2pmodel.logic.expert_placement import Exchange, ExpertResidence, look, still_good
+from p2pmodel.node.hosting.expert_hosting import ExpertHosting
+from p2pmodel.node.moving.mover import Mover
+from p2pmodel.swarm.directory import Directory
+
+LINGER_SECONDS = 10.0
+"""For which experts are still computed that the lease names no more: trunks read leases every few seconds."""
+
+
+class ExpertMover(Mover[Exchange, HostedExperts]):
+    look_seconds = 2.0  # each reads the leases from the swarm
+
+    def __init__(
+        self,
+        directory: Directory,
+        hosting: ExpertHosting,
+        renew: Callable[[], Awaitable[None]],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(renew, say)
+        self._directory, self._hosting = directory, hosting
+        self._residence = ExpertResidence(directory.host.peer, hosting.experts, time.time())
+
+    async def _look(self) -> Exchange | None:
+        leases = await self._directory.expert_leases()
+        if not leases:
+            return None  # cut off from the swarm, rather than alone in it
+        outlook = look(self._residence, leases, self._hosting.layers, self._hosting.count, time.time())
+        self._residence = outlook.residence
+        return outlook.exchange
+
+    def _served(self) -> str:
+        return f"experts {describe(self._hosting.experts)} of layers {self._hosting.span}"
+
+    def _wanted(self, move: Exchange) -> str:
+        return f"experts {describe(move.after(self._hosting.experts))}"
+
+    def _has_room(self, move: Exchange) -> bool:
+        return self._hosting.has_room()
+
+    def _announce(self, move: Exchange | None) -> None:
+        self._hosting.exchange = move
+
+    async def _is_still_good(self, move: Exchange) -> bool:
+        leases = await self._directory.expert_leases()
+        return still_good(self._residence, move, leases, self._hosting.layers, self._hosting.count)
+
+    async def _load(self, move: Exchange) -> HostedExperts:
+        return await self._hosting.load(move.after(self._hosting.experts))
+
+    async def _take(self, loaded: HostedExperts) -> HostedExperts:
+        before = await self._hosting.take(loaded)
+        self._residence = ExpertResidence(self._residence.peer, self._hosting.experts, time.time())
+        return before
+
+    async def _retire(self, before: HostedExperts) -> None:
+        try:
+            await asyncio.sleep(LINGER_SECONDS)
+        finally:
+            self._hosting.retire(before)
+
+    def _begin_again(self) -> None:
+        self._residence = replace(self._residence, empty_since=None, hot_since=None)
