@@ -1,6 +1,7 @@
 """`p2pmodel`: the map of the product. Each command lives in a module named after what it is about."""
 
 import contextlib
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -129,6 +130,7 @@ def named_home(words: Sequence[str]) -> Path | None:
 
 def main() -> None:
     """Entry point: errors of users, peers and machines end in one sentence and a status (docs/exit-codes.md)."""
+    faulthandler.enable()  # a crash of native code says on stderr where it was
     try:
         app()
     except P2PModelError as error:

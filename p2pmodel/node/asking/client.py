@@ -7,20 +7,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-import uvloop
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from p2pmodel import starter
-from p2pmodel.domain.errors import InvalidInput, NotRunning, PeerFailed
+from p2pmodel.domain.errors import InvalidInput, PeerFailed
 from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import Digest, VersionId
 from p2pmodel.domain.modular import NONE, experts_in, united
@@ -39,6 +38,7 @@ from p2pmodel.node.lineages.contacts import contacts, remember_contacts
 from p2pmodel.node.lineages.discovery import bootstrap_peers, swarm_lineage
 from p2pmodel.node.lineages.exchange import Exchange
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.machine.loop_thread import LoopThread
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.chain_client import ChainClient
 from p2pmodel.swarm.directory import Directory
@@ -95,16 +95,14 @@ class SwarmClient:
     def __init__(
         self, home: Home, peers: tuple[str, ...], model: str | None, base: Path | None, swarm_key: SwarmKey | None
     ) -> None:
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("swarm")
         self._host: PeerHost | None = None
         self._chain: ChainClient | None = None
         self._router: Router | None = None
         try:
-            self._host = self._await(PeerHost.start(None, bootstrap=peers, client_only=True, swarm_key=swarm_key))
+            self._host = self._loop.wait(PeerHost.start(None, bootstrap=peers, client_only=True, swarm_key=swarm_key))
             known = bootstrap_peers(peers)
-            self.lineage: Lineage = self._await(swarm_lineage(home, self._host, known, model))
+            self.lineage: Lineage = self._loop.wait(swarm_lineage(home, self._host, known, model))
             self._directory = Directory(self._host, self.lineage.model)
             self._chain = ChainClient(self._host)
             self._chain.start()
@@ -159,7 +157,7 @@ class SwarmClient:
                 except PeerFailed as error:
                     log.warning("%s", error)
 
-        self._await(ask())
+        self._loop.wait(ask())
 
     def generate(
         self,
@@ -290,7 +288,7 @@ class SwarmClient:
 
     async def daemon_ended(self) -> int:
         """Its status, when this peer's daemon has ended. May be awaited on any loop."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._started.ended(), self._loop))
+        return await asyncio.wrap_future(self._loop.submit(self._started.ended()))
 
     def look(self) -> tuple[list[Lease], list[Presence]]:
         """Who serves what, and who is there, now. Raises Unreachable."""
@@ -298,11 +296,11 @@ class SwarmClient:
         async def read() -> tuple[list[Lease], list[Presence]]:
             return await self._directory.leases(), await self._directory.presences()
 
-        return self._await(read())
+        return self._loop.wait(read())
 
     def expert_leases(self) -> list[ExpertLease]:
         """Who serves experts apart from their layers, now. Raises Unreachable."""
-        return self._await(self._directory.expert_leases())
+        return self._loop.wait(self._directory.expert_leases())
 
     def chain(self, version: VersionId, codec: str) -> RoutedChain:
         """What the layers of a model at `version` are replaced by. Raises InvalidInput for an unknown codec."""
@@ -311,7 +309,7 @@ class SwarmClient:
         return RoutedChain(
             Connector(
                 self._chain_client,
-                lambda banned: self._await(router.find(version, banned)),
+                lambda banned: self._loop.wait(router.find(version, banned)),
                 router.suspect,
                 self.lineage.model,
                 version,
@@ -368,23 +366,15 @@ class SwarmClient:
 
     def close(self) -> None:
         """Closing twice is closing once."""
-        if self._loop.is_closed():
+        if self._loop.closed:
             return
         if self._router is not None:
-            self._await(self._router.close())
+            self._loop.wait(self._router.close())
         if self._chain is not None:
             self._chain.stop()
         if self._host is not None:
-            self._await(self._host.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+            self._loop.wait(self._host.stop())
         self._loop.close()
-
-    def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
-            work.close()
-            raise NotRunning("This client has left the swarm.", "Make another one.")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     @property
     def _started(self) -> PeerHost:

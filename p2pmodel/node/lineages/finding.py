@@ -2,23 +2,19 @@
 
 import asyncio
 import logging
-import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeVar
-
-import uvloop
 
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest, PeerId, short
 from p2pmodel.node.lineages.contacts import contacts
 from p2pmodel.node.lineages.discovery import BUSY_SECONDS, bootstrap_peers
+from p2pmodel.node.machine.loop_thread import LoopThread
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.swarm_key import SwarmKey
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -32,22 +28,18 @@ class SwarmFinder:
         one object; swarm_key: of a private swarm."""
         self._swarm_key = swarm_key
         self._home, self._peers, self._first, self._limit = home, tuple(peers), first, limit
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="finding", daemon=True)
+        self._loop = LoopThread("finding")
         self._host: PeerHost | None = None
         self._unreachable = False
 
     def __enter__(self) -> "SwarmFinder":
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._host is not None:
-            self._await(self._host.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+            self._loop.wait(self._host.stop())
         self._loop.close()
 
     def find(self, digest: Digest) -> bytes | None:
@@ -55,7 +47,7 @@ class SwarmFinder:
         if self._unreachable:
             return None
         try:
-            return self._await(self._fetch(digest))
+            return self._loop.wait(self._fetch(digest))
         except P2PModelError as error:
             log.warning("%s: %s", short(digest), error)
             self._unreachable = self._host is None
@@ -69,6 +61,3 @@ class SwarmFinder:
         fetcher = BlobFetcher(self._host, self._home.objects.sink, patience=BUSY_SECONDS)
         await fetcher.fetch(await fetcher.describe(digest, self._limit, sources), sources)
         return await asyncio.to_thread(self._home.objects.load, digest, self._limit)
-
-    def _await(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
