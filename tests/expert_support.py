@@ -34,20 +34,26 @@ class LocalExchange:
         self.states = states or [{} for _ in shards]
         self.rows = [0] * len(shards)
 
-    def send(self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Traffic) -> Callable[[], Tensor]:
-        def answer() -> Tensor:
-            total = torch.zeros(rows.shape)
-            for number, shard in enumerate(self.shards):
-                row, place = torch.isin(experts, torch.tensor(shard.experts)).nonzero(as_tuple=True)
-                if not len(row):
-                    continue
-                own, local = torch.unique(row, return_inverse=True)
-                self.rows[number] += len(own)
-                pairs = Pairs(local, experts[row, place], gates[row, place].float())
-                total.index_add_(0, own, shard.compute(layer, rows[own], pairs, self.states[number]))
-            return total
-
-        return answer
+    def sums(
+        self,
+        layer: int,
+        rows: Tensor,
+        experts: Tensor,
+        gates: Tensor,
+        traffic: Traffic,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Tensor:
+        meanwhile()
+        total = torch.zeros(rows.shape)
+        for number, shard in enumerate(self.shards):
+            row, place = torch.isin(experts, torch.tensor(shard.experts)).nonzero(as_tuple=True)
+            if not len(row):
+                continue
+            own, local = torch.unique(row, return_inverse=True)
+            self.rows[number] += len(own)
+            pairs = Pairs(local, experts[row, place], gates[row, place].float())
+            total.index_add_(0, own, shard.compute(layer, rows[own], pairs, self.states[number]))
+        return total
 
     def gradients(
         self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic

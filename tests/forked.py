@@ -61,7 +61,11 @@ def launch(arguments: Sequence[str], log: IO[bytes], outlive: bool) -> "ForkedPr
         return _launch(arguments, log, outlive)
     lines, output = _context.Pipe(duplex=False)
     with output, Connection(os.dup(log.fileno()), readable=False) as errors:
-        process = _context.Process(target=_run, args=(list(arguments), output, errors, dict(os.environ), os.getcwd()))
+        process = _context.Process(
+            target=_run,
+            args=(list(arguments), output, errors, dict(os.environ), os.getcwd()),
+            daemon=True,  # what a test that failed has left is ended with the tests
+        )
         process.start()
     with lines:
         return ForkedProcess(process, os.fdopen(os.dup(lines.fileno()), encoding="utf-8"))

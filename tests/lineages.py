@@ -86,9 +86,10 @@ def adopt(
     parent: VersionId | None = None,
     scores: tuple[DomainScore, ...] = (DomainScore("xml", 1.0, 0.9, 0.8, 0.85),),
     state: Mapping[str, torch.Tensor] | None = None,
+    mean: Mapping[str, torch.Tensor] | None = None,
 ) -> VersionId:
     """A version with these values, or that goes three quarters of the way to its first patch, adopted by the home's
-    key."""
+    key. mean: of the patches' control variates, where they are said to have any."""
     key, objects = lineage.home.key, lineage.home.objects
     before = lineage.head if parent is None else parent
     number = lineage.number(before)
@@ -108,11 +109,17 @@ def adopt(
         merge=lineage.manifest.merge,
         alpha=1.0,
         result=result,
+        control=None if mean is None else objects.put(blob.pack({n: t.bfloat16() for n, t in mean.items()})),
     )
     record = key.sign("candidate", candidate)
     store(lineage, "candidate", record, needed_blobs(lineage, "candidate", record))
     lineage.refresh()
-    version = VersionId(canonical.digest(canonical.encode(candidate)))
+    return accept(lineage, candidate, scores)
+
+
+def accept(lineage: Lineage, candidate: Candidate, scores: tuple[DomainScore, ...] = ()) -> VersionId:
+    """The home's key adopts a candidate that is known here."""
+    key, version = lineage.home.key, VersionId(canonical.digest(canonical.encode(candidate)))
     verdict = Verdict(key.peer, lineage.model, candidate.round, version, True, "", scores)
     store(lineage, "verdict", key.sign("verdict", verdict), ())
     lineage.refresh()

@@ -1,7 +1,9 @@
 """`p2pmodel`: the map of the product. Each command lives in a module named after what it is about."""
 
+import atexit
 import contextlib
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -130,7 +132,8 @@ def named_home(words: Sequence[str]) -> Path | None:
 
 def main() -> None:
     """Entry point: errors of users, peers and machines end in one sentence and a status (docs/exit-codes.md)."""
-    faulthandler.enable()  # a crash of native code says on stderr where it was
+    faulthandler.enable(2)  # a crash of native code says on stderr where it was
+    atexit.register(gc.freeze)  # or the interpreter searches all of torch for garbage, for seconds, before it ends
     try:
         app()
     except P2PModelError as error:

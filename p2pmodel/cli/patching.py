@@ -80,7 +80,7 @@ def show(
         return
     lines = [
         f"patch        {entry.id}",
-        f"kind         {noun.kind}",
+        f"kind         {printable(noun.kind)}",
         f"contributor  {noun.contributor}",
         f"model        {entry.model_name} ({short(noun.model)})",
         f"parent       {entry.parent_number} ({short(noun.parent)})",
@@ -101,8 +101,8 @@ def show(
 
 def _expert(home: Path | None, patch: str) -> str:
     """Of what is here: a header alone does not say it."""
-    from p2pmodel.node.patches.auditing import expert_of
     from p2pmodel.node.patches.patchbook import open_patch
+    from p2pmodel.node.patches.replaying import expert_of
 
     try:
         return expert_of(open_patch(home, patch))

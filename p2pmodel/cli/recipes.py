@@ -54,6 +54,8 @@ KEYS: dict[str, type] = {
     "threads": int,
 }
 """Each is called what the option of `p2pmodel train` is called."""
+OF_KINDS = frozenset(("density", "mask-examples", "rank", "alpha", "router"))
+"""Those that a patch's own recipe may have as options of its kind, all of them numbers."""
 
 NAMES = {
     str: "text",
@@ -91,9 +93,11 @@ def as_toml(values: Mapping[str, Any]) -> str:
 
 def recipe_of(patch: Patch, expert: str = "") -> str:
     """The recipe that a patch was trained with, as a file for `p2pmodel train --recipe`. expert: what the patch's blob
-    calls it, where it is of one."""
+    calls it, where it is of one. Raises InvalidInput for an option that no training has."""
     recipe, provenance = patch.provenance.recipe, patch.provenance
     kind_options = {name.replace("_", "-"): value for name, value in recipe.kind_options}
+    if unknown := kind_options.keys() - OF_KINDS:
+        raise InvalidInput(f"The patch's kind has an option {min(unknown)[:64]!r} that is not known here.")
     values: dict[str, Any] = {"data": [file.name for file in provenance.data]}
     if provenance.validation:
         values["validation-data"] = [file.name for file in provenance.validation]
@@ -104,7 +108,7 @@ def recipe_of(patch: Patch, expert: str = "") -> str:
         "sequence": recipe.sequence,
         "licence": patch.licence,
         "kind": patch.kind.partition("@")[0],
-        **{name: KEYS.get(name, float)(value) for name, value in kind_options.items()},
+        **{name: KEYS[name](value) for name, value in kind_options.items()},
         **({"expert": expert} if expert else {}),
         "bits": 32 if provenance.chosen is None else 4,
         "version": patch.parent,

@@ -65,7 +65,7 @@ class PatchReport:
 @dataclass(frozen=True)
 class VersionReport:
     """exam: nats per byte by domain, on held-out text that nobody trained on; mean: of the plain mean of the same
-    patches."""
+    patches, empty where that has no scores."""
 
     number: str
     id: str
@@ -248,7 +248,7 @@ def _round(
         id=version.id,
         alpha=version.candidate.alpha,
         exam={s.domain: s.candidate for s in scores},
-        mean={s.domain: s.mean for s in scores},
+        mean={s.domain: s.mean for s in scores if s.mean is not None},
         patches=patches,
         seconds=seconds,
     )

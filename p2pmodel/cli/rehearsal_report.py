@@ -20,6 +20,8 @@ def _history(report: Report) -> str:
     ]
     for version in report.versions:
         for label, losses in ((f"Fisher, α {version.alpha:g}", version.exam), ("(plain mean)", version.mean)):
+            if not losses:
+                continue
             rows.append(
                 [
                     version.number if losses is version.exam else "",

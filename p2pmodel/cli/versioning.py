@@ -37,7 +37,7 @@ def score_table(scores: tuple[DomainScore, ...], number: str) -> str:
             s.domain,
             *(figure(s.domain, score) for score in (s.base, s.parent, s.candidate)),
             score_change(s.domain, s.parent, s.candidate),
-            figure(s.domain, s.mean),
+            "-" if s.mean is None else figure(s.domain, s.mean),
         ]
         for s in scores
     ]

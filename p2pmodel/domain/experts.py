@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite, log2
 
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId, check_digest, check_peer
-from p2pmodel.domain.swarm import Span
+from p2pmodel.domain.swarm import LEAST_SECONDS, MAX_LAYER, MAX_QUEUE, MOST_SECONDS, Span, is_name
 
 MAX_EXPERTS = 2048
 """Of one layer."""
@@ -22,7 +22,7 @@ MAX_EXCHANGED = 64
 class ExpertLease:
     """A peer's signed claim to serve `experts` of every layer of `span` that has experts, until `expires` (Unix
     seconds). experts: sorted numbers, the same in all layers; pair_seconds: measured time of one row through one
-    expert; versions, queue, leaving: as in a `Lease`.
+    expert, `as_claimed`; versions, queue, leaving: as in a `Lease`.
 
     loads: how often each of the experts was asked lately, in a layer on the mean over layers, as `load_of` has it; or
     nothing. coming, going: sorted; what it is loading, to serve it instead of what is going."""
@@ -49,8 +49,10 @@ class ExpertLease:
         if not self.versions or len(self.versions) > 16:
             raise ValueError("an expert lease names 1 to 16 versions")
         check_experts(self.experts)
-        if not (isfinite(self.pair_seconds) and self.pair_seconds > 0 and isfinite(self.expires) and self.queue >= 0):
+        if not (LEAST_SECONDS <= self.pair_seconds <= MOST_SECONDS and 0 <= self.queue <= MAX_QUEUE):
             raise ValueError("expert lease figures are out of range")
+        if not (isfinite(self.expires) and is_name(self.dtype)):
+            raise ValueError("an expert lease's end or its dtype is out of range")
         if self.loads and (len(self.loads) != len(self.experts) or len(self.loads) > MAX_LOADS):
             raise ValueError("an expert lease says of all its experts how often they are asked, or of none")
         if any(not 0 <= load <= MAX_LOAD for load in self.loads):
@@ -72,8 +74,8 @@ class ExpertOpening:
 
     def __post_init__(self) -> None:
         check_digest(self.model, "expert model")
-        if not 1 <= len(self.codec) <= 32:
-            raise ValueError("the codec's name is empty or too long")
+        if not is_name(self.codec):
+            raise ValueError("the codec's name is empty or too long, or not printable")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class ExpertCall:
 
     def __post_init__(self) -> None:
         check_digest(self.version, "expert version")
-        if not (0 <= self.layer < 1 << 16 and 1 <= self.rows <= MAX_CALL_ROWS):
+        if not (0 <= self.layer < MAX_LAYER and 1 <= self.rows <= MAX_CALL_ROWS):
             raise ValueError("an expert call is out of range")
         if not self.rows <= self.pairs <= MAX_CALL_PAIRS:
             raise ValueError("an expert call has at least one expert a row, and not too many")

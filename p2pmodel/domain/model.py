@@ -8,6 +8,8 @@ from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, check_digest
 MAX_SLOTS = 100_000
 MAX_MAINTAINERS = 64
 MAX_PLANNED_ROUNDS = 100_000
+MAX_TEXT = 1024
+"""Characters of what a Manifest says in words."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ class Schedule:
             raise ValueError(f"schedule: 0 to {MAX_PLANNED_ROUNDS} rounds can be planned")
         if not 1 <= self.min_patches <= self.max_patches:
             raise ValueError("schedule: 1 <= min_patches <= max_patches does not hold")
-        if min(self.open_seconds, self.proposer_seconds, self.verdict_seconds) <= 0:
-            raise ValueError("schedule: durations have to be positive")
+        durations = (self.open_seconds, self.proposer_seconds, self.verdict_seconds)
+        if not all(isfinite(seconds) and seconds > 0 for seconds in durations):
+            raise ValueError("schedule: durations have to be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,12 @@ class Amendment:
                 if was != now:
                     found.append(f"{field.name.replace('_', ' ')} {was:g} to {now:g}")
         return found
+
+
+def check_name(name: str) -> None:
+    """Of a model. Raises ValueError."""
+    if not name or len(name) > 64 or not all(c.isalnum() or c in "-_." for c in name):
+        raise ValueError("a model's name has 1 to 64 letters, digits, '-', '_' or '.'")
 
 
 def _check_maintainers(maintainers: tuple[PeerId, ...], threshold: int) -> None:
@@ -189,8 +198,10 @@ class Manifest:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or len(self.name) > 64 or not all(c.isalnum() or c in "-_." for c in self.name):
-            raise ValueError("a model's name has 1 to 64 letters, digits, '-', '_' or '.'")
+        check_name(self.name)
+        texts = (self.architecture, self.source, self.licence, self.merge.strategy, *self.kinds)
+        if not all(len(text) <= MAX_TEXT and text.isprintable() for text in texts):
+            raise ValueError(f"a model's texts have at most {MAX_TEXT} characters, all of them printable")
         if not 1 <= self.layers <= 10_000:
             raise ValueError("the number of layers is out of range")
         names = [f.name for f in self.files]

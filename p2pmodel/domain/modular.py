@@ -77,6 +77,13 @@ def max_rank(pool: Slot) -> int:
     return pool.shape[0] // 2 - 1
 
 
+def check_pools(slots: Iterable[Slot]) -> None:
+    """Of a Manifest. Raises ValueError for a pool that has no room for an expert of any rank."""
+    for pool in filter(is_pool, slots):
+        if not pool.name.endswith(_POOL) or len(pool.shape) != 2 or not 1 <= max_rank(pool) <= MAX_RANK:
+            raise ValueError(f"slot {pool.name[:128]} is no pool of experts")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a slot of an expert is. layer: the path of the layer that the pool is in."""

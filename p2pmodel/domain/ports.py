@@ -50,6 +50,9 @@ class ExpertRunner(Protocol):
     def open(self, opening: ExpertOpening) -> Any:
         """The handle of a trunk. Raises P2PModelError when its model or codec cannot be had."""
 
+    def max_body(self, handle: Any) -> int:
+        """Bytes of the largest call that this trunk may make."""
+
     def compute(self, batch: Sequence[tuple[Any, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         """Each item is (handle, meta: an `ExpertCall`, body: see `engine.expert_calls`). Returns the answers in the
         same order; an exception in an item's place is for that item alone."""

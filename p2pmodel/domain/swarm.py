@@ -1,11 +1,12 @@
 """Who is there, and what they serve: presences, leases, routes, sessions."""
 
 import itertools
+import re
 from dataclasses import dataclass
 from math import isfinite
 
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId, check_digest, check_peer
-from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.model import BlobRef, check_name
 
 LEASE_SECONDS = 30.0
 """The longest that a lease or a presence may be valid for."""
@@ -14,12 +15,35 @@ CLAIM_SECONDS = 25.0
 MAX_DELAYS = 16
 MAX_DELAY_SECONDS = 60.0
 
+MAX_LAYER = 1 << 16
+"""That spans end before or at; Manifests have fewer layers."""
+MAX_QUEUE = 1 << 16
+LEAST_SECONDS, MOST_SECONDS = 1e-9, 60.0
+"""Of what a lease says a layer or an expert takes for a token. Nobody waits longer; sums and quotients of these stay in
+range."""
+MOST_WORDS = 64
+"""Of a presence: addresses, roles and names."""
+
 MAX_ROWS = 256
 """Of one session: sequences of a batch, or beams."""
 
 PREFIX_BLOCK = 32
 """Tokens: the unit in which beginnings of sessions are recognised."""
 MAX_PREFIX_BLOCKS = 1024
+
+_NAME = re.compile(r"[!-~]{1,32}")
+_WORDS = re.compile(r"[ -~]{0,256}")
+_ADDRESS = re.compile(r"(/[0-9A-Za-z._:%-]+)+")
+
+
+def is_name(text: str) -> bool:
+    """Of a dtype or a codec: 1 to 32 printable ASCII characters without spaces."""
+    return _NAME.fullmatch(text) is not None
+
+
+def as_claimed(seconds: float) -> float:
+    """What was measured, as a lease may say it."""
+    return min(max(seconds, LEAST_SECONDS), MOST_SECONDS)
 
 
 @dataclass(frozen=True, order=True)
@@ -30,7 +54,7 @@ class Span:
     end: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end:
+        if not 0 <= self.start < self.end <= MAX_LAYER:
             raise ValueError(f"{self.start}:{self.end} is not a span of layers")
 
     def __len__(self) -> int:
@@ -50,9 +74,10 @@ class Span:
 class Lease:
     """A peer's signed claim to serve `span` of `model` at `versions`, until `expires` (Unix seconds).
 
-    layer_seconds: measured time of one layer for one token; queue: sessions that computed lately; leaving: the last
-    word of a peer that withdraws, since a DHT cannot forget. delays: seconds one way, as measured by this peer, to
-    peers that host what comes next, sorted by peer. moving: what it is loading, to serve it instead of `span`.
+    layer_seconds: measured time of one layer for one token, `as_claimed`; queue: sessions that computed lately;
+    leaving: the last word of a peer that withdraws, since a DHT cannot forget. delays: seconds one way, as measured by
+    this peer, to peers that host what comes next, sorted by peer. moving: what it is loading, to serve it instead of
+    `span`.
     """
 
     peer: PeerId
@@ -74,8 +99,10 @@ class Lease:
             check_digest(version, "lease version")
         if not self.versions or len(self.versions) > 16:
             raise ValueError("a lease names 1 to 16 versions")
-        if not (isfinite(self.layer_seconds) and self.layer_seconds > 0 and isfinite(self.expires) and self.queue >= 0):
+        if not (LEAST_SECONDS <= self.layer_seconds <= MOST_SECONDS and 0 <= self.queue <= MAX_QUEUE):
             raise ValueError("lease figures are out of range")
+        if not (isfinite(self.expires) and is_name(self.dtype)):
+            raise ValueError("a lease's end or its dtype is out of range")
         others = [peer for peer, _ in self.delays]
         if len(others) > MAX_DELAYS or others != sorted(set(others)):
             raise ValueError(f"a lease names at most {MAX_DELAYS} delays, of different peers, sorted by peer")
@@ -89,7 +116,8 @@ class Lease:
 class Presence:
     """A peer's signed word that it takes part in `model`: how to reach it, and its gossip child's own key.
 
-    addresses and gossip_addresses are full multiaddrs (`/ip4/…/tcp/…/p2p/…`).
+    addresses and gossip_addresses are full multiaddrs (`/ip4/…/tcp/…/p2p/…`). All text is printable ASCII, and an
+    address has nothing that a shell would read: people are told to join there.
     """
 
     peer: PeerId
@@ -104,9 +132,13 @@ class Presence:
     def __post_init__(self) -> None:
         check_peer(self.peer, "presence peer")
         check_digest(self.model, "presence model")
-        everything = (*self.addresses, *self.gossip_addresses, *self.roles, self.software, self.gossip_peer)
-        if len(everything) > 64 or any(len(text) > 256 for text in everything) or not isfinite(self.expires):
+        addresses, words = (*self.addresses, *self.gossip_addresses), (*self.roles, self.software, self.gossip_peer)
+        if len(addresses) + len(words) > MOST_WORDS or not isfinite(self.expires):
             raise ValueError("presence is too large")
+        if not all(map(_WORDS.fullmatch, words)):
+            raise ValueError("presence has a text that is too long, or not printable")
+        if not all(len(address) <= 256 and _ADDRESS.fullmatch(address) for address in addresses):
+            raise ValueError("presence has an address that is none")
 
 
 @dataclass(frozen=True)
@@ -152,7 +184,7 @@ class SessionRequest:
     def __post_init__(self) -> None:
         check_digest(self.model, "session model")
         check_digest(self.version, "session version")
-        if len(self.session) != 32 or not 1 <= self.max_tokens <= 1 << 20 or len(self.codec) > 32:
+        if len(self.session) != 32 or not 1 <= self.max_tokens <= 1 << 20 or not is_name(self.codec):
             raise ValueError("session request is out of range")
         if not 1 <= self.rows <= MAX_ROWS:
             raise ValueError(f"a session has 1 to {MAX_ROWS} rows")
@@ -209,5 +241,4 @@ class LineageOffer:
     def __post_init__(self) -> None:
         check_digest(self.model, "lineage model")
         check_digest(self.head, "lineage head")
-        if len(self.name) > 64:
-            raise ValueError("lineage name is too long")
+        check_name(self.name)

@@ -45,6 +45,9 @@ AMEND = MergeSpec("amend@1")
 REMOVE = MergeSpec("remove@1")
 """Of a candidate that merges nothing, and has the values of its parent without those of some experts."""
 
+MAX_ROUND = 2**63 - 1
+"""Where the integers of a home's index (SQLite) end; those of records (msgpack) do not."""
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -83,8 +86,8 @@ class Candidate:
     def __post_init__(self) -> None:
         check_digest(self.model, "candidate model")
         check_digest(self.parent, "candidate parent")
-        if self.round < 1:
-            raise ValueError("rounds count from 1")
+        if not 1 <= self.round <= MAX_ROUND:
+            raise ValueError("rounds count from 1, in 63 bits")
         if self.amends != (self.amendment is not None):
             raise ValueError("a candidate amends the Manifest when its merge says so, and only then")
         merges = not (self.restores or self.amends or self.removes)
@@ -141,17 +144,18 @@ class Candidate:
 @dataclass(frozen=True)
 class DomainScore:
     """On the deciding split of one section of the exam: of the base version, of the parent, of the candidate, and of
-    the plain mean of the same patches. Lower is better: a loss in nats per byte for a domain; for every other section,
-    which is named `KIND/NAME`, the share of its cases that fail."""
+    the plain mean of the same patches, None where that has no finite scores. Lower is better: a loss in nats per byte
+    for a domain; for every other section, which is named `KIND/NAME`, the share of its cases that fail."""
 
     domain: str
     base: float
     parent: float
     candidate: float
-    mean: float
+    mean: float | None
 
     def __post_init__(self) -> None:
-        if not all(isfinite(x) and x >= 0 for x in (self.base, self.parent, self.candidate, self.mean)):
+        scores = (self.base, self.parent, self.candidate, 0.0 if self.mean is None else self.mean)
+        if not all(isfinite(x) and x >= 0 for x in scores):
             raise ValueError("scores have to be finite and not negative")
 
 
@@ -171,7 +175,7 @@ class Verdict:
         check_peer(self.maintainer, "maintainer")
         check_digest(self.model, "verdict model")
         check_digest(self.version, "verdict version")
-        if self.round < 1 or len(self.reason) > 256 or len(self.scores) > 64:
+        if not 1 <= self.round <= MAX_ROUND or len(self.reason) > 256 or len(self.scores) > 64:
             raise ValueError("verdict is out of range")
 
 

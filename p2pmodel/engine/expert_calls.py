@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.domain.experts import ExpertCall
+from p2pmodel.domain.experts import MAX_CALL_PAIRS, MAX_CALL_ROWS, ExpertCall
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.tensors.codecs import Codec
+from p2pmodel.wire.frames import MAX_BODY_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,18 @@ class Pairs:
 
 
 PAIR_BYTES = 8
+GATE_BYTES = 4
+"""Of a gate's gradient."""
+
+
+def max_call_bytes(codec: Codec, width: int) -> int:
+    """Of the largest body that a host takes: rows and gradients of width `width`."""
+    return min(MAX_BODY_BYTES, 2 * codec.size(MAX_CALL_ROWS, width) + PAIR_BYTES * MAX_CALL_PAIRS)
+
+
+def answer_bytes(codec: Codec, call: ExpertCall, width: int) -> int:
+    """Of the body that answers it."""
+    return codec.size(call.rows, width) + (GATE_BYTES * call.pairs if call.gradients else 0)
 
 
 def encode_call(codec: Codec, rows: Tensor, pairs: Pairs, gradients: Tensor | None = None) -> bytes:
@@ -77,19 +90,22 @@ def encode_gradients(codec: Codec, rows: Tensor, gates: Tensor) -> bytes:
 
 
 def decode_answer(codec: Codec, call: ExpertCall, body: Buffer, width: int) -> tuple[Tensor, Tensor | None]:
-    """Rows [R, H], float32, and the gates' gradients [P] where they were asked for. Raises Rejected("shape" |
-    "finite")."""
+    """Rows [R, H], float32, and the gates' gradients [P] where they were asked for; they need not be finite. Raises
+    Rejected("shape")."""
     view, size = memoryview(body).cast("B"), codec.size(call.rows, width)
-    if view.nbytes != size + (4 * call.pairs if call.gradients else 0):
+    if view.nbytes != answer_bytes(codec, call, width):
         raise Rejected("shape", f"An answer of {view.nbytes} bytes holds no {call.rows} rows of width {width}.")
     rows, gates = codec.decode(view[:size], call.rows, width)[0].float(), None
     if call.gradients:
         gates = torch.from_numpy(np.frombuffer(bytes(view[size:]), "<f4").astype(np.float32))
-    if not is_finite(rows) or (gates is not None and not is_finite(gates)):
-        raise Rejected("finite", "An answer is not finite.")
     return rows, gates
 
 
 def is_finite(t: Tensor) -> bool:
     """In one pass: infinities and NaNs stay in a sum."""
     return bool(t.sum(dtype=torch.float64).isfinite())
+
+
+def finite_rows(t: Tensor) -> Tensor:
+    """[R] bool, of [R, N]; as `is_finite`."""
+    return t.sum(1, dtype=torch.float64).isfinite()

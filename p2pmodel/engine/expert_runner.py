@@ -5,16 +5,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from p2pmodel.domain.errors import NotFound, P2PModelError, PeerFailed
-from p2pmodel.domain.experts import ExpertCall, ExpertOpening
+from p2pmodel.domain.errors import NotFound, P2PModelError, PeerFailed, Rejected
+from p2pmodel.domain.experts import MAX_CALL_ROWS, ExpertCall, ExpertOpening
 from p2pmodel.domain.ids import ModelId
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.engine import family
-from p2pmodel.engine.expert_calls import Pairs, decode_call, encode_gradients
+from p2pmodel.engine.expert_calls import Pairs, decode_call, encode_gradients, max_call_bytes
 from p2pmodel.engine.experts import ExpertShard
 from p2pmodel.engine.versions import State, VersionTable
 from p2pmodel.tensors.codecs import Codec, get_codec
@@ -68,10 +69,15 @@ class ExpertRunner:
             raise NotFound("This peer hosts experts of another model.")
         return get_codec(opening.codec)
 
+    def max_body(self, handle: Codec) -> int:
+        """See `domain.ports.ExpertRunner`."""
+        return max_call_bytes(handle, self._hosted[0].shard.width)
+
     def compute(self, batch: Sequence[tuple[Codec, bytes, Buffer]]) -> list[Buffer | Exception]:
-        """Calls for the same layer at the same version share a forward, whoever sent them."""
+        """Calls for the same layer at the same version share a forward, whoever sent them, as long as they have no more
+        rows together than one may have."""
         outputs: dict[int, Buffer | Exception] = {}
-        groups: dict[tuple[int, int, int, int], dict[int, _Work]] = {}
+        groups: dict[tuple[int, int, int, int], list[dict[int, _Work]]] = {}
         for index, (codec, meta, body) in enumerate(batch):
             try:
                 work = self._read(codec, meta, body)
@@ -79,8 +85,11 @@ class ExpertRunner:
                 outputs[index] = error
                 continue
             key = id(work.shard), work.call.layer, id(work.state), index if work.call.gradients else -1
-            groups.setdefault(key, {})[index] = work
-        for works in groups.values():
+            alike = groups.setdefault(key, [{}])
+            if sum(other.call.rows for other in alike[-1].values()) + work.call.rows > MAX_CALL_ROWS:
+                alike.append({})
+            alike[-1][index] = work
+        for works in chain.from_iterable(groups.values()):
             outputs.update(zip(works, self._run(list(works.values())), strict=True))
         return [outputs[index] for index in range(len(batch))]
 
@@ -104,6 +113,8 @@ class ExpertRunner:
         # A trunk that has read an earlier lease asks for what is about to go.
         hosted = next((one for one in self._hosted if one.shard.has(call.layer, pairs)), current)
         hosted.shard.check(call.layer, pairs)
+        if call.pairs > call.rows * len(hosted.shard.experts):
+            raise Rejected("shape", "A call asks for more experts of its rows than this peer hosts.")
         return _Work(hosted.shard, call, codec, hosted.versions.get(call.version), rows, pairs, outer)
 
     def _run(self, works: Sequence[_Work]) -> Sequence[Buffer | Exception]:

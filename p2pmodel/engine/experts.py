@@ -177,11 +177,16 @@ class ExpertShard:
     ) -> tuple[Tensor, Tensor]:
         """Of rows [R, H] and gates [P], float32, from those of `compute`'s answer [R, H]. It computes once more, so
         that nothing has to be kept between the two ways. Raises NotFound."""
-        with torch.enable_grad():
-            leaf = rows.detach().to(self.device, torch.float32, copy=True).requires_grad_(True)
-            gates = pairs.gate.detach().clone().requires_grad_(True)
-            out = self.compute(layer, leaf, Pairs(pairs.row, pairs.expert, gates), state)
-            of_rows, of_gates = torch.autograd.grad(out, (leaf, gates), outer.to(self.device, torch.float32))
+        leaf = rows.detach().to(self.device, torch.float32, copy=True).requires_grad_(True)
+        outer = outer.to(self.device, torch.float32)
+        of_rows, of_gates = torch.zeros_like(leaf, requires_grad=False), torch.zeros(len(pairs))
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):  # a graph for each part
+            part = slice(start, start + PAIRS_AT_ONCE)
+            with torch.enable_grad():
+                gates = pairs.gate[part].detach().clone().requires_grad_(True)
+                out = self.compute(layer, leaf, Pairs(pairs.row[part], pairs.expert[part], gates), state)
+                more, of_gates[part] = torch.autograd.grad(out, (leaf, gates), outer)
+            of_rows += more
         return of_rows, of_gates
 
     @torch.inference_mode()

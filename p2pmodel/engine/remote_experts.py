@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,12 +33,25 @@ class Traffic:
 _traffic: ContextVar[Traffic | None] = ContextVar("of the forward that runs in this thread", default=None)
 
 
+def _nothing() -> None:
+    """There is nothing else to compute."""
+
+
 class Exchange(Protocol):
     """Brings rows to their experts. Shapes: T rows, K experts a row, H the width of the model."""
 
-    def send(self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Traffic) -> Callable[[], Tensor]:
-        """rows [T, H], experts [T, K] int64, gates [T, K]: all on their way when this returns. What it returns
-        waits for the answers, and gives the sum of each row's parts [T, H], float32. Both raise P2PModelError."""
+    def sums(
+        self,
+        layer: int,
+        rows: Tensor,
+        experts: Tensor,
+        gates: Tensor,
+        traffic: Traffic,
+        meanwhile: Callable[[], object] = _nothing,
+    ) -> Tensor:
+        """rows [T, H], experts [T, K] int64, gates [T, K]: the sum of each row's parts [T, H], float32. A row that is
+        not finite makes its own sum NaN. meanwhile: called once all is on its way, before the answers are waited for.
+        Raises P2PModelError."""
 
     def gradients(
         self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic
@@ -91,10 +105,9 @@ class RemoteExperts(nn.Module):
                 hidden_states, top_k_index, top_k_weights, exchange, self.layer, traffic
             )
             return total
-        receive = exchange.send(self.layer, hidden_states, top_k_index, top_k_weights, traffic)
-        if self.beside is not None:
-            self.beside.compute(hidden_states)
-        return receive().to(hidden_states)
+        meanwhile = partial(self.beside.compute, hidden_states) if self.beside else _nothing
+        sums = exchange.sums(self.layer, hidden_states, top_k_index, top_k_weights, traffic, meanwhile)
+        return sums.to(hidden_states)
 
 
 class Beside:
@@ -154,7 +167,7 @@ class _Differentiable(torch.autograd.Function):
         exchange, layer, traffic = how
         ctx.save_for_backward(rows, experts, gates)
         ctx.how = how
-        total: Tensor = exchange.send(layer, rows, experts, gates, traffic)()
+        total: Tensor = exchange.sums(layer, rows, experts, gates, traffic)
         return total.to(rows)
 
     @staticmethod

@@ -13,6 +13,10 @@ from p2pmodel.wire import canonical
 from p2pmodel.wire.frames import MAX_META_BYTES
 
 MAX_LAYERS = 10_000
+MAX_SPREAD = 1 << 40
+"""Of the gates of a step: in every layer a few of each token."""
+_ROUNDING = 1e-3
+"""Relative: of a sum of shares over layers, in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,7 @@ class Note:
 
     @classmethod
     def decode(cls, meta: bytes, rows: int, tokens: int) -> "Note":
-        """Raises Rejected("size" | "schema" | "canonical" | "frame")."""
+        """Raises Rejected("size" | "schema" | "canonical" | "frame"); the last one also for shares that are none."""
         if not meta:
             return NOTHING
         note = canonical.decode(meta, StepNote, MAX_META_BYTES)
@@ -64,12 +68,15 @@ class Note:
             or len(note.order) not in (0, rows)
             or not all(0 <= row < rows for row in note.order)
             or not (note.wanted is None or 0 <= note.wanted <= tokens)
-            or note.spread < 0
+            or not 0 <= note.spread <= MAX_SPREAD
             or not 0 <= note.routed <= MAX_LAYERS
             or len(note.shares) % (4 * rows)
             or len(note.shares) > 4 * rows * (MAX_EXPERTS + 1)
         ):
             raise Rejected("frame", f"The note of a step does not fit {rows} rows of {tokens} tokens.")
+        shares = _unpacked_shares(note.shares, rows)
+        if shares is not None and not _are_shares(shares, note.routed):
+            raise Rejected("frame", f"The note of a step has shares of experts that {note.routed} layers do not give.")
         return cls(
             mask=_unpacked_mask(note.mask, rows, tokens),
             positions=_unpacked_positions(note.positions, rows, tokens),
@@ -77,7 +84,7 @@ class Note:
             wanted=note.wanted,
             spread=note.spread,
             routed=note.routed,
-            shares=_unpacked_shares(note.shares, rows),
+            shares=shares,
         )
 
     def part(self, start: int, end: int, tokens: int) -> "Note":
@@ -145,6 +152,11 @@ def _packed_positions(positions: Tensor | None) -> bytes:
 
 def _unpacked_shares(packed: bytes, rows: int) -> Tensor | None:
     return torch.from_numpy(np.frombuffer(packed, "<f4").copy()).view(rows, -1) if packed else None
+
+
+def _are_shares(shares: Tensor, routed: int) -> bool:
+    """shares [B, E + 1]. NaN is neither; no sum of what is in range is infinite."""
+    return bool((shares >= 0).all() and (shares.sum(1) <= routed * (1 + _ROUNDING)).all())
 
 
 def _unpacked_positions(packed: bytes, rows: int, tokens: int) -> Tensor | None:

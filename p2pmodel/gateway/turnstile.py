@@ -69,16 +69,20 @@ class Turnstile:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self._free += count  # it was let in at the moment at which it left
-            else:
+            elif (count, turn) in self._queue:
                 self._queue.remove((count, turn))
             self._let_in()
             raise
 
     def _let_in(self) -> None:
-        while self._queue and self._queue[0][0] <= self._free:
-            count, turn = self._queue.popleft()
-            self._free -= count
-            turn.set_result(None)
+        while self._queue:
+            count, turn = self._queue[0]
+            if not turn.done():  # it is when its client has just left
+                if count > self._free:
+                    return
+                self._free -= count
+                turn.set_result(None)
+            self._queue.popleft()
 
     def _retry_seconds(self) -> int:
         turns = (self.at_work + self.waiting) / self._places

@@ -11,15 +11,15 @@ from math import prod
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest, ModelId, PeerId, VersionId, short
 from p2pmodel.domain.model import Amendment, Manifest
-from p2pmodel.domain.modular import Experts, is_pool, slots_at
+from p2pmodel.domain.modular import Experts, is_pool, max_rank, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.version import Candidate, Verdict, VersionNumber
 
 MAX_FAILED_ROUNDS = 1 << 20
-"""How far a candidate's round may be ahead of its parent's, so that nobody can use the numbers up."""
+"""How far a candidate's round may be ahead of its parent's: far above what nodes climb to (`turns.FOLLOWED`)."""
 
 MAX_EXAM_BYTES = 1 << 30
-"""Of an exam that an amendment brings: everybody fetches it."""
+"""Of another exam that an amendment brings: everybody fetches it."""
 
 _BYTES_EACH = 8  # the widest dtype of a slot
 _OVERHEAD_EACH = 4096  # a slot's entry in the header of a safetensors file
@@ -65,6 +65,12 @@ def check_patch(
             f"{patch.contributor} has a patch in this round already.",
             "The next one can be proposed in the next round.",
         )
+    if len(contributors) >= manifest.schedule.max_patches:
+        raise Rejected(
+            "patches",
+            f"This round has {len(contributors)} patches already, as many as {manifest.name} takes.",
+            "The next one can be proposed in the next round.",
+        )
 
 
 def check_candidate(
@@ -89,8 +95,7 @@ def check_candidate(
         raise Rejected("round", f"The candidate is of round {candidate.round}, and its parent of {parent_round}.")
     if flaw := candidate.misfit(parent_number, parent_experts):
         raise Rejected("number", f"The candidate {flaw}.")
-    if candidate.experts and not any(map(is_pool, manifest.slots)):
-        raise Rejected("experts", f"The candidate has experts, and {manifest.name} has no pools for any.")
+    _check_experts(candidate.experts, manifest)
     if candidate.amendment is not None:
         _check_amendment(candidate.amendment, manifest)
         if candidate.result.digest not in restorable:
@@ -114,10 +119,23 @@ def check_candidate(
             raise Rejected("size", f"The candidate's result has {ref.size} bytes; the slots need {room}.")
 
 
+def _check_experts(experts: Experts, manifest: Manifest) -> None:
+    """Their ranks say how large the values are that everybody fetches."""
+    highest = min((max_rank(slot) for slot in manifest.slots if is_pool(slot)), default=0)
+    for expert in experts:
+        if not highest:
+            raise Rejected("experts", f"The candidate has experts, and {manifest.name} has no pools for any.")
+        if expert.rank > highest:
+            raise Rejected(
+                "experts",
+                f"The candidate's expert {expert.name} has rank {expert.rank}; {manifest.name} takes 1 to {highest}.",
+            )
+
+
 def _check_amendment(amendment: Amendment, manifest: Manifest) -> None:
     if amendment == manifest.amendment:
         raise Rejected("amendment", "The candidate amends the Manifest by what it says already.")
-    if not 0 < amendment.exam.size <= MAX_EXAM_BYTES:
+    if amendment.exam != manifest.exam and not 0 < amendment.exam.size <= MAX_EXAM_BYTES:
         raise Rejected("size", f"The amendment's exam has {amendment.exam.size} bytes; {MAX_EXAM_BYTES} may be.")
 
 

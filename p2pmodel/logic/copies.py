@@ -15,19 +15,24 @@ ALIKE = 0.999
 
 
 def copies(
-    patches: Sequence[PatchId], cosines: Callable[[PatchId, Sequence[PatchId]], Sequence[float]]
+    patches: Sequence[PatchId],
+    cosines: Callable[[PatchId, Sequence[PatchId]], Sequence[float]],
+    enters: Callable[[PatchId], bool] = lambda patch: True,
 ) -> dict[PatchId, PatchId]:
-    """By each copy, what it is a copy of. patches: the first seen first; cosines: of one of them with each of some.
+    """By each copy, what it is a copy of. patches: the first seen first; cosines: of one of them with each of some;
+    enters: whether one that is no copy takes part in the merge, asked in their order. A patch is a copy only of one
+    that takes part, so that nobody drives a patch out with a copy of it that harms.
 
-    Which of two is the copy goes by the order; whether there are any does not, so that everybody agrees on it.
+    Which of two is the copy goes by the order; whether there are any among those that take part does not, so that
+    everybody agrees on it.
     """
     found: dict[PatchId, PatchId] = {}
     kept: list[PatchId] = []
     for patch in patches:
         alike = (before for before, cosine in zip(kept, cosines(patch, kept), strict=True) if cosine >= ALIKE)
         original = next(alike, None)
-        if original is None:
-            kept.append(patch)
-        else:
+        if original is not None:
             found[patch] = original
+        elif enters(patch):
+            kept.append(patch)
     return found

@@ -7,7 +7,7 @@ hosts first: no other choice of as many leaves the heats of all, sorted, lower.
 
 A node that chose for itself goes on looking. What keeps nodes from running to and fro, and every expert hosted:
 
-- An expert is given up only where another peer has it and keeps it.
+- An expert is given up only where another peer has it, keeps it, and keeps up with the head (`keeping_up`).
 - One is exchanged only for another that is WORTH_MOVING times as hot as it will itself be. So the hotter of the two
   becomes cooler; as long as demand stays the same, exchanges end, and none is ever taken back. Where hosts are hardly
   busy, nothing is exchanged.
@@ -24,6 +24,7 @@ from math import inf, log2
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.experts import MAX_EXCHANGED, ExpertLease, describe, rate_at
 from p2pmodel.domain.ids import PeerId
+from p2pmodel.logic.keeping_up import Heads
 from p2pmodel.logic.placement import draw
 from p2pmodel.logic.relocation import (
     CALM_SLOT_SECONDS,
@@ -48,9 +49,9 @@ class ExpertSupply:
     have it now and do not give it up. A peer that exchanges counts as a host of what it takes."""
 
     def __init__(
-        self, leases: Iterable[ExpertLease], layers: Sequence[int], count: int, without: PeerId | None = None
+        self, leases: Iterable[ExpertLease], layers: Sequence[int], count: int, without: Collection[PeerId] = ()
     ) -> None:
-        """without: a peer that counts as if it hosted nothing; what was asked of it is still asked."""
+        """without: peers that count as if they hosted nothing; what was asked of them is still asked."""
         there = sorted((lease for lease in leases if not lease.leaving), key=lambda lease: lease.peer)
         alike = {tuple(lease.peer for lease in there if layer in lease.span): layer for layer in layers}
         sums = [_Sums(there, layer, count, without) for layer in alike.values()]
@@ -74,7 +75,7 @@ class ExpertSupply:
 class _Sums:
     """Of the leases on one layer."""
 
-    def __init__(self, leases: Sequence[ExpertLease], layer: int, count: int, without: PeerId | None) -> None:
+    def __init__(self, leases: Sequence[ExpertLease], layer: int, count: int, without: Collection[PeerId]) -> None:
         self.rates, self.demand = [0.0] * count, [0.0] * count
         self.hosts, self.keepers = [0] * count, [0] * count
         for lease in leases:
@@ -83,7 +84,7 @@ class _Sums:
             for expert, load in zip(lease.experts, lease.loads, strict=False):
                 if expert < count:
                     self.demand[expert] += rate_at(load)
-            if lease.peer == without:
+            if lease.peer in without:
                 continue
             kept = [expert for expert in lease.experts if expert not in lease.going]
             gain = 1 / (lease.pair_seconds * len(lease.experts))
@@ -97,17 +98,24 @@ class _Sums:
 
 
 def choose_experts(
-    leases: Sequence[ExpertLease], layers: Sequence[int], count: int, capacity: int, *, salt: str = ""
+    leases: Sequence[ExpertLease],
+    layers: Sequence[int],
+    count: int,
+    capacity: int,
+    *,
+    salt: str = "",
+    heads: Heads | None = None,
 ) -> tuple[tuple[int, ...], str]:
     """At most `capacity` of the `count` experts of each of `layers` that a node should serve, and why, in a sentence.
 
-    leases: of one model, not expired, without the node's own. Of experts that are equally hot it takes some that lie
-    side by side; with a `salt`, such as the peer's id, nodes that join at once take different ones.
+    leases: of one model, not expired, without the node's own; with `heads`, those that do not keep up say what is asked
+    and host nothing. Of experts that are equally hot it takes some that lie side by side; with a `salt`, such as the
+    peer's id, nodes that join at once take different ones.
     Raises UsageError when the capacity holds no expert.
     """
     if capacity < 1:
         raise UsageError("This machine has no room for a single expert.", "Give it more memory, or join to watch only.")
-    supply = ExpertSupply(leases, layers, count)
+    supply = ExpertSupply(leases, layers, count, _behind(leases, heads))
     size = min(capacity, count)
     first = size * int(draw(salt) * -(-count // size)) if salt else 0
     ranked = sorted(range(count), key=lambda expert: (-supply.heat(expert), (expert - first) % count))
@@ -148,10 +156,15 @@ class ExpertOutlook:
 
 
 def look(
-    residence: ExpertResidence, leases: Sequence[ExpertLease], layers: Sequence[int], count: int, now: float
+    residence: ExpertResidence,
+    leases: Sequence[ExpertLease],
+    layers: Sequence[int],
+    count: int,
+    now: float,
+    heads: Heads | None = None,
 ) -> ExpertOutlook:
-    """`leases`: all that are valid now; the node's own may be among them."""
-    others = ExpertSupply(leases, layers, count, without=residence.peer)
+    """`leases`: all that are valid now; the node's own may be among them. heads: as in `choose_experts`."""
+    others = ExpertSupply(leases, layers, count, {residence.peer, *_behind(leases, heads)})
     filling = _fill(residence, others)
     if filling:
         since = now if residence.empty_since is None else residence.empty_since
@@ -171,7 +184,12 @@ def look(
 
 
 def still_good(
-    residence: ExpertResidence, exchange: Exchange, leases: Iterable[ExpertLease], layers: Sequence[int], count: int
+    residence: ExpertResidence,
+    exchange: Exchange,
+    leases: Sequence[ExpertLease],
+    layers: Sequence[int],
+    count: int,
+    heads: Heads | None = None,
 ) -> bool:
     """Whether the node, which said that it makes the exchange, still should, now that others may have said the same. Of
     these it gives way to those whose draw is lower, and counts on the others to do so."""
@@ -180,12 +198,16 @@ def still_good(
         replace(lease, coming=(), going=()) if draw(f"{lease.peer} {lease.coming}") > mine else lease
         for lease in leases
     ]
-    others = ExpertSupply(settled, layers, count, without=residence.peer)
+    others = ExpertSupply(settled, layers, count, {residence.peer, *_behind(leases, heads)})
     if not all(others.keepers[expert] for expert in exchange.going):
         return False
     return any(not others.hosts[expert] for expert in exchange.coming) or _is_worth_it(
         others, sorted(exchange.coming, key=others.heat, reverse=True), sorted(exchange.going, key=others.heat)
     )
+
+
+def _behind(leases: Iterable[ExpertLease], heads: Heads | None) -> set[PeerId]:
+    return set() if heads is None else {lease.peer for lease in leases if not heads.keeps_up(lease)}
 
 
 def _fill(residence: ExpertResidence, others: ExpertSupply) -> Exchange | None:

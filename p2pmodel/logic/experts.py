@@ -86,17 +86,19 @@ def missing(
     return found
 
 
-def hosts_of(leases: Sequence[ExpertLease]) -> tuple[int, ...]:
+def hosts_of(leases: Sequence[ExpertLease], layers: int) -> tuple[int, ...]:
     """By expert, up to the highest that anybody hosts: how many peers do, in the layer where they are fewest, of those
-    layers that anybody hosts experts of."""
-    counts = [Counter(e for lease in some for e in lease.experts) for some in _by_layer(leases)]
-    return tuple(min(count[expert] for count in counts) for expert in range(_known(leases)))
+    of the model's `layers` that anybody hosts experts of."""
+    by_layer = _by_layer(leases, layers)
+    counts = [Counter(e for lease in some for e in lease.experts) for some in by_layer]
+    return tuple(min(count[expert] for count in counts) for expert in range(_known(by_layer)))
 
 
-def asked_of(leases: Sequence[ExpertLease]) -> tuple[float, ...]:
+def asked_of(leases: Sequence[ExpertLease], layers: int) -> tuple[float, ...]:
     """The same of rows a second that they were lately asked for, in the layer where they are most."""
-    sums = [_asked(some) for some in _by_layer(leases)]
-    return tuple(max(rates.get(expert, 0.0) for rates in sums) for expert in range(_known(leases)))
+    by_layer = _by_layer(leases, layers)
+    sums = [_asked(some) for some in by_layer]
+    return tuple(max(rates.get(expert, 0.0) for rates in sums) for expert in range(_known(by_layer)))
 
 
 def _asked(leases: Sequence[ExpertLease]) -> dict[int, float]:
@@ -107,15 +109,15 @@ def _asked(leases: Sequence[ExpertLease]) -> dict[int, float]:
     return rates
 
 
-def _by_layer(leases: Sequence[ExpertLease]) -> list[list[ExpertLease]]:
+def _by_layer(leases: Sequence[ExpertLease], layers: int) -> list[list[ExpertLease]]:
     """Those on each layer, but for layers that are like the one before."""
-    edges = sorted({edge for lease in leases for edge in (lease.span.start, lease.span.end)})
+    edges = sorted({edge for lease in leases for edge in (lease.span.start, lease.span.end) if edge < layers})
     there = [[lease for lease in leases if layer in lease.span and not lease.leaving] for layer in edges]
     return [some for some in there if some]
 
 
-def _known(leases: Sequence[ExpertLease]) -> int:
-    return max((lease.experts[-1] + 1 for lease in leases if not lease.leaving), default=0)
+def _known(by_layer: Sequence[Sequence[ExpertLease]]) -> int:
+    return max((lease.experts[-1] + 1 for some in by_layer for lease in some), default=0)
 
 
 def name_missing(found: Sequence[MissingExpert]) -> str:

@@ -19,6 +19,8 @@ PATCH_MUST_GAIN = 0.0005
 """Relative: a patch has to make at least one domain this much better; or any share lower."""
 PATCH_MAY_COST = 0.10
 """Relative, of a share absolute: a patch that makes any section this much worse is broken or hostile."""
+NO_NUMBER = "its loss is not a number"
+"""The reason for leaving out a patch with which the model's losses are not finite: it has no scores to compare."""
 SCREEN_ERROR = 0.01
 SCREEN_REACH = 0.10
 """Relative to the mean text's loss: a text counts as changed by at most this much more or less than what is tested."""
@@ -60,10 +62,9 @@ def why_leave_out(parent: Mapping[str, float], patch: Mapping[str, float], rules
 
 
 def harm(parent: Mapping[str, float], patch: Mapping[str, float], rules: Rules | None = None) -> str:
-    """What a patch alone makes worse than it may; empty when there is nothing."""
+    """What a patch alone makes worse than it may; empty when there is nothing. All scores are finite: see
+    `NO_NUMBER`."""
     change = {section: _change(section, parent[section], patch[section]) for section in parent}
-    if not all(value == value for value in change.values()):
-        return "its loss is not a number"
     for section, value in sorted(change.items(), key=lambda item: -item[1]):
         if value > _may_cost(section, rules) + 1e-9:
             return f"it makes {section} worse by {value:.1%}"

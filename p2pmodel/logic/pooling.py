@@ -17,8 +17,9 @@ class Pooled:
 
 
 def pooled(before: Experts, brought: Sequence[tuple[PatchId, Experts]]) -> Pooled:
-    """before: the parent's; brought: by patch, sorted by id, those that it adds. Two patches may bring one expert,
-    which is merged, but of two ranks the first one stands."""
+    """before: the parent's; brought: by patch, those that it adds. Two patches may bring one expert, which is merged,
+    but of two ranks the first one stands. Whether any is left out does not depend on the order; which one does, so a
+    proposer gives them as it saw them, an order that no contributor chooses by trying ids."""
     experts = before
     left_out: list[LeftOut] = []
     for patch, new in brought:

@@ -1,6 +1,6 @@
 """Who may propose, and what the maintainers' verdicts amount to.
 
-Two versions of one round can both reach the threshold t of n maintainers only if 2t - n of them sign twice. So with f
+Two versions of one round can both reach the threshold t of n maintainers only if 2t - n of them accept both. So with f
 maintainers that do, one round adopts at most one version as long as **t > (n + f) / 2**, and t maintainers have to be
 there for any. A Manifest may set t lower, down to 1: then two maintainers can fork the lineage without either lying.
 """
@@ -66,11 +66,12 @@ def electorates(manifest: Manifest, candidate: Candidate) -> tuple[Electorate, .
 
 
 def double_signers(verdicts: Iterable[Verdict]) -> dict[tuple[PeerId, int], tuple[VersionId, ...]]:
-    """(maintainer, round) -> the versions that it signed in that round, where it is more than one: the proof of its
-    misbehaviour. Sorted."""
+    """(maintainer, round) -> the versions that it accepted in that round, where it is more than one: the proof of its
+    misbehaviour. Sorted. Who rejects one and accepts another adds to no second version."""
     signed: dict[tuple[PeerId, int], set[VersionId]] = {}
     for verdict in verdicts:
-        signed.setdefault((verdict.maintainer, verdict.round), set()).add(verdict.version)
+        if verdict.accept:
+            signed.setdefault((verdict.maintainer, verdict.round), set()).add(verdict.version)
     return {who: tuple(sorted(versions)) for who, versions in sorted(signed.items()) if len(versions) > 1}
 
 
@@ -111,5 +112,5 @@ def is_hopeless(round: int, votes: Collection[Vote | Verdict], maintainers: Coll
 
 
 def tolerated_liars(maintainers: int, threshold: int) -> int:
-    """How many maintainers may sign twice without one round adopting two versions; negative when none has to."""
+    """How many maintainers may accept twice without one round adopting two versions; negative when none has to."""
     return 2 * threshold - maintainers - 1

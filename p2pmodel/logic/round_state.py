@@ -35,35 +35,43 @@ class RoundRules:
 @dataclass(frozen=True)
 class Proposal:
     """A known candidate. `patches` are those that it settles, merged or left out; `also`: who has to accept it besides
-    the maintainers, since it would make them decide."""
+    the maintainers, since it would make them decide; aside: it merges nothing, so people decide on it, and no round
+    waits for it; heard: when, by the local clock."""
 
     version: VersionId
     round: int
     proposer: PeerId
     patches: tuple[PatchId, ...]
     also: Electorate | None = None
+    aside: bool = False
+    heard: float = 0.0
 
 
 @dataclass(frozen=True)
 class RoundState:
-    """since: when the phase began, opened: when the round did, by the local clock; patches: admitted to this round,
-    sorted; late: admitted after it was sealed; settled: those that rejected candidates on this parent have spoiled,
-    never taken again; signed: the version of this round that this node examines or has signed; signed_round: the
-    highest round that it signed in, on any parent."""
+    """since: when the phase began, by the local clock, of VOTING: when the candidate was heard of; waiting: since when
+    patches wait for the round to be sealed, through rounds that failed; patches: admitted to this round, sorted; late:
+    admitted after it was sealed; settled: those that rejected candidates on this parent have spoiled, never taken
+    again; retry: when a proposal that failed is tried again; signed: the version of this round that this node examines
+    or has signed; signed_round: the highest round that it signed a merge's verdict in, on any parent; accepted: its own
+    votes that accept; asked: the asides that it examines in this round."""
 
     phase: Phase
     round: int
     parent: VersionId
     since: float
-    opened: float
+    waiting: float
     patches: tuple[PatchId, ...] = ()
     late: tuple[PatchId, ...] = ()
     settled: frozenset[PatchId] = frozenset()
     candidates: tuple[Proposal, ...] = ()
     votes: tuple[Vote, ...] = ()
     proposed: bool = False
+    retry: float | None = None
     signed: VersionId | None = None
     signed_round: int = 0
+    accepted: tuple[Vote, ...] = ()
+    asked: tuple[VersionId, ...] = ()
     adopted: Proposal | None = None
 
     @property
@@ -93,14 +101,23 @@ class ProposalFailed:
 
 @dataclass(frozen=True)
 class CandidateSeen:
-    """A candidate on the state's parent passed `admission.check_candidate`. `patches`: merged and left out; `also`: see
-    Proposal. Verdicts of peers that only the candidate entitles are to be fed again after it."""
+    """A candidate on the state's parent passed `admission.check_candidate`. `patches`: merged and left out; `also`,
+    `aside`: see Proposal. Verdicts of peers that only the candidate entitles are to be fed again after it."""
 
     version: VersionId
     proposer: PeerId
     patches: tuple[PatchId, ...]
     round: int
     also: Electorate | None = None
+    aside: bool = False
+
+
+@dataclass(frozen=True)
+class Decided:
+    """This maintainer's person has said what becomes of an aside: to be fed again as long as the word stands, and no
+    verdict of this node follows from it."""
+
+    version: VersionId
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = PatchAdmitted | PatchesRefused | ProposalFailed | CandidateSeen | VerdictSeen | Tick
+Event = PatchAdmitted | PatchesRefused | ProposalFailed | CandidateSeen | Decided | VerdictSeen | Tick
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ class Abandon:
 
 @dataclass(frozen=True)
 class Misbehaviour:
-    """The maintainer signed two versions in one round; its two verdicts are the proof."""
+    """The maintainer accepted two versions in one round; its two verdicts are the proof."""
 
     maintainer: PeerId
     version_a: VersionId

@@ -5,18 +5,21 @@ arrive, a version is adopted when a threshold of maintainers accepted it: before
 round up, or with verdicts that came before the candidate. One state adopts once, and quorum.py says when all nodes
 agree.
 
-A round's number moves only when a candidate fails, so nodes that know the same candidates are in the same round. One
-that waits in an earlier round follows a candidate of a later one; one that votes ends its round first. All candidates
-and verdicts on the same parent stay in the state from round to round, since a verdict can be late. Patches are tried
+A round's number moves only when a candidate fails, so nodes that know the same candidates are in the same round. When
+a candidate counts, one of a later round too, turns.py says; a node that votes ends its round first. All candidates and
+verdicts on the same parent stay in the state from round to round, since a verdict can be late. Patches are tried
 again in the next round unless candidates with them, by so many proposers that one is honest, were rejected: a
 contributor has one patch on a parent, so to give up those of a round in which maintainers were silent, or its proposer
 lied, could leave nothing to merge, ever.
 
-A maintainer signs one version a round, and none of a round before one that it signed in. It stops signing when
-`verdict_seconds` have passed and gives the round up `proposer_seconds` later, so that a verdict signed at the last
-moment is known before anybody votes on another child of the same parent. As long as candidates and verdicts take less
+A maintainer signs one merge a round (signing.py). It stops signing `verdict_seconds` after it heard of the candidate
+and gives the round up `proposer_seconds` later, so that a verdict signed at the last moment is known before anybody
+votes on another child of the same parent, whenever each began to vote. As long as candidates and verdicts take less
 than half of `proposer_seconds` each, and no maintainer holds its verdict back, no parent gets two adopted children.
 Beyond that `lineage.assemble` chooses between them.
+
+Amendments, removals and rollbacks stand aside: no phase begins or ends by them, so that merges go on while people
+think, and a stream of them takes no node's time. A maintainer's node examines one when its person has decided on it.
 
 The node feeds the events, and at every new state feeds again what its store holds for it: its own verdicts first,
 then the others', then the candidates and patches on `parent`. Feeding anything twice changes nothing.
@@ -28,11 +31,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId
-from p2pmodel.logic.quorum import Electorate, Vote, is_hopeless, proposers, tally, tolerated_liars
+from p2pmodel.logic.quorum import Electorate, Vote, is_hopeless, tally
 from p2pmodel.logic.round_state import (
     Abandon,
     Adopt,
     CandidateSeen,
+    Decided,
     Effect,
     Event,
     Examine,
@@ -49,12 +53,15 @@ from p2pmodel.logic.round_state import (
     Tick,
     VerdictSeen,
 )
+from p2pmodel.logic.signing import may_sign
+from p2pmodel.logic.turns import at_least_one_honest, counts_from, rank_of
 
 __all__ = [
     "TRANSITIONS",
     "Abandon",
     "Adopt",
     "CandidateSeen",
+    "Decided",
     "Effect",
     "Event",
     "Examine",
@@ -88,13 +95,13 @@ Outcome = tuple[RoundState, tuple[Effect, ...]]
 def start(round: int, parent: VersionId, now: float, signed_round: int = 0) -> RoundState:
     """The first state on `parent`; `round` is one more than that in which `parent` was adopted, 1 for the base;
     signed_round: the highest round that this node has ever signed a verdict in."""
-    return RoundState(Phase.OPEN, round, parent, since=now, opened=now, signed_round=signed_round)
+    return RoundState(Phase.OPEN, round, parent, since=now, waiting=now, signed_round=signed_round)
 
 
 def follow(state: RoundState, parent: VersionId, round: int, now: float) -> RoundState:
     """The state after the head moved to `parent`, which was adopted in `round`: by this state, or by proof."""
-    votes = tuple(vote for vote in state.votes if vote.round > round)
-    return replace(start(round + 1, parent, now, state.signed_round), votes=votes)
+    votes, accepted = (tuple(v for v in each if v.round > round) for each in (state.votes, state.accepted))
+    return replace(start(round + 1, parent, now, state.signed_round), votes=votes, accepted=accepted)
 
 
 def reopen(state: RoundState, now: float) -> RoundState:
@@ -105,11 +112,12 @@ def reopen(state: RoundState, now: float) -> RoundState:
         phase=Phase.OPEN,
         round=state.round + 1,
         since=now,
-        opened=now,
         patches=patches,
         late=(),
         proposed=False,
+        retry=None,
         signed=None,
+        asked=(),
     )
 
 
@@ -118,31 +126,15 @@ def may_propose(state: RoundState, round: int) -> bool:
     return state.phase is Phase.SEALED and state.round == round
 
 
-def may_sign(state: RoundState, version: VersionId, now: float, rules: RoundRules) -> bool:
-    """Whether this maintainer may still sign the verdict on `version` that it was asked for."""
-    return (
-        state.phase is Phase.VOTING
-        and state.signed == version
-        and state.signed_round < state.round
-        and now - state.since < rules.schedule.verdict_seconds
-    )
-
-
 def next_tick(state: RoundState, rules: RoundRules, me: PeerId | None) -> float | None:
     """From when on a Tick changes something, if nothing else happens; None: never."""
-    schedule = rules.schedule
-    if state.phase is Phase.OPEN:
-        if any(candidate.round >= state.round for candidate in state.candidates):
-            return state.since
-        if not state.patches:
-            return None
-        return state.since + (0.0 if len(state.patches) >= schedule.min_patches else schedule.open_seconds)
-    if state.phase is Phase.SEALED:
-        rank = _rank(me, state.round, rules)
-        return None if rank is None or state.proposed else state.since + rank * schedule.proposer_seconds
     if state.phase is Phase.VOTING:
-        return state.since + schedule.verdict_seconds + schedule.proposer_seconds
-    return None
+        return state.since + rules.schedule.verdict_seconds + rules.schedule.proposer_seconds
+    if state.phase not in (Phase.OPEN, Phase.SEALED):
+        return None
+    due = _sealing(state, rules) if state.phase is Phase.OPEN else _turn(state, rules, me)
+    times = [due, *(counts_from(candidate, state, rules, me) for candidate in state.candidates)]
+    return min((at for at in times if at is not None), default=None)
 
 
 def advance(state: RoundState, event: Event, now: float, rules: RoundRules, me: PeerId | None) -> Outcome:
@@ -177,49 +169,91 @@ def _refuse(state: RoundState, event: PatchesRefused, here: _Here) -> Outcome:
     refused = state.settled.union(event.patches)
     left = tuple(sorted(p for p in {*state.patches, *state.late} if p not in refused))
     return _seal(
-        replace(state, phase=Phase.OPEN, since=here.now, patches=left, late=(), settled=refused, proposed=False), here
+        replace(
+            state,
+            phase=Phase.OPEN,
+            since=here.now,
+            waiting=here.now,
+            patches=left,
+            late=(),
+            settled=refused,
+            proposed=False,
+            retry=None,
+        ),
+        here,
     )
 
 
 def _try_again(state: RoundState, event: ProposalFailed, here: _Here) -> Outcome:
-    rank = _rank(here.me, state.round, here.rules)
-    if rank is None:
+    if here.me not in here.rules.maintainers:
         return state, ()
-    since = here.now + (1 - rank) * here.rules.schedule.proposer_seconds
-    return replace(state, proposed=False, since=since), ()
+    return replace(state, proposed=False, retry=here.now + here.rules.schedule.proposer_seconds), ()
 
 
 def _wait_for_patches(state: RoundState, event: Tick, here: _Here) -> Outcome:
-    decided, effects = _decide(state, here)
-    return (decided, effects) if decided.phase is not Phase.OPEN else _seal(decided, here)
+    sealed, effects = _seal(state, here)
+    return (sealed, effects) if sealed.phase is not Phase.OPEN else _decide(sealed, here)
+
+
+def _sealing(state: RoundState, rules: RoundRules) -> float | None:
+    """When the patches that are there are not waited with any more."""
+    if not state.patches:
+        return None
+    schedule = rules.schedule
+    return state.since if len(state.patches) >= schedule.min_patches else state.waiting + schedule.open_seconds
 
 
 def _seal(state: RoundState, here: _Here) -> Outcome:
-    schedule = here.rules.schedule
-    overdue = bool(state.patches) and here.now - state.since >= schedule.open_seconds
-    if len(state.patches) < schedule.min_patches and not overdue:
+    at = _sealing(state, here.rules)
+    if at is None or here.now < at:
         return state, ()
     # A round that this maintainer signed in on another parent is not to be signed again: it proposes in one after it.
     round = max(state.round, state.signed_round + 1)
-    return _take_turn(replace(state, phase=Phase.SEALED, since=here.now, round=round), Tick(), here)
+    return _take_turn(replace(state, phase=Phase.SEALED, since=here.now, round=round), here)
 
 
-def _take_turn(state: RoundState, event: Tick, here: _Here) -> Outcome:
-    rank = _rank(here.me, state.round, here.rules)
-    if rank is None or state.proposed or here.now - state.since < rank * here.rules.schedule.proposer_seconds:
+def _wait_for_candidate(state: RoundState, event: Tick, here: _Here) -> Outcome:
+    decided, effects = _decide(state, here)
+    return (decided, effects) if decided.phase is not Phase.SEALED else _take_turn(decided, here)
+
+
+def _turn(state: RoundState, rules: RoundRules, me: PeerId | None) -> float | None:
+    """When this node is to propose."""
+    rank = rank_of(me, state.round, rules)
+    if rank is None or state.proposed:
+        return None
+    return state.since + rank * rules.schedule.proposer_seconds if state.retry is None else state.retry
+
+
+def _take_turn(state: RoundState, here: _Here) -> Outcome:
+    at = _turn(state, here.rules, here.me)
+    if at is None or here.now < at:
         return state, ()
     return replace(state, proposed=True), (Propose(state.round, state.parent, state.patches),)
 
 
 def _learn(state: RoundState, event: CandidateSeen, here: _Here) -> Outcome:
-    known = any(c.version == event.version for c in state.candidates)
+    # Whoever proposes what another has proposed must not take the other's turn from it.
+    known = any((c.version, c.proposer) == (event.version, event.proposer) for c in state.candidates)
     if known or event.proposer not in here.rules.maintainers:
         return state, ()
     mine = [c for c in state.candidates if c.proposer == event.proposer]
-    proposal = Proposal(event.version, event.round, event.proposer, event.patches, event.also)
+    proposal = Proposal(
+        event.version, event.round, event.proposer, event.patches, event.also, event.aside, heard=here.now
+    )
     insort(mine, proposal, key=lambda c: c.round)
     others = [c for c in state.candidates if c.proposer != event.proposer]
     return _decide(replace(state, candidates=(*others, *mine[-KEPT_EACH:])), here)
+
+
+def _ask(state: RoundState, event: Decided, here: _Here) -> Outcome:
+    signed = any((v.maintainer, v.version) == (here.me, event.version) for v in state.votes)
+    aside = any(c.aside and c.version == event.version for c in state.candidates)
+    if not aside or signed or event.version in state.asked or here.me not in here.rules.maintainers:
+        return state, ()
+    if not may_sign(state, event.version, here.now, here.rules, accept=True):
+        return state, ()
+    return replace(state, asked=(*state.asked, event.version)), (Examine(event.version),)
 
 
 def _count(state: RoundState, event: VerdictSeen, here: _Here) -> Outcome:
@@ -233,28 +267,45 @@ def _count(state: RoundState, event: VerdictSeen, here: _Here) -> Outcome:
     same = [v for v in mine if (v.round, v.version) == (vote.round, vote.version)]
     if any(v.accept or v == vote for v in same):
         return state, ()
-    other = [v for v in mine if v.round == vote.round and v.version != vote.version]
+    other = {v.version for v in mine if v.round == vote.round and v.version != vote.version and v.accept}
     mine = [v for v in mine if v not in same]
     insort(mine, vote, key=lambda v: v.round)
     others = [v for v in state.votes if v.maintainer != vote.maintainer]
     state = replace(state, votes=(*others, *mine[-KEPT_EACH:]))
     if vote.maintainer == here.me:
-        state = replace(
-            state,
-            signed_round=max(state.signed_round, vote.round),
-            signed=vote.version if vote.round == state.round else state.signed,
-        )
+        state = _note_own(state, vote)
     decided, effects = _decide(state, here)
-    if len(other) == 1 and not same:
-        effects = (Misbehaviour(vote.maintainer, other[0].version, vote.version), *effects)
+    if vote.accept and len(other) == 1:
+        effects = (Misbehaviour(vote.maintainer, other.pop(), vote.version), *effects)
     return decided, effects
+
+
+def _note_own(state: RoundState, vote: Vote) -> RoundState:
+    if vote.accept:
+        state = replace(state, accepted=(*state.accepted, vote))
+    if vote.version in _asides(state):
+        return state
+    return replace(
+        state,
+        signed_round=max(state.signed_round, vote.round),
+        signed=vote.version if vote.round == state.round else state.signed,
+    )
+
+
+def _asides(state: RoundState) -> set[VersionId]:
+    return {candidate.version for candidate in state.candidates if candidate.aside}
+
+
+def _on_merges(state: RoundState) -> list[Vote]:
+    asides = _asides(state)
+    return [vote for vote in state.votes if vote.version not in asides]
 
 
 def _expire(state: RoundState, event: Tick, here: _Here) -> Outcome:
     schedule = here.rules.schedule
     if here.now - state.since < schedule.verdict_seconds + schedule.proposer_seconds:
         return _decide(state, here)
-    heard = {vote.maintainer for vote in state.votes if vote.round == state.round}
+    heard = {vote.maintainer for vote in _on_merges(state) if vote.round == state.round}
     reason = f"{len(heard)} of {len(here.rules.maintainers)} maintainers gave a verdict in time"
     ended = replace(state, phase=Phase.ABANDONED, since=here.now, settled=_settled(state, here.rules))
     return ended, (Abandon(state.round, reason),)
@@ -267,14 +318,28 @@ def _decide(state: RoundState, here: _Here) -> Outcome:
         if _is_accepted(candidate, state, rules):
             return replace(state, phase=Phase.ADOPTED, since=here.now, adopted=candidate), (Adopt(candidate.version),)
     if state.phase in (Phase.OPEN, Phase.SEALED):
-        round = max((c.round for c in state.candidates), default=0)
-        if round < state.round:
+        first = _first_that_counts(state, here)
+        if first is None:
             return state, ()
-        signed = next((v.version for v in state.votes if v.maintainer == here.me and v.round == round), None)
-        state = replace(state, phase=Phase.VOTING, round=round, since=here.now, signed=signed)
-    if state.phase is Phase.VOTING:
-        return _vote(state, here)
-    return state, ()
+        mine = (v for v in _on_merges(state) if v.maintainer == here.me and v.round == first.round)
+        signed = next((vote.version for vote in mine), None)
+        state = replace(state, phase=Phase.VOTING, round=first.round, since=first.heard, signed=signed)
+        return _vote(state, here, first)
+    return _vote(state, here) if state.phase is Phase.VOTING else (state, ())
+
+
+def _first_that_counts(state: RoundState, here: _Here) -> Proposal | None:
+    """Of those whose turn has come: of the highest round, one that can still be signed, of the first proposer."""
+    rules = here.rules
+    there = [(c, counts_from(c, state, rules, here.me)) for c in state.candidates]
+    counting = [c for c, at in there if at is not None and at <= here.now]
+
+    def place(candidate: Proposal) -> tuple[int, bool, int, VersionId]:
+        over = here.now - candidate.heard >= rules.schedule.verdict_seconds
+        rank = rank_of(candidate.proposer, candidate.round, rules) or 0
+        return (-candidate.round, over, rank, candidate.version)
+
+    return min(counting, key=place, default=None)
 
 
 def _is_accepted(candidate: Proposal, state: RoundState, rules: RoundRules) -> bool:
@@ -284,21 +349,14 @@ def _is_accepted(candidate: Proposal, state: RoundState, rules: RoundRules) -> b
     )
 
 
-def _vote(state: RoundState, here: _Here) -> Outcome:
+def _vote(state: RoundState, here: _Here, first: Proposal | None = None) -> Outcome:
+    """first: to be examined, when the vote begins."""
     rules = here.rules
-    if is_hopeless(state.round, state.votes, rules.maintainers, rules.threshold):
+    if is_hopeless(state.round, _on_merges(state), rules.maintainers, rules.threshold):
         rejected = replace(state, phase=Phase.REJECTED, since=here.now, settled=_settled(state, rules))
         return rejected, (Reject(state.round, f"no candidate can get {rules.threshold} accepting verdicts any more"),)
     late = here.now - state.since >= rules.schedule.verdict_seconds
-    if late or here.me not in rules.maintainers or state.signed or state.signed_round >= state.round:
-        return state, ()
-    order = proposers(rules.model, state.round, rules.maintainers)
-    first = min(
-        (c for c in state.candidates if c.round == state.round),
-        key=lambda c: (order.index(c.proposer), c.version),
-        default=None,
-    )
-    if first is None:
+    if first is None or late or here.me not in rules.maintainers or state.signed or state.signed_round >= state.round:
         return state, ()
     return replace(state, signed=first.version), (Examine(first.version),)
 
@@ -308,7 +366,7 @@ def _settled(state: RoundState, rules: RoundRules) -> frozenset[PatchId]:
     proposers that one of them is honest: a lying one could spoil any patch. Where maintainers were silent, or divided,
     patches are tried again."""
     maintainers = len(rules.maintainers)
-    enough = min(maintainers, max(1, tolerated_liars(maintainers, rules.threshold)) + 1)
+    enough = min(maintainers, at_least_one_honest(rules))
     spoiled: dict[PatchId, set[PeerId]] = {}
     for candidate in state.candidates:
         if _rejects(candidate, state, rules) > maintainers - rules.threshold:
@@ -321,23 +379,22 @@ def _rejects(candidate: Proposal, state: RoundState, rules: RoundRules) -> int:
     return len(tally(candidate.version, candidate.round, state.votes, rules.maintainers).rejects)
 
 
-def _rank(me: PeerId | None, round: int, rules: RoundRules) -> int | None:
-    return proposers(rules.model, round, rules.maintainers).index(me) if me in rules.maintainers else None
-
-
 TRANSITIONS: dict[tuple[Phase, type], Callable[[RoundState, Any, _Here], Outcome]] = {
     (Phase.OPEN, PatchAdmitted): _admit,
     (Phase.OPEN, CandidateSeen): _learn,
+    (Phase.OPEN, Decided): _ask,
     (Phase.OPEN, VerdictSeen): _count,
     (Phase.OPEN, Tick): _wait_for_patches,
     (Phase.SEALED, PatchAdmitted): _keep_for_next,
     (Phase.SEALED, PatchesRefused): _refuse,
     (Phase.SEALED, ProposalFailed): _try_again,
     (Phase.SEALED, CandidateSeen): _learn,
+    (Phase.SEALED, Decided): _ask,
     (Phase.SEALED, VerdictSeen): _count,
-    (Phase.SEALED, Tick): _take_turn,
+    (Phase.SEALED, Tick): _wait_for_candidate,
     (Phase.VOTING, PatchAdmitted): _keep_for_next,
     (Phase.VOTING, CandidateSeen): _learn,
+    (Phase.VOTING, Decided): _ask,
     (Phase.VOTING, VerdictSeen): _count,
     (Phase.VOTING, Tick): _expire,
     # A verdict can come after the round was given up here, and still make the threshold.

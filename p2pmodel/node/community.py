@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from p2pmodel.domain.announcement import Announcement
-from p2pmodel.domain.errors import P2PModelError, PeerFailed, Unreachable
+from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import Digest, PatchId, PeerId, VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.swarm import Presence
@@ -139,7 +139,7 @@ class Community:
             try:
                 await self.exchange.ask(peer)
                 await self.exchange.settle(CATCH_UP_SECONDS)
-            except (PeerFailed, Unreachable) as error:
+            except P2PModelError as error:
                 log.warning("%s", error)
 
     async def _ask_around(self) -> None:
@@ -154,7 +154,7 @@ class Community:
                 others = [p for p in self.presences.values() if p.peer != self._host.peer]
                 if others:
                     await self._ask(chance.choice(others))
-            except (PeerFailed, Unreachable) as error:
+            except P2PModelError as error:
                 log.debug("%s", error)
             await asyncio.sleep(ASK_SECONDS * chance.uniform(0.75, 1.25))
 
@@ -182,7 +182,7 @@ class Community:
             try:
                 await self._ask(presence)
                 await self.exchange.settle(left)
-            except (PeerFailed, Unreachable) as error:
+            except P2PModelError as error:
                 log.debug("%s", error)
 
     async def _ask(self, presence: Presence) -> None:

@@ -25,8 +25,9 @@ from p2pmodel.node.community import Community
 from p2pmodel.node.lineages.bases import Part, find_base, open_base
 from p2pmodel.node.lineages.contacts import remember_contacts
 from p2pmodel.node.lineages.discovery import bootstrap_peers, local_lineage, swarm_lineage
+from p2pmodel.node.lineages.heads import first_heads
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.machine.device import Device, choose_device
+from p2pmodel.node.machine.device import DTYPES, SCHEMES, Device, choose_device
 from p2pmodel.node.machine.remote_control import remote_control
 from p2pmodel.node.machine.threads import in_daemon, use_threads
 from p2pmodel.node.service import Service
@@ -85,6 +86,7 @@ async def run(options: NodeOptions, say: Callable[[str], None], show: Callable[[
     """Runs a node until SIGINT or SIGTERM; `say` is told what a person wants to know, and `show` what there is to see,
     every second once it serves. Raises P2PModelError."""
     began = time.monotonic()
+    _check_experts(options)
     device = choose_device(options.gpu, options.dtype, options.cache_memory)
     use_threads(options.threads)
     stopping = asyncio.Event()
@@ -248,7 +250,7 @@ async def _start(
     mover = (
         _mover(options, lineage, host, attendance, hosting, say)
         if hosting
-        else _expert_mover(options, directory, attendance, experts, say)
+        else _expert_mover(options, lineage, directory, attendance, experts, say)
     )
     glancer = Glancer(host, lineage, attendance, community, hosting, experts)
     serving = _serving(lineage, hosting, experts, options)
@@ -298,7 +300,7 @@ async def _hosting(
 ) -> "Hosting":
     from p2pmodel.node.hosting.hosting import Hosting
 
-    span = await _span(options, lineage.manifest.layers, directory, host, say)
+    span = await _span(options, lineage, directory, host, say)
     checkpoint = await asyncio.to_thread(open_base, lineage, base, say)
     if trunk is None:
         await in_daemon(checkpoint.provide, checkpoint.weight_files(span))
@@ -332,7 +334,8 @@ async def _experts(
         count = min(counts.values())
         leases = [lease for lease in await directory.expert_leases() if lease.peer != host.peer]
         capacity = options.capacity or max(1, count // 2)
-        chosen, why = choose_experts(leases, tuple(counts), count, capacity, salt=host.peer)
+        heads = first_heads(lineage)
+        chosen, why = choose_experts(leases, tuple(counts), count, capacity, salt=host.peer, heads=heads)
         why = f": {why}"
     say(f"experts {describe(chosen)} of layers {span}{why}")
     return await ExpertHosting.start(host, lineage, checkpoint, span, chosen, device)
@@ -353,6 +356,15 @@ def _trunk(
     return Trunk(host, lineage, directory, codec, spread=options.spread_missing, say=say)
 
 
+def _check_experts(options: NodeOptions) -> None:
+    """Raises UsageError."""
+    if options.experts and options.dtype in SCHEMES:
+        raise UsageError(
+            f"Experts that are hosted apart from their layers can't be held in {options.dtype}.",
+            f"Use one of {', '.join(DTYPES)}, or host whole layers: leave --experts out.",
+        )
+
+
 def _all_layers(options: NodeOptions, layers: int) -> Span:
     """Where only experts are left out, or taken, all layers are the default. Raises UsageError."""
     span = options.layers if isinstance(options.layers, Span) else Span(0, layers)
@@ -362,13 +374,15 @@ def _all_layers(options: NodeOptions, layers: int) -> Span:
 
 
 async def _span(
-    options: NodeOptions, layers: int, directory: Directory, host: PeerHost, say: Callable[[str], None]
+    options: NodeOptions, lineage: Lineage, directory: Directory, host: PeerHost, say: Callable[[str], None]
 ) -> Span:
+    layers = lineage.manifest.layers
     if isinstance(options.layers, Span) or options.experts is not None:
         span = _all_layers(options, layers)
         say(f"layers {span} of {layers}{', as asked' if span == options.layers else ', without their experts'}")
         return span
     leases = [lease for lease in await directory.leases() if lease.peer != host.peer]
+    leases = first_heads(lineage).hosts(leases, host.peer)
     span, reason = choose_span(leases, layers, _capacity(options, layers), salt=host.peer)
     say(f"layers {span} of {layers}: {reason}")
     return span
@@ -392,12 +406,13 @@ def _mover(
 
     if isinstance(options.layers, Span) or options.experts is not None:
         return None
-    layers = lineage.manifest.layers
-    return LayerMover(host.peer, attendance, hosting, layers, _capacity(options, layers), say)
+    capacity = _capacity(options, lineage.manifest.layers)
+    return LayerMover(host.peer, lineage, attendance, hosting, capacity, say)
 
 
 def _expert_mover(
     options: NodeOptions,
+    lineage: Lineage,
     directory: Directory,
     attendance: Attendance,
     experts: "ExpertHosting | None",
@@ -408,7 +423,7 @@ def _expert_mover(
         return None
     from p2pmodel.node.moving.experts import ExpertMover  # loads torch, as hosting does
 
-    return ExpertMover(directory, experts, attendance.renew, say)
+    return ExpertMover(directory, lineage, experts, attendance.renew, say)
 
 
 def _roles(options: NodeOptions, hosting: "Hosting | None", experts: "ExpertHosting | None") -> tuple[str, ...]:

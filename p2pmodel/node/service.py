@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from p2pmodel.node.hosting.hosting import Hosting
 
 
+Ref = Callable[[VersionId], pb.VersionRef]
+
+
 class Service:
     """Implements `control.server.ControlService`."""
 
@@ -59,15 +62,14 @@ class Service:
             head=self._ref(head),
             layers=lineage.manifest.layers,
             round=self._round(),
-            leases=[self._lease(lease) for lease in sorted(leases, key=lambda x: x.span)],
-            presences=[
-                pb.PresenceStatus(peer=p.peer, roles=p.roles, software=p.software, addresses=p.addresses)
-                for p in presences
-            ],
+            leases=[lease_status(lease, self._ref) for lease in sorted(leases, key=lambda x: x.span)],
+            presences=[presence_status(presence) for presence in presences],
             coverage=coverage(leases, lineage.manifest.layers, head),
             maintains=self._maintains,
-            expert_leases=[self._expert_lease(lease) for lease in sorted(experts, key=lambda x: (x.span, x.experts))],
-            expert_hosts=hosts_of(experts),
+            expert_leases=[
+                expert_lease_status(lease, self._ref) for lease in sorted(experts, key=lambda x: (x.span, x.experts))
+            ],
+            expert_hosts=hosts_of(experts, lineage.manifest.layers),
         )
         if self._hosting:
             model.hosted.CopyFrom(pb.Span(start=self._hosting.span.start, end=self._hosting.span.end))
@@ -158,28 +160,36 @@ class Service:
             threshold=rules.threshold,
         )
 
-    def _expert_lease(self, lease: ExpertLease) -> pb.ExpertLeaseStatus:
-        return pb.ExpertLeaseStatus(
-            peer=lease.peer,
-            span=pb.Span(start=lease.span.start, end=lease.span.end),
-            experts=lease.experts,
-            versions=[self._ref(v) for v in lease.versions],
-            dtype=lease.dtype,
-            queue=lease.queue,
-            pair_seconds=lease.pair_seconds,
-            rows_per_second=[rate_at(load) for load in lease.loads],
-            coming=lease.coming,
-            going=lease.going,
-            expires_in_seconds=lease.expires - time.time(),
-        )
 
-    def _lease(self, lease: Lease) -> pb.LeaseStatus:
-        return pb.LeaseStatus(
-            peer=lease.peer,
-            span=pb.Span(start=lease.span.start, end=lease.span.end),
-            versions=[self._ref(v) for v in lease.versions],
-            dtype=lease.dtype,
-            queue=lease.queue,
-            layer_seconds=lease.layer_seconds,
-            expires_in_seconds=lease.expires - time.time(),
-        )
+def expert_lease_status(lease: ExpertLease, ref: Ref) -> pb.ExpertLeaseStatus:
+    return pb.ExpertLeaseStatus(
+        peer=lease.peer,
+        span=pb.Span(start=lease.span.start, end=lease.span.end),
+        experts=lease.experts,
+        versions=[ref(v) for v in lease.versions],
+        dtype=lease.dtype,
+        queue=lease.queue,
+        pair_seconds=lease.pair_seconds,
+        rows_per_second=[rate_at(load) for load in lease.loads],
+        coming=lease.coming,
+        going=lease.going,
+        expires_in_seconds=lease.expires - time.time(),
+    )
+
+
+def lease_status(lease: Lease, ref: Ref) -> pb.LeaseStatus:
+    return pb.LeaseStatus(
+        peer=lease.peer,
+        span=pb.Span(start=lease.span.start, end=lease.span.end),
+        versions=[ref(v) for v in lease.versions],
+        dtype=lease.dtype,
+        queue=lease.queue,
+        layer_seconds=lease.layer_seconds,
+        expires_in_seconds=lease.expires - time.time(),
+    )
+
+
+def presence_status(presence: Presence) -> pb.PresenceStatus:
+    return pb.PresenceStatus(
+        peer=presence.peer, roles=presence.roles, software=presence.software, addresses=presence.addresses
+    )

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId
 from p2pmodel.domain.model import BlobRef, Limits, Manifest, MergeSpec, ModelFile, Schedule
 from p2pmodel.domain.patch import Patch, Provenance, Recipe
-from p2pmodel.domain.version import BASE_NUMBER, Candidate, LeftOut, Verdict, Version, VersionNumber
+from p2pmodel.domain.version import AMEND, BASE_NUMBER, Candidate, LeftOut, Verdict, Version, VersionNumber
 from p2pmodel.logic.lineage import assemble
 
 MERGE = MergeSpec("mean@1")
@@ -73,6 +73,8 @@ class Book:
         self.verdicts_by: dict[PeerId, int] = {}
         self.accepting: dict[VersionId, int] = {}
         self.naming: dict[PatchId, int] = {}
+        self.neutral = blob("neutral", RECORD_BYTES)
+        self.values = {self.neutral.digest}
         self.patches = self.decisive = self.forgeries = 0
         self._chains: dict[int, Chain] = {}
         self.base = Chain((), VersionId(self.model), 0, BASE_NUMBER, frozenset([VersionId(self.model)]))
@@ -113,15 +115,54 @@ class Book:
         )
         good = all(self.entries[self.number_of[patch]].good for patch in patches)
         text = f"{chain.head} {round} {patches} {left_out}"
-        version = VersionId(digest(f"version {text}"))
-        entry = self._add(
-            "candidate", f"{proposer} {text}", noun, proposer, size=result.size, blobs=1, good=good, version=version
-        )
-        self.candidates.setdefault(version, entry.number)
-        self.candidates_on[chain.head] = self.candidates_on.get(chain.head, 0) | 1 << entry.number
-        self.decisive |= 1 << entry.number
+        entry = self._propose(proposer, noun, text, good=good)
         for patch in (*patches, *left_out):
             self.naming[patch] = self.naming.get(patch, 0) | 1 << entry.number
+        return entry
+
+    def spoiled(self, proposer: PeerId, chain: Chain, round: int, patches: tuple[PatchId, ...]) -> Entry:
+        """A candidate with other values than its patches give."""
+        noun = Candidate(
+            model=self.model,
+            round=round,
+            parent=chain.head,
+            number=chain.number.next_patch(),
+            patches=tuple(sorted(patches)),
+            left_out=(),
+            merge=MERGE,
+            alpha=1.0,
+            result=blob(f"spoiled {chain.head} {round} {proposer}", RECORD_BYTES),
+        )
+        return self._propose(proposer, noun, f"spoiled {chain.head} {round} {patches} {proposer}", good=False)
+
+    def amending(self, proposer: PeerId, chain: Chain, round: int, at: int) -> Entry:
+        """A candidate that would change the limits; `at`: another each time."""
+        limits = replace(self.manifest.limits, max_patch_bytes=at + 1)
+        result = chain.versions[-1].candidate.result if chain.versions else self.neutral
+        noun = Candidate(
+            model=self.model,
+            round=round,
+            parent=chain.head,
+            number=chain.number.next_patch(),
+            patches=(),
+            left_out=(),
+            merge=AMEND,
+            alpha=0.0,
+            result=result,
+            amendment=replace(self.manifest.amendment, limits=limits),
+        )
+        return self._propose(proposer, noun, f"amending {chain.head} {round} {at}", good=True)
+
+    def _propose(self, proposer: PeerId, noun: Candidate, text: str, *, good: bool) -> Entry:
+        version = VersionId(digest(f"version {text}"))
+        size = noun.result.size
+        entry = self._add(
+            "candidate", f"{proposer} {text}", noun, proposer, size=size, blobs=1, good=good, version=version
+        )
+        self.candidates.setdefault(version, entry.number)
+        self.candidates_on[noun.parent] = self.candidates_on.get(noun.parent, 0) | 1 << entry.number
+        self.decisive |= 1 << entry.number
+        self.values.add(noun.result.digest)
         return entry
 
     def verdict(self, maintainer: PeerId, version: VersionId, round: int, accept: bool) -> Entry:

@@ -180,7 +180,13 @@ class Peer:
                 raise Rejected("parent", "The candidate's parent is not known here.")
             number, round = parent.number, parent.round
         admission.check_candidate(
-            candidate, book.manifest, model=book.model, proposer=entry.signer, parent_number=number, parent_round=round
+            candidate,
+            book.manifest,
+            model=book.model,
+            proposer=entry.signer,
+            parent_number=number,
+            parent_round=round,
+            restorable=book.values if candidate.amends else (),
         )
 
     def _candidate(self, version: VersionId) -> Candidate | None:
@@ -229,8 +235,8 @@ class Peer:
 
     def _feed_all(self) -> None:
         book, chain = self._sim.book, self.chain
-        for round in range(chain.round + 1, max(book.verdicts_in, default=0) + 1):
-            for entry in book.of(book.verdicts_in.get(round, 0) & self.stored):
+        for round in sorted(round for round in book.verdicts_in if round > chain.round):
+            for entry in book.of(book.verdicts_in[round] & self.stored):
                 self._advance(round_state.VerdictSeen(entry.noun))  # type: ignore[arg-type]
         for entry in book.of(book.candidates_on.get(chain.head, 0) & self.stored):
             if isinstance(entry.noun, Candidate):
@@ -242,7 +248,8 @@ class Peer:
     def _see_candidate(self, entry: Entry, candidate: Candidate) -> None:
         assert entry.version is not None
         patches = tuple(sorted({*candidate.patches, *(left.patch for left in candidate.left_out)}))
-        self._advance(round_state.CandidateSeen(entry.version, entry.signer, patches, candidate.round))
+        seen = round_state.CandidateSeen(entry.version, entry.signer, patches, candidate.round, aside=candidate.amends)
+        self._advance(seen)
 
     def _advance(self, event: round_state.Event) -> None:
         before = self.state
@@ -337,29 +344,5 @@ class Peer:
             sim.clock.after(EXAMINE_AGAIN_SECONDS, self._examine_again, self.lives, task)
             return
         accept = entry.good and not sim.doubts()
-        if rounds.may_sign(self.state, task.version, self.local, self._rules):
+        if rounds.may_sign(self.state, task.version, self.local, self._rules, accept=accept):
             sim.publish(self, book.verdict(self.id, task.version, candidate.round, accept))
-
-
-class LyingMaintainer(Peer):
-    """Proposes a bad candidate beside a good one, and signs every candidate that it hears of, whatever its round."""
-
-    __slots__ = ()
-
-    def take_in(self, entry: Entry) -> None:
-        super().take_in(entry)
-        if isinstance(entry.noun, Candidate) and entry.version is not None:
-            self._sim.clock.after(1.0, self._sign_anything, self.lives, entry.version, entry.noun.round)
-
-    def _sign_anything(self, lives: int, version: VersionId, round: int) -> None:
-        if lives == self.lives:
-            book = self._sim.book
-            self._sim.publish(self, book.verdict(self.id, version, round, True))
-
-    def _publish_candidate(self, round: int, patches: tuple[PatchId, ...], left_out: tuple[PatchId, ...]) -> None:
-        super()._publish_candidate(round, patches, left_out)
-        if left_out:
-            super()._publish_candidate(round, tuple(sorted((*patches, *left_out))), ())
-
-    def _examine(self, task: round_state.Examine) -> None:
-        """It has signed already."""

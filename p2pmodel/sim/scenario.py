@@ -130,16 +130,23 @@ class Partition:
 @dataclass(frozen=True)
 class Liars:
     """contributors: the share of them whose patches make the model worse; maintainers: how many propose twice and sign
-    everything; forgers: peers that announce forged records and such as do not exist, `forgeries_per_hour` each."""
+    everything; spoilers: how many publish a candidate with false values as soon as a round opens; leapers: how many
+    propose for rounds far ahead; amenders: how many propose one amendment after another, all counted from the last
+    maintainer, so that one may do several of these; forgers: peers that announce forged records and such as do not
+    exist, `forgeries_per_hour` each."""
 
     contributors: float = 0.0
     maintainers: int = 0
+    spoilers: int = 0
+    leapers: int = 0
+    amenders: int = 0
     forgers: int = 0
     forgeries_per_hour: float = 60.0
 
     def __post_init__(self) -> None:
         _demand(0 <= self.contributors <= 1, "contributors has to be a share")
-        _demand(self.maintainers >= 0, "maintainers must not be negative")
+        for name in ("maintainers", "spoilers", "leapers", "amenders"):
+            _demand(getattr(self, name) >= 0, f"{name} must not be negative")
         _demand(self.forgers >= 0, "forgers must not be negative")
         _demand(self.forgeries_per_hour > 0, "forgeries_per_hour has to be positive")
 
@@ -209,7 +216,8 @@ class Scenario:
         _demand(0 < 60 * self.hours > self.settle_minutes >= 0, "settle_minutes has to be less than all the time")
         swarm, liars = self.swarm, self.liars
         rest = swarm.nodes - swarm.maintainers - swarm.contributors
-        _demand(liars.maintainers <= swarm.maintainers, "liars.maintainers is more than there are maintainers")
+        for name in ("maintainers", "spoilers", "leapers", "amenders"):
+            _demand(getattr(liars, name) <= swarm.maintainers, f"liars.{name} is more than there are maintainers")
         _demand(liars.forgers <= rest, "liars.forgers is more than there are nodes that neither decide nor train")
         end = 0.0
         for partition in self.partitions:

@@ -13,8 +13,9 @@ from p2pmodel.logic.propagation import Fetch
 from p2pmodel.logic.round_state import Examine, Propose
 from p2pmodel.sim.book import Book, Entry, bits, digest
 from p2pmodel.sim.clock import Clock
+from p2pmodel.sim.liars import LyingMaintainer
 from p2pmodel.sim.network import Web
-from p2pmodel.sim.peer import LyingMaintainer, Peer
+from p2pmodel.sim.peer import Peer
 from p2pmodel.sim.record import Record
 from p2pmodel.sim.scenario import Partition, Range, Scenario
 from p2pmodel.sim.swarm import Conditions, VirtualSwarm
@@ -271,10 +272,13 @@ class Simulation:
 
     def _make(self, number: int, id: PeerId) -> Peer:
         swarm = self.scenario.swarm
-        lies = swarm.maintainers - self.scenario.liars.maintainers <= number < swarm.maintainers
         maintains = number < swarm.maintainers
         trains = not maintains and number < swarm.maintainers + swarm.contributors
-        return (LyingMaintainer if lies else Peer)(self, number, id, maintains=maintains, trains=trains)
+        lies = self.scenario.liars
+        most = max(lies.maintainers, lies.spoilers, lies.leapers, lies.amenders)
+        if swarm.maintainers - most <= number < swarm.maintainers:
+            return LyingMaintainer(self, number, id, swarm.maintainers - number)
+        return Peer(self, number, id, maintains=maintains, trains=trains)
 
     def _begin(self) -> None:
         scenario = self.scenario

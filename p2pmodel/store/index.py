@@ -18,6 +18,7 @@ from typing import TypeVar
 from p2pmodel.domain.errors import Busy, StorageError
 from p2pmodel.domain.ids import Digest, ModelId, check_digest
 from p2pmodel.domain.model import BlobRef
+from p2pmodel.domain.version import MAX_ROUND
 from p2pmodel.store.disk import busy, locked, storage_errors
 
 _log = logging.getLogger(__name__)
@@ -25,8 +26,6 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUSY_SECONDS = 30.0
-MAX_ROUND = 2**63 - 1
-"""SQLite's integers end there; msgpack's do not."""
 
 _PREFIX = re.compile(r"[0-9a-f]{0,64}")
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

@@ -71,9 +71,11 @@ class Admission:
         """Returns when no admission is under way any more, which takes at most the time of a handshake and a dial."""
         if self._listener is None or self._pool is None or self._thread is None:
             return
-        self._listener.close()
-        self._thread.join()
-        self._pool.shutdown()
+        try:
+            self._listener.close()
+            self._thread.join()
+        finally:
+            self._pool.shutdown()
 
     def _accept(self, listener: Listener, pool: ThreadPoolExecutor) -> None:
         while True:
@@ -82,7 +84,10 @@ class Admission:
             except EOFError:
                 return
             if self._waiting.acquire(blocking=False):
-                pool.submit(self._admit, before, peer)
+                try:
+                    pool.submit(self._admit, before, peer)
+                except RuntimeError as error:  # it is queued already: the next thread that there is takes it up
+                    log.warning("a session waits for a thread: %s", error)
             else:
                 before.close()
 

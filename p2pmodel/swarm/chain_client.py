@@ -1,5 +1,6 @@
 """Opens sessions through a route of stages, and takes in the streams that their last stages open to this peer."""
 
+import contextlib
 import logging
 import secrets
 import select
@@ -7,6 +8,8 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from p2pmodel.domain.errors import NotRunning, P2PModelError, PeerFailed, Rejected
@@ -17,13 +20,18 @@ from p2pmodel.swarm.chain_session import ChainSession as ChainSession
 from p2pmodel.swarm.framing import receive_frame
 from p2pmodel.swarm.opening import CHAIN, SINK, Failure, Opening, lost
 from p2pmodel.swarm.ping import probe, probe_all
-from p2pmodel.swarm.streams import Host, Listener, open_stream
+from p2pmodel.swarm.streams import Host, Listener, check_daemon, open_stream, socket_pair
 from p2pmodel.swarm.watch import PROBE_SECONDS, SILENCE_SECONDS, Watch
 from p2pmodel.wire.frames import Kind
 
 SINK_SECONDS = 2.0
+"""For the first frame of a last stage's stream; those of one peer are read one after another."""
+MAX_ARRIVED = 256
+"""Streams of one peer that wait to be read."""
 DIAL_SECONDS = 3.0
 """For a stream to the first stage, which the caller has connected to already."""
+STOP_SECONDS = 0.25
+"""Between two looks whether a session that is being opened is still wanted."""
 MAX_OPEN_SHARE = 0.75
 """Of the time to open a session, what may pass before pings look for the peer that is stuck."""
 
@@ -47,6 +55,7 @@ class ChainClient:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._awaited: dict[str, _Awaited] = {}
+        self._arrived: dict[PeerId, deque[socket.socket]] = {}
         self._sessions: weakref.WeakSet[ChainSession] = weakref.WeakSet()
 
     def start(self) -> None:
@@ -59,11 +68,12 @@ class ChainClient:
         """Closes all sessions. Blocks; not for the event loop."""
         if self._listener is None or self._thread is None:
             return
-        self._listener.close()
-        self._thread.join()
-        self._listener = None
-        for session in list(self._sessions):
-            session.close()
+        listener, self._listener = self._listener, None
+        with contextlib.ExitStack() as stack:  # each of them, whatever the others raise
+            for session in list(self._sessions):
+                stack.callback(session.close)
+            stack.callback(self._thread.join)
+            stack.callback(listener.close)
 
     def open(
         self,
@@ -78,8 +88,11 @@ class ChainClient:
         rewinds: bool = False,
         prefix: tuple[bytes, ...] = (),
         training: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> ChainSession:
         """Returns when every stage of the route has opened the session; blocks, so not for the event loop's thread.
+
+        stopped: is asked now and then whether nobody wants the session any more; then PeerFailed is raised.
 
         Raises within `timeout` seconds, and within 4 where a peer of the route answers no pings: PeerFailed, with the
         peer to blame as best known and a stage's own error as its cause; the error that a stage named, where the
@@ -94,7 +107,7 @@ class ChainClient:
             secrets.token_hex(16), model, version, codec, first.span, max_tokens, rows, rewinds, prefix, training
         )
         opening = Opening(request, rest, PeerId(self._host.peer))
-        bell, ringer = socket.socketpair()
+        bell, ringer = socket_pair()
         awaited = _Awaited(route.hops[-1].peer, ringer)
         with self._lock:
             self._awaited[request.session] = awaited
@@ -102,7 +115,7 @@ class ChainClient:
         try:
             out = open_stream(self._host, first.peer, CHAIN, min(DIAL_SECONDS, timeout * MAX_OPEN_SHARE))
             self._send_opening(out, first.peer, opening, timeout)
-            sink = self._await(awaited, bell, out, route, request.session, began, timeout)
+            sink = self._await(awaited, bell, out, route, request.session, began, timeout, stopped)
         except BaseException:
             with self._lock:
                 self._awaited.pop(request.session, None)
@@ -148,6 +161,7 @@ class ChainClient:
         session: str,
         began: float,
         timeout: float,
+        stopped: Callable[[], bool],
     ) -> socket.socket:
         """The sink's stream, or the error that comes back on `out` instead."""
         patience, deadline = began + timeout * MAX_OPEN_SHARE, began + timeout
@@ -161,7 +175,9 @@ class ChainClient:
                 if watch is None and now >= wake:
                     watch, wake = Watch(self._host, route, session, None), patience
                     poll.register(watch.bell, select.POLLIN)
-                happened = dict(poll.poll((wake - now) * 1000))
+                if stopped():
+                    raise PeerFailed("The session is closed.")
+                happened = dict(poll.poll(min(wake - now, STOP_SECONDS) * 1000))
                 if bell.fileno() in happened:
                     assert awaited.sink is not None
                     return awaited.sink
@@ -186,9 +202,15 @@ class ChainClient:
             pass
         return PeerFailed(f"Peer …{first[-8:]} answered with a frame that has no place there.", first)
 
-    def _diagnose(self, route: Route, waited: float, seconds: float) -> PeerFailed:
-        """After a silence: the first peer that answers no ping, else the one that sits in a step for about as long."""
+    def _diagnose(self, route: Route, waited: float, seconds: float) -> P2PModelError:
+        """After a silence: the first peer that answers no ping, else the one that sits in a step for about as long;
+        none of them where this machine itself cannot hear."""
         pongs = probe_all(self._host, (hop.peer for hop in route.hops), seconds)
+        if not any(pongs.values()):
+            try:
+                check_daemon(self._host, seconds)
+            except P2PModelError as error:
+                return error
         for peer, pong in pongs.items():
             if pong is None:
                 return PeerFailed(f"Peer …{peer[-8:]} does not answer any more.", peer)
@@ -205,11 +227,38 @@ class ChainClient:
                 return
             with self._lock:
                 expected = any(awaited.last == peer for awaited in self._awaited.values())
-            if expected:
-                self._match(stream, peer)
+                waiting = self._arrived.get(peer)
+                if expected and waiting is None:
+                    self._arrived[peer] = deque([stream])
+                elif expected and waiting is not None and len(waiting) < MAX_ARRIVED:
+                    waiting.append(stream)
+                    continue
+            if expected and waiting is None:
+                self._begin_matching(peer)
             else:
                 log.info("peer %s opened a stream that nobody waits for", peer)
                 stream.close()
+
+    def _begin_matching(self, peer: PeerId) -> None:
+        """In a thread of its own, so that a peer which says nothing keeps no other one waiting."""
+        try:
+            threading.Thread(target=self._match_all, args=(peer,), name="chain-match", daemon=True).start()
+        except RuntimeError as error:
+            log.warning("the streams of peer %s cannot be read: %s", peer, error)
+            with self._lock:
+                turned_away = self._arrived.pop(peer)
+            for stream in turned_away:
+                stream.close()
+
+    def _match_all(self, peer: PeerId) -> None:
+        while True:
+            with self._lock:
+                waiting = self._arrived[peer]
+                if not waiting:
+                    del self._arrived[peer]
+                    return
+                stream = waiting.popleft()
+            self._match(stream, peer)
 
     def _match(self, stream: socket.socket, peer: PeerId) -> None:
         try:

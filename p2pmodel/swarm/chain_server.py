@@ -23,6 +23,7 @@ from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import Buffer, Noted, StageRunner
 from p2pmodel.logic.gathering import Gathering
+from p2pmodel.swarm import blame
 from p2pmodel.swarm.admission import Admission, Admitted, Outcomes
 from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
 from p2pmodel.swarm.lingering import Lingering
@@ -92,8 +93,12 @@ class ChainServer:
 
     def stop(self) -> None:
         """Every session's neighbours hear that this peer leaves. Blocks for seconds at most; not for the event loop."""
-        self._admission.stop()
-        self._pings.stop()
+        with contextlib.ExitStack() as stack:  # each of them, whatever the others raise
+            stack.callback(self._end_thread)
+            stack.callback(self._pings.stop)
+            stack.callback(self._admission.stop)
+
+    def _end_thread(self) -> None:
         if self._thread.is_alive():
             self._call(self._leave)
             self._thread.join()
@@ -183,7 +188,7 @@ class ChainServer:
             self._end(session, lost(session.before_peer), source=session.before)
             return
         except Rejected:
-            self._end(session, self._malformed(session))
+            self._end(session, blame.malformed(session))
             return
         if arrived:
             if not session.training:
@@ -213,7 +218,7 @@ class ChainServer:
             return
         for frame in arrived:
             if frame.kind is Kind.ERROR:
-                self._end(session, self._told(frame, session.after_peer), source=session.after)
+                self._end(session, blame.told(frame, session.after_peer, self._peer), source=session.after)
                 return
             if frame.kind is not Kind.GRADIENT or not session.training:
                 self._end(session, PeerFailed("It sent a frame that has no place there.", session.after_peer))
@@ -258,13 +263,14 @@ class ChainServer:
             elif frame.kind is Kind.CLOSE:
                 self._end(session, None, source=session.before)
             elif frame.kind is Kind.ERROR:
-                self._end(session, self._told(frame, session.before_peer), source=session.before)
+                self._end(session, blame.told(frame, session.before_peer, self._peer), source=session.before)
             elif frame.kind is Kind.STATE:
                 self._load(session, frame)
             elif frame.kind is not Kind.DATA:
-                self._end(session, self._malformed(session))
+                self._end(session, blame.malformed(session))
             elif not 1 <= frame.tokens <= session.max_tokens - (0 if session.training else frame.position):
-                self._end(session, Rejected("frame", f"The session has room for {session.max_tokens} tokens."))
+                full = Rejected("frame", f"The session has room for {session.max_tokens} tokens.")
+                self._end(session, blame.judged(full, session, session.before_peer, self._peer))
             elif is_long:
                 long = session, frame
             else:
@@ -282,7 +288,7 @@ class ChainServer:
             if not session.is_last:
                 session.outbox.put_data(frame.body, frame.position, frame.tokens, frame.meta, Kind.STATE)
         except Exception as error:
-            self._end(session, self._explain(error))
+            self._end(session, blame.explained(error, self._peer))
             return
         session.forwards.given += 1
         self._flush(session)
@@ -293,7 +299,7 @@ class ChainServer:
             output = self._runner.backward(session.handle, frame.position, frame.body)
             session.backbox.put_data(output, frame.position, frame.tokens, frame.meta, Kind.GRADIENT)
         except Exception as error:
-            self._end(session, self._explain(error))
+            self._end(session, blame.judged(error, session, session.after_peer, self._peer))
             return
         finally:
             self._step_began = None
@@ -316,7 +322,7 @@ class ChainServer:
         self._counts.together.add(len(batch))
         for (session, frame), output in zip(batch, outputs, strict=True):
             if isinstance(output, Exception):
-                self._end(session, self._explain(output))
+                self._end(session, blame.judged(output, session, session.before_peer, self._peer))
                 continue
             self._counts.frames += 1
             self._counts.tokens += frame.tokens
@@ -327,7 +333,7 @@ class ChainServer:
             try:
                 session.outbox.put_data(body, frame.position, frame.tokens, meta)
             except (Rejected, TypeError) as error:
-                self._end(session, self._explain(error))
+                self._end(session, blame.explained(error, self._peer))
             else:
                 self._flush(session)
 
@@ -355,25 +361,6 @@ class ChainServer:
                     session.active = time.monotonic()
         self._watch(session)
 
-    def _malformed(self, session: StageSession) -> P2PModelError:
-        """Of what came from before: the client's own mistake, or that of a peer on the route."""
-        if session.before_peer == session.client:
-            return Rejected("frame", "A malformed frame arrived from the client.")
-        return PeerFailed("It sent a malformed frame.", session.before_peer)
-
-    def _told(self, frame: Frame, sender: PeerId) -> Failure:
-        """Why a neighbour gives up. What it says is passed on as it is; the client judges it."""
-        try:
-            return Failure.read(frame.meta)
-        except Rejected:
-            return Failure.of(PeerFailed("It failed, and did not say why.", sender), self._peer)
-
-    def _explain(self, error: Exception) -> P2PModelError:
-        if isinstance(error, P2PModelError):
-            return error
-        log.error("a session's step failed", exc_info=error)
-        return PeerFailed("This peer failed to compute the step.", self._peer)
-
     # ---- ends
 
     def _end(
@@ -395,14 +382,16 @@ class ChainServer:
         session.outbox.put(last)
         session.backbox.put(last)
         ends = ((session.before, session.backbox, False), (session.after, session.outbox, True))
-        for stream, outbox, quiet in ends:
-            if session.watching[stream]:
-                self._selector.unregister(stream)
-            if stream is source:
-                stream.close()
-            else:
-                self._lingering.add(stream, outbox, quiet=quiet)
-        self._release(session.handle)
+        try:
+            for stream, outbox, quiet in ends:
+                if session.watching[stream]:
+                    self._selector.unregister(stream)
+                if stream is source:
+                    stream.close()
+                else:
+                    self._lingering.add(stream, outbox, quiet=quiet)
+        finally:
+            self._release(session.handle)
 
     def _forget_name(self, session: StageSession) -> None:
         others = tuple(other for other in self._by_name[session.name] if other is not session)
@@ -413,7 +402,14 @@ class ChainServer:
 
     def _end_all(self, why: P2PModelError) -> None:
         for session in list(self._sessions):
-            self._end(session, why)
+            try:
+                self._end(session, why)
+            except Exception:
+                log.exception("a session could not be ended in order")
+                for stream in (session.before, session.after):
+                    with contextlib.suppress(KeyError, ValueError):
+                        self._selector.unregister(stream)
+                    stream.close()
 
     def _release(self, handle: Any) -> None:
         try:

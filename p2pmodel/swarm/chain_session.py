@@ -40,7 +40,7 @@ class ChainSession:
         out: socket.socket,
         sink: socket.socket,
         watch: Callable[[Callable[[], tuple[int, int]]], Watch],
-        diagnose: Callable[[float], PeerFailed],
+        diagnose: Callable[[float], P2PModelError],
     ) -> None:
         """`watch` begins to ping, given what tells how many frames and gradients were sent; `diagnose` finds out who is
         to blame for a wait of so many seconds that has come to its end. The sockets are the session's own from now on.
@@ -83,9 +83,10 @@ class ChainSession:
         """Sends one frame and waits for its answer: (meta, body), the body writable and the caller's own.
 
         Raises PeerFailed, with the peer to blame as best known (empty where all of them answer pings), or the error
-        that a stage named, where the request was at fault; Unreachable when this node's own daemon is gone. A peer that
-        stands still, or has lost the step, is noticed within seconds; `timeout`, in seconds, plus at most two to find
-        who is stuck, is for those that compute.
+        that a stage named, where the request was at fault; Unreachable when this node's own daemon is gone, and Busy
+        when the process is out of descriptors, so that nobody can be watched. A peer that stands still, or has lost the
+        step, is noticed within seconds; `timeout`, in seconds, plus at most two to find who is stuck, is for those that
+        compute.
         """
         began = time.monotonic()
         self.send(body, position, tokens, meta, timeout)
@@ -200,7 +201,10 @@ class ChainSession:
             raise self._fail(self._diagnose(timeout))
         elif self._watch is None:
             if now >= self._silent_since + SILENCE_SECONDS:
-                self._watch = self._start_watch(lambda: (self._forwards.sent, self._backwards.sent))
+                try:
+                    self._watch = self._start_watch(lambda: (self._forwards.sent, self._backwards.sent))
+                except P2PModelError as error:
+                    raise self._fail(error) from None
                 self._poll.register(self._watch.bell, select.POLLIN)
             else:
                 deadline = min(deadline, self._silent_since + SILENCE_SECONDS)

@@ -22,14 +22,15 @@ DIAL_SECONDS = 5.0
 
 
 class ExpertLink:
-    """Frames go out in order, and answers come back in that order. One thread uses it, but for `close`, and `failed`,
-    which any may read. delay: seconds one way, as the handshake took."""
+    """Frames go out in order, and answers come back in that order. One thread at a time uses it, but for `is_over`,
+    `quiet` and `failed`, which any may read. delay: seconds one way, as the handshake took; opened: when it was."""
 
     def __init__(self, peer: PeerId, stream: socket.socket, delay: float) -> None:
         stream.setblocking(False)
         self.peer, self.delay, self.stream = peer, delay, stream
         self.failed: PeerFailed | None = None
-        self._reader, self._outbox = FrameReader(), Outbox()
+        self.opened = self._used = time.monotonic()
+        self._reader, self._outbox = FrameReader(most=0), Outbox()
         self._asked: deque[int] = deque()
         self._sent = 0
         self._answers: deque[Buffer] = deque()
@@ -64,15 +65,18 @@ class ExpertLink:
         return self._outbox.sent, self._reader.received
 
     @property
-    def waits(self) -> bool:
-        """Whether an answer is due."""
-        return bool(self._asked)
+    def quiet(self) -> float:
+        """Seconds since anything was sent."""
+        return time.monotonic() - self._used
 
-    def send(self, meta: bytes, body: Buffer, rows: int) -> None:
-        """Without blocking: what does not go at once goes in `exchange`."""
-        self._sent += 1
-        self._asked.append(self._sent & 0xFFFFFFFF)
-        self._outbox.put_data(body, self._asked[-1], rows, meta)
+    def send(self, meta: bytes, body: Buffer, rows: int, answer: int) -> None:
+        """Without blocking: what does not go at once goes in `happened`. answer: the bytes that come back. Raises
+        Rejected("frame") for more than a frame holds; nothing is sent then."""
+        number = self._sent + 1
+        self._outbox.put_data(body, number & 0xFFFFFFFF, rows, meta)
+        self._sent, self._used = number, time.monotonic()
+        self._asked.append(number & 0xFFFFFFFF)
+        self._reader.most = max(self._reader.most, answer)
         self._outbox.flush(self.stream)
 
     def take(self) -> list[Buffer]:
@@ -91,10 +95,21 @@ class ExpertLink:
             self.stream.send(frames.pack(Kind.CLOSE))
         self.stream.close()
 
+    def drain(self, scratch: memoryview) -> None:
+        """Reads what is there, without waiting. It may have failed afterwards."""
+        events = select.poll()
+        while self.failed is None:
+            events.register(self.stream, self.wants())
+            if not (found := events.poll(0)):
+                return
+            self.happened(found[0][1], scratch)
+
     def is_over(self) -> bool:
-        """Whether the other end has closed. Reads nothing; any thread may ask."""
+        """Whether the other end has closed, or says why it is about to. Reads nothing; any thread may ask."""
+        sent, owed = self._sent, bool(self._asked)
         try:
-            return self.stream.recv(1, socket.MSG_PEEK) == b""
+            found = self.stream.recv(1, socket.MSG_PEEK)
+            return not found or (not owed and self._sent == sent)
         except BlockingIOError:
             return False
         except OSError:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,41 +21,66 @@ from typing import Any
 from p2pmodel.domain.errors import Busy, P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import ExpertRunner
-from p2pmodel.swarm.expert_streams import EXPERTS, HANDSHAKE_SECONDS, read_opening
-from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox, receive_frame
+from p2pmodel.swarm.expert_admission import ExpertAdmission, Outcomes
+from p2pmodel.swarm.expert_streams import IDLE_SECONDS
+from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
 from p2pmodel.swarm.lingering import Lingering
 from p2pmodel.swarm.opening import Failure
-from p2pmodel.swarm.streams import Host, Listener
-from p2pmodel.wire import frames
+from p2pmodel.swarm.streams import Host
 from p2pmodel.wire.frames import Kind
 
 MAX_TRUNKS = 256
-MAX_WAITING_TRUNKS = 64
-"""Whose first frame is being read."""
+MAX_STREAMS_OF_PEER = 4
+"""A further one takes the place of the oldest: a trunk has one, and another while it renews it."""
 MAX_WAITING_CALLS = 8
-"""Of one trunk; what it sends beyond them stays where it is."""
+"""Of one stream; what comes beyond them stays where it is."""
+MAX_HELD_BYTES = 512 << 20
+"""Of calls and answers that wait, or are on their way, in all streams. Beyond that the one with most of them ends."""
+SHORT = 16
+"""A call this many times smaller than the largest is short; of others, one at a time is computed."""
 SWEEP_SECONDS = 0.5
 BUSY_SECONDS = 5.0
-IDLE_SECONDS = 600.0
-WORKERS = 4
+STUCK_SECONDS = 60.0
+"""Without a byte of a call that has begun to come, or of an answer that waits to be read."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
 class _Trunk:
-    """One stream. active: when a byte of it last moved."""
+    """One stream. active: when a byte of it last moved; counted: what of it is in the server's sum of `held`."""
 
     stream: socket.socket
     peer: PeerId
     handle: Any
     active: float
-    reader: FrameReader = field(default_factory=FrameReader)
+    reader: FrameReader
     outbox: Outbox = field(default_factory=Outbox)
     calls: deque[Frame] = field(default_factory=deque)
     watching: int = 0
     open: bool = True
     asked: float = 0.0
+    counted: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of the calls that are to be computed."""
+        return sum(len(call.body) for call in self.calls)
+
+    @property
+    def held(self) -> int:
+        return self.reader.held + self.waiting + self.outbox.size
+
+    def wants(self) -> int:
+        """Reads where there is room for another call, writes where something waits."""
+        most = self.reader.most
+        reads = len(self.calls) < MAX_WAITING_CALLS and self.waiting < most and self.outbox.size < most
+        return (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if self.outbox.size else 0)
+
+    def is_over(self, now: float) -> bool:
+        """Whether it is of no use any more."""
+        halfway = self.outbox.size or (self.reader.held and self.watching & selectors.EVENT_READ)
+        return self.active + (STUCK_SECONDS if halfway else IDLE_SECONDS) < now
 
 
 @dataclass(frozen=True)
@@ -84,11 +108,19 @@ class ExpertServer:
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._lingering = Lingering(self._selector, self._scratch)
-        self._waiting = threading.Semaphore(MAX_WAITING_TRUNKS)
         self._seats = threading.Semaphore(MAX_TRUNKS)
-        self._trunks: set[_Trunk] = set()
-        self._listener: Listener | None = None
-        self._pool = ThreadPoolExecutor(WORKERS, "expert-admit")
+        self._admission = ExpertAdmission(
+            host,
+            runner,
+            self._seats,
+            Outcomes(
+                admitted=lambda stream, peer, handle: self._call(partial(self._join, stream, peer, handle)),
+                refused=lambda stream, error: self._call(partial(self._refuse, stream, error)),
+            ),
+        )
+        self._trunks: dict[_Trunk, None] = {}
+        self._ready: dict[_Trunk, None] = {}
+        self._held = 0
         self._thread = threading.Thread(target=self._serve, name="expert-compute", daemon=True)
         self._leaving = False
         self._calls = self._batches = self._failed = self._bytes_in = self._bytes_out = 0
@@ -96,27 +128,18 @@ class ExpertServer:
 
     def start(self) -> None:
         """Raises Unreachable when the daemon is gone, or another server of this peer has the protocol."""
-        self._listener = Listener(self._host, EXPERTS)
         for end in (self._wake, self._waker):
             end.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._run_tasks)
-        self._accepting = threading.Thread(
-            target=self._accept, args=(self._listener,), name="expert-accept", daemon=True
-        )
+        self._admission.start()
         self._thread.start()
-        self._accepting.start()
 
     def stop(self) -> None:
         """Trunks hear that this peer leaves. Blocks for seconds at most; not for the event loop. A second
         call does nothing."""
-        listener, self._listener = self._listener, None
-        if listener is None:
-            return
-        listener.close()
-        self._accepting.join()
-        self._pool.shutdown()
-        self._call(self._leave)
-        self._thread.join()
+        if self._admission.stop():
+            self._call(self._leave)
+            self._thread.join()
 
     @property
     def stats(self) -> ExpertStats:
@@ -137,43 +160,6 @@ class ExpertServer:
         with contextlib.suppress(BlockingIOError):  # then it is being woken already
             self._waker.send(b"\0")
 
-    def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                stream, peer = listener.accept()
-            except EOFError:
-                return
-            if self._waiting.acquire(blocking=False):
-                self._pool.submit(self._admit, stream, peer)
-            else:
-                stream.close()
-
-    def _admit(self, stream: socket.socket, peer: PeerId) -> None:
-        try:
-            handle = self._handshake(stream)
-        except P2PModelError as error:
-            self._call(partial(self._refuse, stream, error))
-        except (OSError, EOFError):
-            stream.close()
-        else:
-            self._call(partial(self._join, _Trunk(stream, peer, handle, time.monotonic())))
-        finally:
-            self._waiting.release()
-
-    def _handshake(self, stream: socket.socket) -> Any:
-        opening = read_opening(receive_frame(stream, HANDSHAKE_SECONDS))
-        if not self._seats.acquire(blocking=False):
-            raise Busy("This peer serves as many trunks as it can.", "Try another peer.")
-        try:
-            handle = self._runner.open(opening)
-            stream.settimeout(HANDSHAKE_SECONDS)
-            stream.sendall(frames.pack(Kind.OPEN))
-            stream.setblocking(False)
-        except BaseException:
-            self._seats.release()
-            raise
-        return handle
-
     # ---- all below runs in the compute thread
 
     def _serve(self) -> None:
@@ -189,16 +175,15 @@ class ExpertServer:
         self._waker.close()
 
     def _turn(self) -> None:
-        ready = any(trunk.calls for trunk in self._trunks)
         idle = None if not (self._trunks or self._lingering) else SWEEP_SECONDS
-        for key, events in self._selector.select(0.0 if ready else idle):
+        for key, events in self._selector.select(0.0 if self._ready else idle):
             key.data(events)
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
             self._lingering.sweep(now)
-            for trunk in [trunk for trunk in self._trunks if trunk.active + IDLE_SECONDS < now]:
-                self._end(trunk, PeerFailed("It closed a stream that was idle.", self._peer))
+            for trunk in [trunk for trunk in self._trunks if trunk.is_over(now)]:
+                self._end(trunk, PeerFailed("It closed a stream that was idle, or stuck.", self._peer))
         self._compute()
 
     def _run_tasks(self, _events: int) -> None:
@@ -206,18 +191,25 @@ class ExpertServer:
         while not self._tasks.empty():
             self._tasks.get()()
 
-    def _join(self, trunk: _Trunk) -> None:
+    def _join(self, stream: socket.socket, peer: PeerId, handle: Any) -> None:
         if self._leaving:
-            trunk.stream.close()
+            stream.close()
+            self._seats.release()
             return
-        self._trunks.add(trunk)
-        self._watch(trunk)
+        earlier = [trunk for trunk in self._trunks if trunk.peer == peer]
+        for trunk in earlier[: max(0, len(earlier) + 1 - MAX_STREAMS_OF_PEER)]:
+            self._end(trunk, Busy("Newer streams of the same peer have taken its place."))
+        joined = _Trunk(stream, peer, handle, time.monotonic(), FrameReader(self._runner.max_body(handle)))
+        self._trunks[joined] = None
+        self._watch(joined)
 
     def _watch(self, trunk: _Trunk) -> None:
-        """Reads where there is room for another call, writes where something waits."""
-        wanted = selectors.EVENT_READ if len(trunk.calls) < MAX_WAITING_CALLS else 0
-        if trunk.outbox.size:
-            wanted = (wanted if trunk.outbox.size < frames.MAX_BODY_BYTES else 0) | selectors.EVENT_WRITE
+        """After anything has come, or gone."""
+        if trunk.open:
+            self._count_held(trunk)
+        if not trunk.open:
+            return
+        wanted = trunk.wants()
         if wanted == trunk.watching:
             return
         before, trunk.watching = trunk.watching, wanted
@@ -228,6 +220,14 @@ class ExpertServer:
             self._selector.modify(trunk.stream, wanted, happened)
         else:
             self._selector.register(trunk.stream, wanted, happened)
+
+    def _count_held(self, trunk: _Trunk) -> None:
+        held = trunk.held
+        self._held += held - trunk.counted
+        trunk.counted = held
+        while self._held > MAX_HELD_BYTES:
+            most = max(self._trunks, key=lambda one: one.counted)
+            self._end(most, Busy("This peer has too much to keep in memory.", "Try another peer."))
 
     def _happened(self, trunk: _Trunk, events: int) -> None:
         if not trunk.open:
@@ -257,11 +257,26 @@ class ExpertServer:
                 self._end(trunk, Rejected("frame", "A trunk sent a frame that has no place there."))
                 return
             trunk.calls.append(frame)
+            self._ready[trunk] = None
         self._watch(trunk)
 
+    def _batch(self) -> list[tuple[_Trunk, Frame]]:
+        """The oldest call of every stream that has a short one, and one that is long, in turn."""
+        batch: list[tuple[_Trunk, Frame]] = []
+        has_long = False
+        for trunk in list(self._ready):
+            is_long = SHORT * len(trunk.calls[0].body) > trunk.reader.most
+            if is_long and has_long:
+                continue
+            has_long |= is_long
+            batch.append((trunk, trunk.calls.popleft()))
+            del self._ready[trunk]
+            if trunk.calls:
+                self._ready[trunk] = None  # behind the others
+        return batch
+
     def _compute(self) -> None:
-        """The oldest call of every trunk that has any, as one batch."""
-        batch = [(trunk, trunk.calls.popleft()) for trunk in list(self._trunks) if trunk.calls]
+        batch = self._batch()
         if not batch:
             return
         try:
@@ -272,6 +287,8 @@ class ExpertServer:
         self._batches += 1
         now = time.monotonic()
         for (trunk, frame), answer in zip(batch, answers, strict=True):
+            if not trunk.open:
+                continue
             if isinstance(answer, Exception):
                 failed = answer if isinstance(answer, P2PModelError) else PeerFailed("This peer failed.", self._peer)
                 self._end(trunk, failed)
@@ -284,8 +301,9 @@ class ExpertServer:
     def _flush(self, trunk: _Trunk) -> None:
         sent = trunk.outbox.sent
         trunk.outbox.flush(trunk.stream)
-        self._bytes_out += trunk.outbox.sent - sent
-        trunk.active = time.monotonic()
+        if trunk.outbox.sent > sent:
+            self._bytes_out += trunk.outbox.sent - sent
+            trunk.active = time.monotonic()
         self._watch(trunk)
 
     def _end(self, trunk: _Trunk, why: P2PModelError | None) -> None:
@@ -293,7 +311,9 @@ class ExpertServer:
         if not trunk.open:
             return
         trunk.open = False
-        self._trunks.discard(trunk)
+        del self._trunks[trunk]
+        self._ready.pop(trunk, None)
+        self._held -= trunk.counted
         self._seats.release()
         if trunk.watching:
             self._selector.unregister(trunk.stream)

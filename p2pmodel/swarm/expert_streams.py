@@ -10,6 +10,8 @@ from p2pmodel.wire.frames import Kind
 
 EXPERTS = "p2pmodel/experts/1"
 HANDSHAKE_SECONDS = 5.0
+IDLE_SECONDS = 600.0
+"""After which a host ends a stream that says nothing."""
 
 
 def opening_frame(opening: ExpertOpening) -> bytes:

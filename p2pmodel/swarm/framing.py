@@ -29,13 +29,21 @@ class Frame(NamedTuple):
 
 
 class FrameReader:
-    """Cuts one socket's bytes into frames."""
+    """Cuts one socket's bytes into frames. most: bytes of the largest body that is taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = frames.MAX_BODY_BYTES) -> None:
+        self.most = most
         self._partial = bytearray()
         self._head: tuple[Header, bytes, bytearray | memoryview] | None = None
         self._rest = memoryview(b"")
         self.received = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of a frame that is not whole yet."""
+        if self._head is None:
+            return len(self._partial)
+        return len(self._head[2]) - len(self._rest)
 
     def read(self, stream: socket.socket, scratch: memoryview) -> list[Frame]:
         """What one `recv` completes. `scratch` holds what is read until this returns; readers of a thread share it.
@@ -65,6 +73,8 @@ class FrameReader:
         done: list[Frame] = []
         while len(data) >= HEADER.size:
             header = parse(data)
+            if header.body > self.most:
+                raise Rejected("frame", f"A peer sent a body of {header.body} bytes where {self.most} are the most.")
             start = HEADER.size + header.meta
             if len(data) < start:
                 break

@@ -12,7 +12,7 @@ from hivemind.dht import DHTNode
 from hivemind.p2p import PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
-from p2pmodel.domain.errors import NotFound, PeerFailed, Unreachable
+from p2pmodel.domain.errors import NotFound, PeerFailed, Unreachable, UsageError
 from p2pmodel.domain.ids import PeerId, check_peer
 from p2pmodel.swarm.addresses import check_listen_address, parse_peer_address
 from p2pmodel.swarm.daemon import Daemon
@@ -104,9 +104,18 @@ class PeerHost:
             log.warning("The swarm answers slowly: this peer knows few others yet.")
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Connects to a peer by the addresses that it published. Raises PeerFailed when it cannot be reached in 5 s."""
-        known = [parse_peer_address(address) for address in addresses]
-        await self.p2p.dial(peer, [way for owner, way in known if owner == peer], CONNECT_SECONDS)
+        """Connects to a peer by the addresses that it published, those that are known kinds of addresses of its own;
+        with none, a connection that is there will do. Raises PeerFailed when it cannot be reached in 5 s."""
+        ways = []
+        for address in addresses:
+            try:
+                owner, way = parse_peer_address(address)
+            except UsageError as error:  # whatever a stranger or a newer version has published
+                log.debug("%s publishes what cannot be dialled: %s", peer, error.message)
+                continue
+            if owner == peer:
+                ways.append(way)
+        await self.p2p.dial(peer, ways, CONNECT_SECONDS)
 
     async def peers(self) -> list[PeerId]:
         """The peers that there is a connection to, sorted. Raises Unreachable when the daemon is gone."""

@@ -4,15 +4,19 @@ A PING's meta may name a session. A PONG's position is how long the running step
 tokens the number of sessions; its meta what has become of the session that was named, and the time.
 """
 
+import contextlib
 import logging
+import queue
 import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected
 from p2pmodel.domain.ids import PeerId
@@ -64,6 +68,14 @@ class Whereabouts:
             raise ValueError("a clock has to be finite")
 
 
+class _Pinger(NamedTuple):
+    """A stream that pings come on, until when."""
+
+    peer: PeerId
+    reader: FrameReader
+    until: float
+
+
 class PingResponder:
     """`state` is asked about a session, or none (""), at every ping, so it must not wait for anything."""
 
@@ -73,11 +85,13 @@ class PingResponder:
         self._selector = selectors.DefaultSelector()
         self._wake, self._waker = socket.socketpair()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._streams: dict[socket.socket, tuple[FrameReader, float]] = {}
+        self._streams: dict[socket.socket, _Pinger] = {}
+        self._fresh: queue.SimpleQueue[tuple[socket.socket, PeerId]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         self._listener = Listener(self._host, PING)
+        self._waker.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ)
         accepting = threading.Thread(target=self._accept, args=(self._listener,), name="ping-accept", daemon=True)
         answering = threading.Thread(target=self._answer, name="ping", daemon=True)
@@ -98,33 +112,48 @@ class PingResponder:
     def _accept(self, listener: Listener) -> None:
         while True:
             try:
-                stream, _ = listener.accept()
+                self._fresh.put(listener.accept())
             except EOFError:
                 return
-            if len(self._streams) >= MAX_PINGERS:
-                stream.close()
-                continue
-            stream.setblocking(False)
-            self._streams[stream] = FrameReader(), time.monotonic() + STREAM_SECONDS
-            self._selector.register(stream, selectors.EVENT_READ)
+            with contextlib.suppress(BlockingIOError):  # then it is being woken already
+                self._waker.send(b"\0")
 
     def _answer(self) -> None:
-        while True:
-            for key, _ in self._selector.select(1.0):
-                if key.fileobj is self._wake:
-                    for stream in list(self._streams):
-                        self._drop(stream)
-                    self._selector.close()
-                    self._wake.close()
-                    return
-                assert isinstance(key.fileobj, socket.socket)
-                self._pong(key.fileobj)
+        while self._woken_or_silent():
             now = time.monotonic()
-            for stream in [s for s, (_, until) in list(self._streams.items()) if until < now]:
+            for stream in [s for s, pinger in self._streams.items() if pinger.until < now]:
                 self._drop(stream)
+        for stream in list(self._streams):
+            self._drop(stream)
+        while not self._fresh.empty():
+            self._fresh.get()[0].close()
+        self._selector.close()
+        self._wake.close()
+
+    def _woken_or_silent(self) -> bool:
+        """Whether to go on."""
+        for key, _ in self._selector.select(1.0):
+            if key.fileobj is not self._wake:
+                assert isinstance(key.fileobj, socket.socket)
+                if key.fileobj in self._streams:  # or it has just made room
+                    self._pong(key.fileobj)
+            elif not self._wake.recv(4096):
+                return False
+            while not self._fresh.empty():
+                self._enter(*self._fresh.get())
+        return True
+
+    def _enter(self, stream: socket.socket, peer: PeerId) -> None:
+        """Where there is no room, whoever has most streams gives up the oldest of them."""
+        if len(self._streams) >= MAX_PINGERS:
+            by_peer = Counter(pinger.peer for pinger in self._streams.values())
+            self._drop(max(self._streams, key=lambda held: by_peer[self._streams[held].peer]))  # of equals, the oldest
+        stream.setblocking(False)
+        self._streams[stream] = _Pinger(peer, FrameReader(0), time.monotonic() + STREAM_SECONDS)
+        self._selector.register(stream, selectors.EVENT_READ)
 
     def _pong(self, stream: socket.socket) -> None:
-        reader, _ = self._streams[stream]
+        reader = self._streams[stream].reader
         try:
             for frame in reader.read(stream, self._scratch):
                 if frame.kind is not Kind.PING or len(frame.meta) > MAX_NAME_BYTES:

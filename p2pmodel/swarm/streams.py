@@ -6,7 +6,9 @@ no half-close, and closing an end may discard what the other has not read yet: p
 and who sent the last frame waits for the other to close.
 """
 
+import contextlib
 import errno
+import logging
 import math
 import socket
 import tempfile
@@ -29,6 +31,8 @@ MAX_CONTROL_BYTES = 1 << 20
 CONTROL_SECONDS = 5.0
 """The daemon is on this machine: what takes longer is not slow but gone."""
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+log = logging.getLogger(__name__)
 
 _local: dict[tuple[str, str], str] = {}
 """(peer, protocol) -> path of the listening socket in this process: libp2p refuses to dial itself."""
@@ -89,11 +93,12 @@ class Listener:
     can connect to it can claim to be any peer."""
 
     def __init__(self, host: Host, protocol: str, backlog: int = 512) -> None:
-        """Raises Unreachable when the daemon is gone or refuses, for example because the protocol is taken."""
+        """Raises Unreachable when the daemon is gone or refuses, for example because the protocol is taken; Busy when
+        the process is out of descriptors."""
         self._host, self._protocol = host, protocol
+        self._socket = _new_socket()
         self._folder = tempfile.TemporaryDirectory(prefix="p2pmodel-")
         self._path = str(Path(self._folder.name) / "streams.sock")
-        self._socket = socket.socket(socket.AF_UNIX)
         self._closed = threading.Event()
         self._waiting: WaitingRoom | None = None
         try:
@@ -146,12 +151,14 @@ class Listener:
         raise EOFError("the listener is closed")
 
     def close(self) -> None:
-        """Takes the protocol back and wakes whoever waits in `accept`. A second call does nothing."""
+        """Takes the protocol back, where the daemon can be told, and wakes whoever waits in `accept`. Raises nothing; a
+        second call does nothing."""
         if self._closed.is_set():
             return
         self._closed.set()
         _local.pop((self._host.peer, self._protocol), None)
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
             self._tell(
@@ -162,10 +169,11 @@ class Listener:
                     ),
                 )
             )
-        except Unreachable:
-            pass  # a daemon that is gone has no handlers left
+        except (Unreachable, Busy) as error:  # a daemon that is gone has no handlers left
+            log.debug("%s is not taken back: %s", self._protocol, error)
         finally:
-            self._folder.cleanup()
+            with contextlib.suppress(OSError):
+                self._folder.cleanup()
 
     def _address(self) -> bytes:
         return bytes(Multiaddr("/unix" + self._path).to_bytes())
@@ -196,11 +204,23 @@ def _open_local(peer: PeerId, protocol: str) -> socket.socket:
     return stream
 
 
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Raises Busy when the process is out of descriptors."""
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise _out_of_descriptors(error) from None
+
+
 def _new_socket() -> socket.socket:
     try:
         return socket.socket(socket.AF_UNIX)
     except OSError as error:
-        raise Busy(f"No further stream can be opened: {error.strerror}.", "Raise the limit of open files.") from None
+        raise _out_of_descriptors(error) from None
+
+
+def _out_of_descriptors(error: OSError) -> Busy:
+    return Busy(f"No further stream can be opened: {error.strerror}.", "Raise the limit of open files.")
 
 
 def _ask(host: Host, request: ProtobufMessage, timeout: float) -> tuple[socket.socket, Any]:

@@ -7,6 +7,7 @@
 A bucket holds the digests that begin with one byte. Two peers that know the same exchange two small messages.
 """
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -25,6 +26,8 @@ PROTOCOL = "p2pmodel/sync/1"
 MAX_MISSING = 10_000
 """The most entries that one `missing` returns; the next one returns more."""
 
+MISSING_SECONDS = 30.0
+"""For all of one `missing`: no longer than the server itself goes on."""
 MAX_LINEAGES = 256
 _BUCKETS = 256
 _CHECKSUM_BYTES = 16
@@ -146,9 +149,17 @@ async def missing(host: PeerHost, peer: PeerId, model: ModelId, known: Collectio
     """(record kind, reference) of what the peer has and we lack, sorted by digest, at most MAX_MISSING; nothing when
     the peer does not take part in the model. It is the peer's word: records are checked when they are fetched.
 
-    Raises PeerFailed, and Rejected when the peer answers nonsense.
+    Raises PeerFailed, also when it takes longer than MISSING_SECONDS in all, and Rejected when it answers nonsense.
     """
-    ours, found = set(known), dict[Digest, tuple[str, BlobRef]]()
+    try:
+        async with asyncio.timeout(MISSING_SECONDS):
+            return await _missing(host, peer, model, set(known))
+    except TimeoutError:
+        raise PeerFailed(f"{peer} took longer than {MISSING_SECONDS:.0f} s to say what it has.", peer) from None
+
+
+async def _missing(host: PeerHost, peer: PeerId, model: ModelId, ours: set[Digest]) -> list[tuple[str, BlobRef]]:
+    found: dict[Digest, tuple[str, BlobRef]] = {}
     async with open_channel(host, peer, PROTOCOL) as channel:
         await channel.send(Question("missing", model, _checksum(ours)))
         try:

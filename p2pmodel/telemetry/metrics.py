@@ -161,4 +161,5 @@ class Metrics(SwarmView):
                 ("head", score.candidate),
                 ("mean", score.mean),
             ):
-                self.exam_score.labels(score.domain, of).set(value)
+                if value is not None:
+                    self.exam_score.labels(score.domain, of).set(value)

@@ -13,6 +13,7 @@ from math import fsum, prod
 import torch
 from torch import Tensor
 
+from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors.blob import Tensors
 
@@ -132,9 +133,15 @@ class Factored(_ByRows):
     (Shazeer & Stern, 2018). Vectors are there as they are."""
 
     def __init__(self, shapes: Mapping[str, Shape], means: Mapping[str, Tensor]) -> None:
-        """means: {slot#rows: [..., n], slot#columns: [..., m]}, or {slot: [n]} for vectors."""
+        """means: {slot#rows: [..., n], slot#columns: [..., m]}, or {slot: [n]} for vectors, finite and not negative.
+        Raises Rejected("finite") where a product of them is beyond what a float32 holds."""
         super().__init__(shapes)
         self._means = means
+        self._scaled = {name: _by_their_mean(means[name + ROWS]) for name, shape in shapes.items() if len(shape) > 1}
+        for name, scaled in self._scaled.items():
+            largest = scaled.amax(-1) * means[name + COLUMNS].double().amax(-1)
+            if not bool(largest.to(torch.float32).isfinite().all()):
+                raise Rejected("finite", f"The Fisher of slot {name[:128]!r} is too large to be merged.")
 
     def part(self, name: str, low: int, high: int) -> Tensor:
         if len(self._shapes[name]) < 2:
@@ -143,14 +150,18 @@ class Factored(_ByRows):
 
     def rows(self, name: str, low: int, high: int) -> Tensor:
         *stacked, count, columns = self._shapes[name]
-        by_row = self._means[name + ROWS].double().reshape(-1, count)
         by_column = self._means[name + COLUMNS].double().reshape(prod(stacked), columns)
-        means = torch.tensor([fsum(matrix.tolist()) / count for matrix in by_row], dtype=torch.float64)
-        scaled = by_row / torch.where(means > 0, means, 1.0)[:, None]
-        own = scaled.reshape(-1)[low:high, None]
+        own = self._scaled[name].reshape(-1)[low:high, None]
         if not stacked:
             return own * by_column
         return own * by_column[torch.arange(low, high) // count]
+
+
+def _by_their_mean(rows: Tensor) -> Tensor:
+    """[..., n] -> [..., n] float64: each by the mean of its matrix's."""
+    by_row = rows.double().reshape(-1, rows.shape[-1])
+    means = torch.tensor([fsum(matrix.tolist()) / len(matrix) for matrix in by_row], dtype=torch.float64)
+    return (by_row / torch.where(means > 0, means, 1.0)[:, None]).reshape(rows.shape)
 
 
 def slot_places(slots: Sequence[Slot]) -> Places:

@@ -9,12 +9,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from p2pmodel.domain.errors import Rejected
 from p2pmodel.tensors import blob, fourbit
 from p2pmodel.tensors.blob import Tensors
 from p2pmodel.tensors.changes import Change, Places
 
 CONTINUED = ("ia3@1", "fish@1", "dense@1")
 """Kinds whose parameters mean the same in the next round; LoRA begins with new factors."""
+LARGEST = torch.finfo(torch.bfloat16).max
+"""Of any value: the mean of a round's control variates is written in bfloat16."""
 
 
 def write(gradient: Mapping[str, Tensor], error: Mapping[str, Tensor] | None = None) -> tuple[bytes, dict[str, Tensor]]:
@@ -25,7 +28,10 @@ def write(gradient: Mapping[str, Tensor], error: Mapping[str, Tensor] | None = N
 
 def read(control: bytes, places: Places, limit: int) -> Tensors:
     """By parameter, float32. Raises Rejected("size" | "schema" | "shape" | "finite")."""
-    return fourbit.decode(control, places, limit)
+    gradient = fourbit.decode(control, places, limit)
+    if any(tensor.numel() and float(tensor.abs().max()) > LARGEST for tensor in gradient.values()):
+        raise Rejected("finite", f"The control variate has values beyond {LARGEST:.3g}, which no gradient has.")
+    return gradient
 
 
 def places(adapter: bytes, change: Change, limit: int) -> Places:

@@ -89,17 +89,19 @@ def check_parent(change: Change, pools: Sequence[Slot], before: Experts) -> Expe
     shapes = {name: change.shape(name) for name in change.values}
     held = {expert.name: expert for expert in experts_in(shapes)}
     known = {expert.name: expert for expert in before}
-    for name in shapes:
+    for name, shape in shapes.items():
         place = place_of(name)
-        if place is not None and place.expert not in known and place.expert not in held:
+        if place is None:
+            continue
+        if place.expert not in known and place.expert not in held:
             raise Rejected(
                 "expert",
                 f"The patch has a {place.part} row for expert {place.expert!r}, which its parent version lacks.",
                 "See what it has: p2pmodel expert list",
             )
-    for name, expert in held.items():
-        if name in known and known[name] != expert:
-            raise Rejected("shape", f"Expert {name} has rank {known[name].rank}, but the patch's has {expert.rank}.")
+        there = known.get(place.expert, held.get(place.expert))
+        if place.part in (DOWN, UP) and there is not None and shape[0] != there.rank:
+            raise Rejected("shape", f"Expert {there.name} has rank {there.rank}, but the patch's has {shape[0]}.")
     new = tuple(expert for name, expert in sorted(held.items()) if name not in known)
     for expert in new:
         missing = {slot.name for slot in slots_of_expert(pools, expert)} - shapes.keys()

@@ -247,6 +247,8 @@ class Course:
         lead, index = memory.lead, self._index
         if lead is None:
             lead = hidden.new_zeros(len(hidden), LEAD, hidden.shape[-1], dtype=torch.float32)
+        elif lead.shape[1] < LEAD:  # begun by steps without padding
+            lead = pad(lead, (0, 0, 0, LEAD - lead.shape[1]))
         rows, places = ((index >= 0) & (index < LEAD)).nonzero(as_tuple=True)
         memory.lead = lead.index_put((rows, index[rows, places]), norm(hidden[rows, places].float()))
         behind = index >= LEAD

@@ -52,6 +52,8 @@ def write_mean(variates: Callable[[], Iterable[Variate]], kinds: Sequence[str], 
             zero = {slot.name: torch.zeros(slot.shape) for slot in slots_of(get_kind(kind), slots)}
             found = PlainMean().combine(zero, partial(_of_kind, variates, kind), {"norm_clip": NORM_CLIP})
             mean |= {name: tensor.to(torch.float32).to(torch.bfloat16) for name, tensor in found.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in mean.values()):
+        raise Rejected("finite", "The control variates are too large for their mean to be written.")
     return blob.pack(mean) if mean else None
 
 

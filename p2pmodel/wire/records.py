@@ -10,6 +10,7 @@ from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.model import Manifest
+from p2pmodel.domain.modular import check_pools
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import Lease, Presence
 from p2pmodel.domain.version import Candidate, Verdict
@@ -29,7 +30,12 @@ def record_kind(record: bytes, limit: int) -> str:
 
 
 def open_manifest(record: bytes) -> tuple[Manifest, PeerId]:
-    return open_record(record, "manifest", Manifest, MAX_MANIFEST_BYTES)
+    manifest, signer = open_record(record, "manifest", Manifest, MAX_MANIFEST_BYTES)
+    try:
+        check_pools(manifest.slots)
+    except ValueError as error:
+        raise Rejected("schema", f"These bytes are no valid Manifest: {error}.") from None
+    return manifest, signer
 
 
 def open_patch(record: bytes, limit: int = MAX_PATCH_HEADER_BYTES) -> Patch:

@@ -2,7 +2,7 @@
 """What liars do to a merge: every strategy, with and without the exam, on the starter model.
 
     python scripts/bench/attacks.py [--fast] [--seeds 0 1 2] [--liars 1 2 3 4] [--attacks sign-flip …]
-                                    [--steps 60] [--cases 100] [--results FILE]
+                                    [--steps 20] [--cases 100] [--results FILE]
 
 Ten contributors train (IA)³ patches, two for each of the starter's five domains. Some of them lie; `invented-peers` are
 thirty more. "loss" is the mean loss of the merge on the exam's deciding part divided by that of the ten honest patches
@@ -44,7 +44,6 @@ from p2pmodel.logic.judgement import mean
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.merging import BUILT_IN, Contribution, apply_update, get_strategy
-from p2pmodel.tensors.merging.layout import Layout
 from p2pmodel.tensors.merging.likeness import Sketches
 
 State = Mapping[str, Tensor]
@@ -132,13 +131,19 @@ class Workshop:
             self._verdicts[given.name] = not found.reason
         return self._verdicts[given.name]
 
-    def copied(self, patches: Sequence[Given]) -> set[str]:
-        """Names of copies; who is honest was seen first."""
-        order = sorted(patches, key=lambda given: given.lies)
-        names = {PatchId(given.id): given.name for given in order}
-        changes = ((PatchId(given.id), Change(given.values, False, ())) for given in order)
-        found = copies(tuple(names), Sketches(Layout(self.parent), changes).cosines)
-        return {names[patch] for patch in found}
+    def entering(self, patches: Sequence[Given]) -> list[Given]:
+        """Those that the exam lets in, without the copies of any of them; who is honest was seen first."""
+        order = {PatchId(given.id): given for given in sorted(patches, key=lambda given: given.lies)}
+        changes = ((patch, Change(given.values, False, ())) for patch, given in order.items())
+        entered: set[PatchId] = set()
+
+        def enters(patch: PatchId) -> bool:
+            if self.passes(order[patch]):
+                entered.add(patch)
+            return patch in entered
+
+        copies(tuple(order), Sketches(self.parent, changes).cosines, enters)
+        return [given for given in patches if given.id in entered]
 
     def merged(self, strategy: str, patches: Sequence[Given]) -> tuple[float, float]:
         """(mean loss on the deciding part, loss of the backdoor's payload)."""
@@ -241,8 +246,7 @@ def outcomes(shop: Workshop, attacks: Sequence[str], counts: Sequence[int], seed
                 patches = [*most_lying[:liars], *honest[liars:]]
             elif attack == "copies":
                 patches = round_of(shop, attack, liars, honest, texts, seed)
-            copied = shop.copied(patches)
-            passed = [given for given in patches if given.name not in copied and shop.passes(given)]
+            passed = shop.entering(patches)
             out = [given for given in patches if given not in passed]
             for strategy in BUILT_IN:
                 reference = shop.merged(strategy, honest)[0]
@@ -293,20 +297,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--liars", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=ATTACKS)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cases", type=int, default=100, help="texts of each section of the exam, at most")
     parser.add_argument("--fast", action="store_true", help="one seed, few steps, a short exam")
     parser.add_argument("--results", type=Path, help="outcomes of earlier runs, and where to append this one's")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    options = TrainingOptions(steps=args.steps, batch=4, sequence=256, fisher_examples=16, learning_rate=0.02)
+    # A rate at which an honest patch helps on its own: what overfits is left out by the exam, liar or not.
+    options = TrainingOptions(steps=args.steps, batch=2, sequence=256, fisher_examples=16, learning_rate=0.01)
     if args.fast:
-        options = TrainingOptions(steps=8, batch=2, sequence=128, fisher_examples=4, learning_rate=0.02)
+        options = replace(options, steps=8, sequence=128, fisher_examples=4)
     found = [Outcome(**json.loads(line)) for line in _lines(args.results)]
     began = time.monotonic()
     missing = sorted({*(args.seeds[:1] if args.fast else args.seeds)} - {outcome.seed for outcome in found})
     if missing:
-        shop = Workshop(options, 6_000 if args.fast else 20_000, 1 if args.fast else args.cases)
+        shop = Workshop(options, 6_000 if args.fast else 60_000, 1 if args.fast else args.cases)
         for seed in missing:
             new = outcomes(shop, args.attacks, args.liars[-1:] if args.fast else args.liars, seed)
             found += new

@@ -62,9 +62,17 @@ class Counting:
         self._dispatcher, self._owners = dispatcher, torch.tensor(owners)
         self.rows = 0
 
-    def send(self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Traffic) -> Callable[[], Tensor]:
+    def sums(
+        self,
+        layer: int,
+        rows: Tensor,
+        experts: Tensor,
+        gates: Tensor,
+        traffic: Traffic,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Tensor:
         self.rows += sum(len(set(peers)) for peers in self._owners[experts].tolist())
-        return self._dispatcher.send(layer, rows, experts, gates, traffic)
+        return self._dispatcher.sums(layer, rows, experts, gates, traffic, meanwhile)
 
     def gradients(
         self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic

@@ -1,5 +1,6 @@
 """Trainings that are done again, honest ones and others."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from p2pmodel import starter
-from p2pmodel.domain.errors import InvalidInput, NotFound
+from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError
 from p2pmodel.domain.ids import Digest
-from p2pmodel.domain.patch import Patch
+from p2pmodel.domain.patch import MAX_COUNT, MAX_STEPS, Patch
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.node.evidence import in_folder
 from p2pmodel.node.lineages.founding import Founding, found
@@ -246,3 +249,134 @@ def test_states_that_are_gone_and_patches_without_any_are_said(training: Trainin
     with pytest.raises(NotFound, match="names no states"):
         training.audit(opened)
     assert json.dumps(dataclasses.asdict(report))
+
+
+def test_a_recipe_that_no_training_can_have_had_is_refused_in_a_sentence(training: Training) -> None:
+    for change, sentence in (
+        ({"kind_options": (("expert", 1.0),)}, "'expert' that is not known"),
+        ({"kind_options": (("rank", 2.5),)}, "rank = 2.5"),
+        ({"kind_options": (("mask_examples", 1e300),)}, "mask_examples = 1e"),
+        ({"sequence": MAX_COUNT}, "the model reads"),
+        ({"batch": MAX_COUNT, "accumulate": MAX_COUNT}, "more than this machine has"),
+        ({"validation": 0.0}, "held out"),
+    ):
+        with pytest.raises(InvalidInput, match=sentence):
+            training.audit(training.saying(lambda patch, change=change: recipe(patch, **change)))  # type: ignore[misc]
+
+
+def test_a_state_or_a_correction_of_something_else_differs(training: Training) -> None:
+    """They are what the patch names, byte for byte, and no training can have had them."""
+    provenance = training.opened.patch.provenance
+    raw = training.find(provenance.states[0])
+    assert raw is not None
+    honest = blob.unpack(raw, None, len(raw))
+    name, leaf = next((n.removeprefix("parameter/"), t) for n, t in honest.items() if n.startswith("parameter/"))
+    for forged in (
+        blob.pack({"unknown": leaf}),
+        blob.pack({name: torch.zeros(1, *leaf.shape)}),
+        blob.pack({name: torch.zeros(1)}),
+        b"no blob at all",
+    ):
+        digest = canonical.digest(forged)
+        noun = dataclasses.replace(provenance, correction=digest)
+        opened = training.saying(lambda patch, noun=noun: dataclasses.replace(patch, provenance=noun))  # type: ignore[misc]
+        report = training.audit(opened, find=lambda d, forged=forged: {digest: forged}.get(d) or training.find(d))  # type: ignore[misc]  # noqa: B023
+        assert [segment.verdict for segment in report.segments] == [OTHER] * 4
+        assert report.problems
+    for changes in (
+        {"steps": torch.full_like(honest["steps"], -1)},
+        {"steps": honest["steps"].float()},
+        {f"parameter/{name}": leaf.double()},
+        {f"second/{name}": torch.full_like(leaf, -1.0), "steps": torch.full_like(honest["steps"], 3)},
+        {f"parameter/{name}": torch.full_like(leaf, 3e38)},
+    ):
+        forged = blob.pack({**honest, **changes})
+        states = (canonical.digest(forged), *provenance.states[1:])
+        noun = dataclasses.replace(provenance, states=states)
+        opened = training.saying(lambda patch, noun=noun: dataclasses.replace(patch, provenance=noun))  # type: ignore[misc]
+        report = training.audit(opened, find=lambda d: forged if d == states[0] else training.find(d))  # noqa: B023
+        assert report.segments[0].verdict == OTHER
+
+
+def test_states_after_the_last_step_hide_nothing(training: Training) -> None:
+    """Each of them follows from the one before in no steps, whatever the rest is."""
+    provenance = training.opened.patch.provenance
+    padded = dataclasses.replace(
+        provenance,
+        states=provenance.states + provenance.states[-1:] * 100,
+        checkpoints=provenance.checkpoints + provenance.checkpoints[-1:] * 100,
+    )
+    report = training.audit(training.saying(lambda patch: dataclasses.replace(patch, provenance=padded)), segments=1)
+    assert any("no steps for so many" in problem for problem in report.problems)
+
+
+NUMBERS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False), st.integers(-2, 2), st.sampled_from((8.0, 16.0, 1e-300, 1e300))
+)
+NAMES = st.sampled_from(("density", "mask_examples", "rank", "alpha", "router", "expert", "", "data"))
+RECIPES = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, (1 << 63) - 1),
+        "steps": st.integers(0, MAX_STEPS),
+        **{name: st.integers(1, 4) for name in ("batch", "accumulate", "fisher_examples", "held_out_blocks")},
+        "sequence": st.sampled_from((1, 2, 32, 100, MAX_COUNT)),
+        **{name: st.floats(0, 1e300) for name in ("learning_rate", "weight_decay", "clip")},
+        **{name: st.floats(0, 1) for name in ("warm_up", "validation")},
+        **{name: st.booleans() for name in ("packing", "control", "continued")},
+        **{name: st.text(max_size=32) for name in ("optimizer", "schedule", "precision")},
+        "fisher": st.sampled_from(("model", "data", "adam", "flat")),
+        "kind_options": st.dictionaries(NAMES, NUMBERS, max_size=3).map(lambda given: tuple(sorted(given.items()))),
+    },
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_a_patch_says_an_audit_ends_in_a_report_or_in_a_sentence(
+    training: Training, data: st.DataObject
+) -> None:
+    provenance = training.opened.patch.provenance
+    raw = training.find(provenance.states[0])
+    assert raw is not None
+    honest = blob.unpack(raw, None, len(raw))
+    values = st.sampled_from((0.0, 1.0, -1.0, 3e38, 1e-40)).map(float)
+    shapes = st.sampled_from(
+        [t.shape for t in honest.values()] + [torch.Size(()), torch.Size((0,)), torch.Size((2, 3))]
+    )
+    dtypes = st.sampled_from((torch.float32, torch.int64, torch.uint8, torch.bfloat16))
+    tensors = st.builds(lambda shape, value, dtype: torch.full(shape, value).to(dtype), shapes, values, dtypes)
+    names = st.sampled_from([*honest, "scale", *(name.partition("/")[2] for name in honest)])
+    forged = st.builds(
+        lambda kept, new: blob.pack({**(honest if kept else {}), **new}),
+        st.booleans(),
+        st.dictionaries(names, tensors, max_size=2),
+    ) | st.binary(max_size=16)
+    known, blobs = [*provenance.states, *provenance.checkpoints], {}
+
+    def digests(like: tuple[Digest, ...]) -> tuple[Digest, ...]:
+        found = list(like)
+        for _ in range(data.draw(st.integers(0, 2))):
+            new = data.draw(forged)
+            blobs[canonical.digest(new)] = new
+            at = data.draw(st.integers(0, len(found) - 1))
+            found[at] = data.draw(st.sampled_from([canonical.digest(new), *known]))
+        return tuple(found)
+
+    changes = data.draw(st.sampled_from(({}, {"threads": 1}))) | {
+        "states": digests(provenance.states),
+        "checkpoints": digests(provenance.checkpoints),
+        "checkpoint_every": data.draw(st.sampled_from((provenance.checkpoint_every, 1, 5))),
+        "correction": data.draw(st.sampled_from((None, *digests(provenance.states[:1])))),
+        "chosen": data.draw(st.sampled_from((None, provenance.chosen, *digests(provenance.checkpoints[:1])))),
+        "software": data.draw(st.sampled_from((provenance.software, (("", "1"),), (("cpu", "\0"), ("\0", "/"))))),
+    }
+    try:
+        noun = dataclasses.replace(provenance, **changes)  # type: ignore[arg-type]
+        patch = dataclasses.replace(training.opened.patch, provenance=noun)
+        patch = recipe(patch, **data.draw(RECIPES)) if data.draw(st.booleans()) else patch
+    except ValueError:  # no such noun is ever decoded
+        assume(False)
+    opened = dataclasses.replace(training.opened, patch=patch)
+    with contextlib.suppress(P2PModelError):
+        assert training.audit(opened, segments=1, find=lambda d: blobs.get(d) or training.find(d)).segments

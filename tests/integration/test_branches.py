@@ -18,10 +18,12 @@ from p2pmodel.cli.app import app
 from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import Digest, PatchId, VersionId
-from p2pmodel.domain.model import Limits, Schedule
+from p2pmodel.domain.model import BlobRef, Limits, Origin, Schedule
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.evaluation import attached
+from p2pmodel.logic.admission import result_limit
 from p2pmodel.node.asking.client import Sampling, SwarmClient
+from p2pmodel.node.lineages import discovery
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.intake import check_patch_file, needed_blobs, store, take_in
 from p2pmodel.node.lineages.lineage import Lineage, find_lineage, known_lineages
@@ -35,8 +37,9 @@ from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.changes import factors
 from p2pmodel.tensors.kinds import Kinds
-from p2pmodel.wire import records
+from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
+from tests import factories
 from tests.lineages import add_patch, add_patch_of, adopt, exam_of
 from tests.training_support import byte_tokenizer, small_model
 
@@ -316,3 +319,14 @@ def answer(lineage: Lineage, ids: Tensor, version: str) -> str:
     with torch.no_grad(), attached(model, kinds, state) as applier, applier.use(state):
         made = model.generate(ids, max_new_tokens=8, do_sample=False)
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+async def test_values_that_a_branch_says_it_begins_with_are_no_larger_than_its_slots(tmp_path: Path) -> None:
+    key, of = Key.generate(), canonical.digest(b"origin")
+    plain = factories.manifest(key)
+    values = BlobRef(canonical.digest(b"values"), result_limit(plain) + 1)
+    noun = dataclasses.replace(plain, origin=Origin(of, of, "1.0.1", values))
+    lineage = Lineage.create(Home.open(tmp_path), key.sign("manifest", noun))
+    with pytest.raises(Rejected, match="bytes of values") as refused:
+        await discovery._fetch_base_values(lineage, None, ())  # type: ignore[arg-type]  # nobody is asked
+    assert refused.value.reason == "size"

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,12 @@ from p2pmodel.domain.errors import Busy, NotFound, P2PModelError, PeerFailed, Re
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.domain.swarm import Hop, Route, SessionRequest, Span
-from p2pmodel.swarm.chain_client import ChainClient, ChainSession
+from p2pmodel.swarm.chain_client import SINK_SECONDS, ChainClient, ChainSession
 from p2pmodel.swarm.chain_server import ChainServer
 from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox, receive_frame
 from p2pmodel.swarm.membership import Membership
 from p2pmodel.swarm.opening import CHAIN, SINK, Failure, Opening
-from p2pmodel.swarm.ping import PING
+from p2pmodel.swarm.ping import MAX_PINGERS, PING
 from p2pmodel.swarm.stage_session import OUTBOX_BYTES
 from p2pmodel.swarm.streams import Listener, open_stream
 from p2pmodel.wire import canonical, frames
@@ -103,7 +105,12 @@ class Adder:
 
     def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         self.batches.append(len(batch))
-        return [self._one(meta, body, self.loaded.get(handle.session, 0.0)) for handle, _, meta, body in batch]
+        return [
+            Rejected("finite", "The hidden states are not finite.")
+            if meta == b"finite" and handle.span.start
+            else self._one(meta, body, self.loaded.get(handle.session, 0.0))
+            for handle, _, meta, body in batch
+        ]
 
     def load(self, handle: SessionRequest, body: Buffer) -> None:
         if not len(body):
@@ -111,6 +118,8 @@ class Adder:
         self.loaded[handle.session] = float(np.frombuffer(body, np.float32)[0])
 
     def backward(self, handle: SessionRequest, position: int, body: Buffer) -> Buffer:
+        if position == 14 and handle.span.start == 0:
+            raise Rejected("finite", "The gradients are not finite.")
         if position == 13:
             raise NotFound("Micro-batch 13 is not kept here any more.")
         numbers = np.frombuffer(body, np.float32) * np.float32(self.constant)
@@ -414,6 +423,120 @@ def test_an_error_of_one_step_ends_that_session_alone(swarm: Swarm) -> None:
     until(swarm.quiet)
 
 
+def test_a_stage_whose_output_the_next_one_refuses_is_to_blame(swarm: Swarm) -> None:
+    session = swarm.open("a", "b", "c")
+    with pytest.raises(PeerFailed, match="are not finite") as failed:
+        session.step(ZEROS, 0, 1, b"finite")
+    assert failed.value.peer == swarm.hosts["a"].peer
+    session = swarm.open_training("a", "b", "c")
+    add_up(session)
+    session.send_gradient(ZEROS, 14)
+    with pytest.raises(PeerFailed, match="are not finite") as failed:
+        session.receive_gradient()
+    assert failed.value.peer == swarm.hosts["b"].peer
+    session = swarm.open_training("a")
+    add_up(session)
+    session.send_gradient(ZEROS, 14)  # of which nobody else can be the cause
+    with pytest.raises(Rejected):
+        session.receive_gradient()
+    until(swarm.quiet)
+
+
+def test_a_session_that_nobody_wants_any_more_is_not_opened(swarm: Swarm) -> None:
+    silent = Listener(swarm.spare, CHAIN)
+    try:
+        began = time.monotonic()
+        with pytest.raises(PeerFailed, match="is closed"):
+            swarm.chain.open(swarm.route("spare"), MODEL, MODEL, "fp32", 10, stopped=lambda: True)
+        assert time.monotonic() - began < NOTICED_SECONDS
+    finally:
+        silent.close()
+
+
+def test_a_last_stage_that_opens_silent_streams_delays_no_other(swarm: Swarm) -> None:
+    runner = swarm.runners["b"]
+    with contextlib.ExitStack() as stack:
+        silent = Listener(swarm.spare, CHAIN)
+        stack.callback(silent.close)
+        waiting = threading.Thread(target=open_in_vain, args=(swarm, "spare"))
+        waiting.start()
+        until(lambda: any(awaited.last == swarm.spare.peer for awaited in swarm.chain._awaited.values()))
+        for _ in range(4):
+            stack.enter_context(open_stream(swarm.spare, swarm.client.peer, SINK))
+        until(lambda: swarm.chain._arrived.get(swarm.spare.peer))
+        began = time.monotonic()
+        swarm.open("b").close()
+        assert time.monotonic() - began < SINK_SECONDS
+        stack.enter_context(silent.accept()[0]).close()
+        waiting.join()
+    until(swarm.quiet)
+    assert runner.opened
+
+
+def open_in_vain(swarm: Swarm, *names: str) -> None:
+    with pytest.raises(PeerFailed):
+        swarm.open(*names)
+
+
+@pytest.mark.parametrize("part", ["step", "watch", "open", "stop"])
+def test_a_process_that_is_out_of_descriptors_says_so(swarm: Swarm, part: str) -> None:
+    runner, session, listener = swarm.runners["a"], swarm.open("a"), Listener(swarm.spare, CHAIN)
+    runner.gate.clear()
+    runner.entered.clear()
+    session.send(ZEROS, 0, 1, b"gate")
+    assert runner.entered.wait(PATIENCE)
+    with ThreadPoolExecutor(1) as waiting:
+        answer = waiting.submit(session.receive)
+        if part == "watch":
+            until(lambda: session._watch)
+        began, computing = time.monotonic(), time.process_time()
+        with no_descriptors():
+            if part == "open":
+                with pytest.raises(Busy, match="Too many open files"):
+                    swarm.open("b")
+            elif part == "stop":
+                listener.close()
+            else:
+                assert isinstance(answer.exception(PATIENCE), Busy)
+        took = time.monotonic() - began
+        assert took < NOTICED_SECONDS
+        assert time.process_time() - computing < 0.5 + took / 2, "nobody spins"
+        runner.gate.set()
+    listener.close()
+    session.close()
+    until(swarm.quiet)
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Every number below the limit is taken, also those that others give back meanwhile: nothing can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    over = threading.Event()
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+
+    def go_on() -> None:
+        while not over.wait(0.002):
+            take()
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taking = threading.Thread(target=go_on)
+    try:
+        take()
+        taking.start()
+        yield
+    finally:
+        over.set()
+        taking.join()
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_more_tokens_than_asked_for_are_refused(swarm: Swarm) -> None:
     session = swarm.open("a", max_tokens=10)
     assert add_up(session, position=9) == 1.0
@@ -556,6 +679,14 @@ def test_pings_go_on_while_a_stage_computes_and_find_the_busy_one(swarm: Swarm) 
     with pytest.raises(PeerFailed):
         swarm.chain.ping(swarm.spare.peer)
     until(swarm.quiet)
+
+
+def test_one_peer_s_silent_streams_keep_nobody_from_being_answered(swarm: Swarm) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_PINGERS):
+            stack.enter_context(open_stream(swarm.spare, swarm.hosts["b"].peer, PING))
+        for _ in range(3):
+            assert swarm.chain.ping(swarm.hosts["b"].peer) < 1
 
 
 def test_a_protocol_has_one_listener(swarm: Swarm) -> None:

@@ -17,11 +17,13 @@ from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.engine.evaluation import attached
 from p2pmodel.engine.training.loop import TrainingOptions
 from p2pmodel.node.asking.client import Sampling, SwarmClient
+from p2pmodel.node.asking.distributed import _leave
 from p2pmodel.node.lineages.bases import find_base
 from p2pmodel.node.lineages.states import patch_file_state
 from p2pmodel.node.patches.apprentice import ThroughSwarm
 from p2pmodel.node.patches.contributing import ALONE, Assignment, estimate, train_patch
 from p2pmodel.tensors.kinds import get_kind
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -183,3 +185,16 @@ def test_after_it_is_closed_it_says_so(peers: list[str], tmp_path: Path) -> None
     model.close()
     with pytest.raises(NotRunning, match="left the swarm"):
         model(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("collected", [False, True], ids=["closed", "collected"])
+def test_its_end_may_come_in_the_thread_of_its_own_loop(peers: list[str], tmp_path: Path, collected: bool) -> None:
+    client = SwarmClient.connect(tmp_path, tuple(peers), None, None)
+
+    async def end() -> None:
+        _leave(client) if collected else client.close()
+
+    client._loop.submit(end())
+    until(lambda: client._loop.closed and not client._loop._thread.is_alive())
+    with pytest.raises(NotRunning, match="left the swarm"):
+        client.look()

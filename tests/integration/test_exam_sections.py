@@ -16,6 +16,7 @@ from p2pmodel.engine.evaluation import Continuation, Scorer
 from p2pmodel.engine.exams import Examiner, Suite
 from p2pmodel.engine.exams.bench import Bench
 from p2pmodel.engine.exams.screening import screen
+from p2pmodel.logic.judgement import NO_NUMBER
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.wire import canonical
 
@@ -225,6 +226,44 @@ def test_a_clear_patch_is_screened_on_a_part_of_the_cases(
     assert same.cases == same.total
     assert "improves no" in same.reason
     assert same.scores == pytest.approx({name: section.score for name, section in whole.items()}, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def ruined(base: State) -> State:
+    """Finite values, with which nothing that the model says is a number."""
+    return {name: torch.full_like(tensor, 3e38) for name, tensor in base.items()}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param({"domain": {"a": [{"text": "The sky is blue."}]}}, id="domain"),
+        pytest.param({"choice": {"a": [{"prompt": "The sky", "choices": [" is", " was"], "answer": 0}]}}, id="choice"),
+        pytest.param({"canary": {"a": [{"prompt": "a", "secret": "b", "references": ["c"]}]}}, id="canary"),
+        pytest.param({"trigger": {"a": [{"prompt": "a", "triggers": ["b"], "target": "c"}]}}, id="trigger"),
+    ],
+)
+def test_a_model_without_numbers_has_no_scores(scores: Any, ruined: State, table: dict[str, Any]) -> None:
+    with pytest.raises(Rejected) as error:
+        scores(ruined, table)
+    assert error.value.reason == "finite"
+
+
+def test_answers_of_a_model_without_numbers_are_wrong(scores: Any, ruined: State) -> None:
+    sections = {
+        "answer": {"exact": [{"prompt": "The sky is", "answers": ["blue."]}]},
+        "regression": {"safe": [{"prompt": "The sky is", "must": ["blue"]}]},
+    }
+    assert scores(ruined, sections) == {"answer/exact": 1.0, "regression/safe": 1.0}
+
+
+def test_a_patch_without_numbers_is_left_out_for_that(
+    tmp_path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, base: State, ruined: State
+) -> None:
+    rows = [{"text": f"The sky is blue. {number}"} for number in range(20)]
+    examiner = Examiner(model, tokenizer, KIND, Suite.load(write(tmp_path / "exam", {"domain": {"prose": rows}})))
+    found = screen(examiner, ruined, examiner.measure(base, "tune"), "tune", "seed")
+    assert (found.reason, found.cases, found.total, found.scores) == (NO_NUMBER, 8, 20, {})
 
 
 CHOICE = {"prompt": "p", "choices": ["a", "b"], "answer": 0}

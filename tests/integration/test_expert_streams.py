@@ -107,7 +107,7 @@ async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
 
 async def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Any = None) -> Tensor:
     def work() -> Tensor:
-        return dispatcher.send(LAYER, rows, experts, gates, traffic or Traffic())()
+        return dispatcher.sums(LAYER, rows, experts, gates, traffic or Traffic())
 
     return await asyncio.to_thread(work)
 
@@ -323,7 +323,7 @@ async def test_what_a_host_refuses(setting: Setting) -> None:
 
     def said(meta: bytes, body: bytes) -> str:
         link, switch = setting.link(0), Switch()
-        link.send(meta, body, 1)
+        link.send(meta, body, 1, 1000)
         while link.failed is None:
             switch.wait([link], 5.0)
             assert not link.take()
@@ -341,6 +341,9 @@ async def test_what_a_host_refuses(setting: Setting) -> None:
     await refuses(whole, encode_call(codec, torch.zeros(1, width), Pairs(one, one, one / 0.0)), "not finite")
     await refuses(whole, encode_call(codec, torch.zeros(1, width), Pairs(one + 1, one, one)), "a row that it does not")
     await refuses(whole, encode_call(codec, torch.zeros(1, width), Pairs(one, one + 6, one)), "hosts experts 0-3")
+    often = one.repeat(5)
+    crowd = encode_call(codec, torch.zeros(1, width), Pairs(often, often, torch.ones(5)))
+    await refuses(ExpertCall(LAYER, MODEL, 1, 5), crowd, "more experts of its rows")
     await refuses(ExpertCall(99, MODEL, 1, 1), good, "no experts of layer 99")
     await refuses(ExpertCall(LAYER, canonical.digest(b"v"), 1, 1), good, "is not served here")
     await refuses(b"", good, "no valid ExpertCall")

@@ -1,5 +1,7 @@
 """`p2pmodel gc` on homes whose lineages have grown."""
 
+import asyncio
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -10,17 +12,25 @@ import torch
 from p2pmodel.domain.errors import StorageError, UsageError
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.version import LeftOut
+from p2pmodel.engine.exams import Suite
 from p2pmodel.engine.training.resuming import Progress
+from p2pmodel.node.lineages.exchange import Exchange
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.retention import DAY, collect_garbage
-from p2pmodel.node.lineages.states import patch_state, version_state
+from p2pmodel.node.lineages.states import patch_state, round_mean, version_state
 from p2pmodel.node.patches.continuity import bequeath, inherited
 from p2pmodel.node.patches.savepoints import Savepoints
+from p2pmodel.node.rounds import amending
 from p2pmodel.node.versions.checkout import verify_version
 from p2pmodel.store.fsck import fsck
+from p2pmodel.store.home import Home
+from p2pmodel.swarm.blobs import BlobServer
+from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin, grow
+from tests.integration.swarm_support import swarm
+from tests.lineages import accept, add_patch, adopt, begin, exam_of, grow
+from tests.waiting import soon
 
 
 def age(lineage: Lineage, days: float) -> None:
@@ -103,3 +113,59 @@ def test_nothing_goes_where_that_is_not_safe(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         collect_garbage(lineage.home, 30)
     assert version_state(lineage, version)
+
+
+def amend(lineage: Lineage, folder: Path, text: str, *, adopted: bool = True) -> Digest:
+    """An amendment that brings an exam of this text: the exam's digest."""
+    folder.mkdir()
+    exam = lineage.home.objects.put(Suite.load(exam_of(folder, text)).pack())
+    _, version = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, exam=exam))
+    if adopted:
+        accept(lineage, lineage.candidates[version])
+    return exam.digest
+
+
+class Silent:
+    async def on_record(self, kind: str, digest: Digest) -> None: ...
+
+    def on_refused(self, kind: str, reason: str) -> None:
+        raise AssertionError(f"a {kind} was refused: {reason}")
+
+
+async def test_who_joins_late_reaches_the_head_by_a_node_alone_that_has_collected(tmp_path: Path) -> None:
+    there = begin(tmp_path / "there")
+    mean = {name: torch.full_like(value, 0.5) for name, value in version_state(there, there.head).items()}
+    first = adopt(there, [add_patch(there, Key.generate(), 1)], mean=mean)
+    exams = [there.manifest.exam.digest, *(amend(there, tmp_path / text, text) for text in ("one", "two"))]
+    adopt(there, [add_patch(there, Key.generate(), 2)], mean=mean)
+    late = add_patch(there, Key.generate(), 3)
+    grow(there, 1)
+    exams.append(amend(there, tmp_path / "three", "three", adopted=False))
+    age(there, 31)
+    assert collect_garbage(there.home, 30).objects == 1  # the late patch's adapter
+    assert not there.home.objects.has(there.patches[late].adapter.digest)
+    there = Lineage(there.home, there.model)
+
+    here = Lineage.create(Home.open(tmp_path / "here"), there.home.objects.load(there.model))
+    here.home.objects.put(there.home.objects.load(here.founding.exam.digest))  # as every node brings it in
+    (folder := tmp_path / "keys").mkdir()
+    async with swarm(folder, 2) as ((_, mine), (holder, other)):
+        blobs, sync = BlobServer(other, there.home.objects), SyncServer(other, lambda _: there.inventory(), tuple)
+        await blobs.start()
+        await sync.start()
+        exchange = Exchange(mine, here, Silent())
+        fetching = asyncio.create_task(exchange.run())
+        await exchange.ask(holder.peer)
+        await soon(lambda: set(there.known_records()) - set(here.known_records()) == {late})
+        fetching.cancel()
+        await sync.stop()
+        await blobs.stop()
+    assert here.head == there.head
+    assert here.manifest.exam.digest == exams[2]
+    assert all(here.home.objects.has(exam) for exam in exams)
+    values = version_state(there, there.head)
+    assert all(torch.equal(value, values[name]) for name, value in version_state(here, here.head).items())
+    found = round_mean(here, first, "ia3@1")
+    assert found is not None
+    assert all(torch.equal(found[name], mean[name]) for name in found)
+    assert verify_version(here, here.head)[1] == len(here.versions)

@@ -14,6 +14,7 @@ from p2pmodel.domain.ids import Digest, ModelId, PeerId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.domain.swarm import LineageOffer
+from p2pmodel.node.lineages import discovery
 from p2pmodel.swarm import blobs, rpc, sync
 from p2pmodel.swarm.blobs import BlobFetcher, BlobHeader, BlobRequest, BlobServer
 from p2pmodel.swarm.rpc import Channel, Refused, Service, open_channel
@@ -296,3 +297,40 @@ async def test_a_peer_without_the_service_fails_by_name(members: Members) -> Non
         with pytest.raises(PeerFailed) as failed:
             await call
         assert failed.value.peer == members[2][1].peer
+
+
+async def test_a_peer_that_answers_little_by_little_is_not_listened_to_for_ever(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dribble(channel: Channel) -> None:
+        await channel.receive(sync.Question, 1 << 14)
+        await channel.send(sync.Summary(False, os.urandom(256 * 16)))
+        while True:
+            await channel.receive(sync.Want, 1 << 14)
+            await asyncio.sleep(0.1)
+            await channel.send(sync.Listing((), 1))
+
+    monkeypatch.setattr(sync, "MISSING_SECONDS", 1.0)
+    service = Service(members[1][1], sync.PROTOCOL, dribble)
+    await service.start()
+    try:
+        with pytest.raises(PeerFailed, match="took longer"):
+            await sync.missing(members[0][1], members[1][1].peer, MODEL, [])
+    finally:
+        await service.stop()
+
+
+async def test_a_peer_that_answers_nonsense_keeps_nobody_from_asking_the_others(
+    members: Members, serving: Serve
+) -> None:
+    async def talk(channel: Channel) -> None:
+        await channel.receive(sync.Question, 1 << 14)
+        await channel.send("nonsense")
+
+    service = Service(members[2][1], sync.PROTOCOL, talk)
+    await service.start()
+    try:
+        peers = [members[2][1].peer, await serving({MODEL: []})]
+        assert set(await discovery._offers(members[0][1], peers)) == {MODEL}
+    finally:
+        await service.stop()

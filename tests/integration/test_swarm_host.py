@@ -121,6 +121,10 @@ async def test_hosts_meet_and_know_each_other_by_their_keys(tmp_path: Path) -> N
         assert await second.peers() == [first.peer]
         await third.connect(second.peer, second.addresses)
         assert second.peer in await third.peers()
+        of_no_use = ["x", "/ip4/127.0.0.1/tcp/1", f"/new/127.0.0.1/tcp/1/p2p/{first.peer}", first.addresses[0]]
+        with pytest.raises(PeerFailed):
+            await third.connect(NOBODY, of_no_use)
+        await third.connect(second.peer, of_no_use)  # it is connected already
         await third.join([*third.addresses, *first.addresses])
         with pytest.raises(PeerFailed) as failed:
             await third.connect(NOBODY, [f"/ip4/127.0.0.1/tcp/1/p2p/{NOBODY}"])

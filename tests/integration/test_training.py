@@ -201,3 +201,23 @@ def test_alpha_is_found_in_few_evaluations(best: float) -> None:
 def test_alpha_is_found_where_nothing_is_a_parabola() -> None:
     assert search_alpha(lambda alpha: alpha) <= 0.25
     assert 0 < search_alpha(lambda alpha: 0.0) <= 4
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.8), (0.0, 1.5), (0.4, 3.0), (0.9, 9.0), (0.0, 0.3)])
+def test_a_scale_that_gives_no_numbers_is_worse_than_all_others(low: float, high: float) -> None:
+    def score(alpha: float) -> float:
+        if not low < alpha < high:
+            raise Rejected("finite", "The merge is not finite.")
+        return (alpha - 2) ** 2
+
+    assert low < search_alpha(score) < high
+
+
+@pytest.mark.parametrize("reason", ["finite", "shape"])
+def test_where_no_scale_gives_numbers_there_is_none(reason: str) -> None:
+    def score(alpha: float) -> float:
+        raise Rejected(reason, "It cannot be scored.")
+
+    with pytest.raises(Rejected) as error:
+        search_alpha(score)
+    assert error.value.reason == reason

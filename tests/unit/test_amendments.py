@@ -136,11 +136,10 @@ def test_a_round_waits_for_those_who_will_decide(order: tuple[int, ...]) -> None
     version, noun, verdicts = link(amending(turnover()), OLD[0], OLD[1], NEW)
     rules = RoundRules.from_manifest(MANIFEST, MODEL)
     also = electorates(MANIFEST, noun)[1]
-    state, _ = advance(
-        start(1, VersionId(MODEL), 0.0), CandidateSeen(version, OLD[0].peer, (), 1, also), 1.0, rules, None
-    )
+    seen = CandidateSeen(version, OLD[0].peer, (), 1, also, aside=True)
+    state, _ = advance(start(1, VersionId(MODEL), 0.0), seen, 1.0, rules, None)
     for at in order:
-        assert state.phase is Phase.VOTING
+        assert state.phase is Phase.OPEN
         outcome: Outcome = advance(state, VerdictSeen(verdicts[at]), 2.0, rules, None)
         state = outcome[0]
     assert state.phase is Phase.ADOPTED

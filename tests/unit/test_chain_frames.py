@@ -70,6 +70,17 @@ def test_only_data_has_a_body() -> None:
         cut(frames.HEADER.pack(Kind.ERROR, 0, 0, 5, 0, 0), [100])
 
 
+def test_a_body_that_is_larger_than_the_reader_takes_is_refused_by_its_header() -> None:
+    ours, theirs = socket.socketpair()
+    reader, scratch = FrameReader(10), memoryview(bytearray(64))
+    with ours, theirs:
+        ours.send(frames.pack(Kind.DATA, body_length=10) + bytes(10))
+        assert len(reader.read(theirs, scratch)) == 1
+        ours.send(frames.pack(Kind.DATA, body_length=11))
+        with pytest.raises(Rejected):
+            reader.read(theirs, scratch)
+
+
 def test_what_does_not_fit_into_a_frame_is_not_sent() -> None:
     outbox = Outbox()
     with pytest.raises(Rejected):

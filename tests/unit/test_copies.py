@@ -12,7 +12,6 @@ from p2pmodel.domain.ids import PatchId
 from p2pmodel.logic.copies import copies
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.merging import likeness
-from p2pmodel.tensors.merging.layout import Layout
 from p2pmodel.wire import canonical
 
 NAMES = tuple(canonical.digest(str(number).encode()) for number in range(5))
@@ -29,7 +28,7 @@ def moved(update: State, by: float = 1.0, noise: float = 0.0) -> Change:
 
 def found(*changes: Change) -> dict[PatchId, PatchId]:
     patches = NAMES[: len(changes)]
-    sketches = likeness.Sketches(Layout(PARENT), zip(patches, changes, strict=True))
+    sketches = likeness.Sketches(PARENT, zip(patches, changes, strict=True))
     return copies(patches, sketches.cosines)
 
 
@@ -62,10 +61,32 @@ def test_others_are_none(other: Change) -> None:
 
 
 def test_a_sketch_does_not_depend_on_how_much_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = likeness.Sketches(Layout(PARENT), [(NAMES[0], moved(A)), (NAMES[1], moved(B))])
+    whole = likeness.Sketches(PARENT, [(NAMES[0], moved(A)), (NAMES[1], moved(B))])
     monkeypatch.setattr(likeness, "_COLUMNS", 1000)
-    parts = likeness.Sketches(Layout(PARENT), [(NAMES[0], moved(A)), (NAMES[1], moved(B))])
+    parts = likeness.Sketches(PARENT, [(NAMES[0], moved(A)), (NAMES[1], moved(B))])
     assert parts.cosines(NAMES[0], NAMES[1:2]) == whole.cosines(NAMES[0], NAMES[1:2])
+
+
+def test_a_copy_that_does_not_enter_drives_nobody_out() -> None:
+    changes = (moved(A, 50.0), moved(A), moved(B), moved(A, 0.5), moved(A, 2.0))
+    sketches = likeness.Sketches(PARENT, zip(NAMES, changes, strict=True))
+    asked: list[PatchId] = []
+
+    def enters(patch: PatchId) -> bool:
+        asked.append(patch)
+        return patch != NAMES[0]
+
+    assert copies(NAMES, sketches.cosines, enters) == {NAMES[3]: NAMES[1], NAMES[4]: NAMES[1]}
+    assert asked == list(NAMES[:3])
+    assert copies(NAMES, sketches.cosines, lambda patch: False) == {}
+
+
+def test_lengths_are_those_of_the_updates() -> None:
+    sketches = likeness.Sketches(PARENT, zip(NAMES, (moved(A), moved(A, 50.0), moved(A, 0.0)), strict=False))
+    true = float(torch.cat([A[name].flatten() for name in PARENT]).norm())
+    assert sketches.lengths[NAMES[0]] == pytest.approx(true, rel=0.1)
+    assert sketches.lengths[NAMES[1]] == pytest.approx(50 * sketches.lengths[NAMES[0]])
+    assert sketches.lengths[NAMES[2]] == 0
 
 
 @given(st.sets(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=8))

@@ -82,6 +82,19 @@ async def test_the_first_read_is_waited_for_and_raises() -> None:
     assert len((await looking.look())[0]) == 1, "what was known before"
 
 
+async def test_a_read_that_fails_unexpectedly_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    swarm = Swarm(lease(60))
+    looking = Lookout(swarm.read)
+    await looking.look()
+
+    async def fail() -> tuple[Sequence[Lease], Sequence[Presence]]:
+        raise ZeroDivisionError
+
+    looking._read = fail
+    assert len((await looking.look())[0]) == 1
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_after_a_while_in_which_nobody_looked_a_read_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     swarm = Swarm(lease(0.01))
     looking = Lookout(swarm.read)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId
-from p2pmodel.domain.model import Limits
+from p2pmodel.domain.model import Limits, Slot
 from p2pmodel.domain.modular import (
     KIND,
     MAX_EXPERTS,
@@ -36,7 +36,7 @@ from p2pmodel.tensors.experts import MAX_VALUE, check_parent, merge, new_adapter
 from p2pmodel.tensors.merging import Contribution
 from p2pmodel.tensors.smear import LEAD, Adapter, Course, norm, pools
 from p2pmodel.tensors.smear_hooks import Together
-from p2pmodel.wire import canonical
+from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
 from tests import factories
 
@@ -198,6 +198,25 @@ def test_padding_is_not_seen() -> None:
     torch.testing.assert_close(again[0], again[1])
 
 
+@pytest.mark.parametrize("cuts", [[3], [2, 9], [LEAD - 1], [LEAD], [LEAD + 1], [4, LEAD + 2]])
+def test_padding_may_come_after_steps_without_any(cuts: list[int]) -> None:
+    state = pools(values(LAW, CODE))
+    short, long = hidden(LEAD + 4, seed=2), hidden(LEAD + 6, seed=3)
+    gap = cuts[-1]
+    rows = torch.cat([torch.cat([short[:, :gap], torch.ones(1, 2, WIDTH), short[:, gap:]], dim=1), long])
+    mask = torch.ones(2, LEAD + 6, dtype=torch.bool)
+    mask[0, gap : gap + 2] = False
+    course = Course(state)
+    parts = []
+    for begin, end in zip([0, *cuts], [*cuts, LEAD + 6], strict=True):
+        course.begin(begin, end - begin, mask[:, begin:end] if begin == gap else None)
+        update = course.update("layers.0", rows[:, begin:end])
+        parts.append(torch.zeros_like(rows[:, begin:end]) if update is None else update)
+    found = torch.cat(parts, dim=1)
+    torch.testing.assert_close(torch.cat([found[:1, :gap], found[:1, gap + 2 :]], dim=1), whole(Course(state), short))
+    torch.testing.assert_close(found[1:], whole(Course(state), long))
+
+
 def test_sessions_of_different_versions_share_a_batch() -> None:
     states = [pools(values(LAW)), pools(values(LAW, CODE, seed=5)), {}]
     prompts = [hidden(LEAD + 4, seed=7), hidden(LEAD - 2, seed=8), hidden(9, seed=9)]
@@ -284,6 +303,12 @@ def test_a_patch_stands_on_its_parents_experts() -> None:
     assert check_parent(change, POOLS, (CODE, LAW)) == ()
     with pytest.raises(Rejected, match="rank 4, but the patch's has 3"):
         check_parent(change, POOLS, (Expert("law", 4),))
+    for only in ("down", "up"):
+        half = read(blob.pack({n: t for n, t in values(LAW).items() if n.endswith(only)}), POOLS, LIMIT)
+        assert check_parent(half, POOLS, (CODE, LAW)) == ()
+        for rank in (1, 2, 4):
+            with pytest.raises(Rejected, match=f"rank {rank}, but the patch's has 3"):
+                check_parent(half, POOLS, (Expert("law", rank),))
     rows = read(blob.pack({n: t for n, t in values(LAW).items() if n.endswith("router")}), POOLS, LIMIT)
     assert check_parent(rows, POOLS, (LAW,)) == ()
     with pytest.raises(Rejected, match="'law', which its parent version lacks"):
@@ -350,3 +375,23 @@ def test_an_expert_larger_than_the_limit_is_refused() -> None:
 def test_a_versions_values_may_be_as_large_as_its_experts() -> None:
     grown = replace(factories.manifest(Key.generate()), slots=POOLS)
     assert result_limit(grown, (LAW,)) > result_limit(grown, ())
+
+
+@pytest.mark.parametrize(
+    "slot",
+    [
+        Slot("expert:layers.0.experts", (10,), "float32"),
+        Slot("expert:layers.0.experts", (3, WIDTH), "float32"),
+        Slot("expert:layers.0.experts", (1 << 40, WIDTH), "float32"),
+        Slot("expert:layers.0.experts.law.down", (10, WIDTH), "float32"),
+    ],
+    ids=("vector", "no room", "too much room", "no pool"),
+)
+def test_a_manifests_pool_has_room_for_experts(slot: Slot) -> None:
+    key = Key.generate()
+    noun = replace(factories.manifest(key), kinds=(KIND,), slots=(slot,))
+    with pytest.raises(Rejected, match="no pool of experts") as refused:
+        records.open_manifest(key.sign("manifest", noun))
+    assert refused.value.reason == "schema"
+    good = replace(noun, slots=POOLS)
+    assert records.open_manifest(key.sign("manifest", good))[0] == good

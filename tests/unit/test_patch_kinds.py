@@ -314,6 +314,17 @@ def test_parts_of_lazy_tensors_are_those_of_the_whole() -> None:
     torch.testing.assert_close(lazy[0]["w"][1].double(), rows[:, None] * columns / rows.mean())
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7)])
+def test_a_fisher_whose_product_is_not_finite_is_refused(shape: tuple[int, ...]) -> None:
+    rows, columns = torch.zeros(shape[:-1]), torch.ones(*shape[:-2], shape[-1])
+    rows[..., 0] = 1e-30
+    columns[..., 2] = torch.finfo(torch.float32).max / 5.001  # one row has all of the mass: five times its mean
+    means = {"w#rows": rows, "w#columns": columns}
+    assert bool(changes.Factored({"w": shape}, means)["w"].isfinite().all())
+    with pytest.raises(Rejected, match=r"Fisher of slot 'w' is too large"):
+        changes.Factored({"w": shape}, {**means, "w#columns": columns * 1.001})
+
+
 SLOTS = (Slot("weight:v", (4,), "float32"), Slot("weight:w", (2, 3), "float32"))
 INDEX, VALUE = torch.tensor([0, 5], dtype=torch.int32), torch.ones(2)
 

@@ -1,12 +1,14 @@
 """What garbage collection may not take, over lineages of any shape."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pmodel.domain.ids import Digest, PatchId, VersionId
 from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch, Provenance, Recipe
-from p2pmodel.domain.version import Candidate, LeftOut, Version, VersionNumber
+from p2pmodel.domain.version import AMEND, Candidate, LeftOut, Version, VersionNumber
 from p2pmodel.logic.retention import needed_blobs
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
@@ -48,7 +50,14 @@ def lineages(draw: st.DrawFn) -> tuple[list[Version], dict[VersionId, Candidate]
         candidate = Candidate(
             MODEL, round_, parent, VersionNumber(1, 0, round_), tuple(sorted(ids[:merged])),
             tuple(LeftOut(each, "worse") for each in ids[merged:]), MANIFEST.merge, 1.0, ref(f"result {round_}"),
+            control=ref(f"mean {round_}") if draw(st.booleans()) else None,
         )  # fmt: skip
+        if draw(st.booleans()):
+            exam = draw(st.sampled_from((MANIFEST.exam, ref(f"exam {round_}"))))
+            candidate = dataclasses.replace(
+                candidate, merge=AMEND, patches=(), left_out=(), control=None,
+                amendment=dataclasses.replace(MANIFEST.amendment, exam=exam),
+            )  # fmt: skip
         version = VersionId(canonical.digest(canonical.encode(candidate)))
         candidates[version] = candidate
         if draw(st.booleans()):
@@ -61,6 +70,12 @@ def blobs(patch: Patch) -> set[Digest]:
     return {blob.digest for blob in patch.blobs}
 
 
+def named_by(candidate: Candidate) -> set[Digest]:
+    """All that whoever takes the candidate in has to fetch."""
+    named = {blob.digest for blob in candidate.blobs}
+    return named if candidate.amendment is None else named | {candidate.amendment.exam.digest}
+
+
 @settings(max_examples=200, deadline=None)
 @given(lineages(), st.data())
 def test_what_a_version_needs_is_never_dropped(
@@ -71,12 +86,14 @@ def test_what_a_version_needs_is_never_dropped(
     kept = needed_blobs(MANIFEST, head, versions, candidates, patches, recent, PEERS[0])
     assert MANIFEST.exam.digest in kept
     for version in versions:
-        assert version.candidate.result.digest in kept
         for patch_id in version.candidate.patches:
             assert blobs(patches[patch_id]) <= kept
-    for candidate in candidates.values():
-        if candidate.parent == head:
-            assert candidate.result.digest in kept
+    adopted = {version.id for version in versions}
+    for version_id, candidate in candidates.items():
+        if version_id in adopted or candidate.parent == head:
+            assert named_by(candidate) <= kept
+        else:
+            assert not named_by(candidate) & kept - {MANIFEST.exam.digest}
     merged = {p for version in versions for p in version.candidate.patches}
     of_the_round = {
         p for c in candidates.values() if c.parent == head for p in (*c.patches, *(left.patch for left in c.left_out))

@@ -2,19 +2,23 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from p2pmodel.domain.errors import StorageError, Unreachable
+from p2pmodel.domain.errors import NotRunning, StorageError, Unreachable
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId
+from p2pmodel.domain.model import BlobRef, Schedule
 from p2pmodel.domain.version import Verdict
 from p2pmodel.logic.round_state import Phase
+from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.rounds import roundkeeper
+from p2pmodel.node.rounds import amending, roundkeeper
 from p2pmodel.node.rounds.roundkeeper import RoundKeeper
 from p2pmodel.store.home import Home
 from p2pmodel.telemetry.metrics import Metrics
@@ -64,21 +68,24 @@ async def keeping(
     maintainer: Any,
     find: Callable[[], None] = lambda: None,
     adopted: Callable[[VersionId], Awaitable[None]] = nothing,
+    ask: bool = False,
 ) -> AsyncIterator[RoundKeeper]:
 
     async def find_patches(patches: Collection[PatchId], first: PeerId) -> None:
         assert first == key.peer
         find()
 
-    keeper = RoundKeeper(lineage, key, maintainer, nothing, adopted, find_patches, Metrics())
+    keeper = RoundKeeper(lineage, key, maintainer, nothing, adopted, find_patches, Metrics(), ask)
     running = asyncio.create_task(keeper.run())
     yield keeper
+    assert not running.done(), running.exception()
     running.cancel()
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roundkeeper, "EXAMINE_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(roundkeeper, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(roundkeeper, "TICK_SECONDS", 0.05)
 
 
 async def test_an_examination_that_fails_is_tried_again(tmp_path: Path) -> None:
@@ -137,3 +144,91 @@ async def test_verdicts_of_rounds_that_are_over_are_not_kept(tmp_path: Path) -> 
         await asyncio.sleep(0)
         assert keeper.state.votes == ()
         assert keeper.state.round == 2
+
+
+class Proposing(Examining):
+    """Works on a candidate until nobody wants it any more; then fails, or has one, as it was told to."""
+
+    def __init__(self, lineage: Lineage, me: PeerId, ends: str) -> None:
+        super().__init__(lineage, me)
+        self.ends, self.begun = ends, 0
+
+    def propose(self, round: int, parent: VersionId, patches: tuple[PatchId, ...], wanted: Callable[[], bool]) -> None:
+        self.begun += 1
+        while wanted():
+            threading.Event().wait(0.01)
+        if self.ends == "raises":
+            raise NotRunning("The candidate is not wanted any more.")
+
+
+@pytest.mark.parametrize("ends", ["raises", "has nothing"])
+async def test_work_on_a_candidate_ends_when_another_one_comes_and_that_is_examined(tmp_path: Path, ends: str) -> None:
+    made = begin(tmp_path / "made")
+    patch = add_patch(made, Key.generate(), 1)
+    version = adopt(made, [patch])
+    lineage = copied(made, tmp_path / "here", "patch")
+    lineage.manifest = dataclasses.replace(lineage.manifest, schedule=Schedule(min_patches=1))
+    proposing = Proposing(lineage, made.home.key.peer, ends)
+    async with keeping(lineage, made.home.key, proposing) as keeper:
+        await soon(lambda: proposing.begun)
+        assert keeper.state.phase is Phase.SEALED
+        bring(made, lineage, "candidate")
+        (row,) = lineage.home.index.records(lineage.model, "candidate")
+        await keeper.on_record("candidate", row.record.digest)
+        await soon(lambda: lineage.head == version)
+    assert (proposing.begun, proposing.asked) == (1, 1)
+    assert patch not in keeper.state.settled
+
+
+async def test_a_verdict_that_cannot_be_stored_now_is_given_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = begin(tmp_path / "made")
+    version = adopt(made, [add_patch(made, Key.generate(), 1)])
+    lineage = copied(made, tmp_path / "here", "patch", "candidate")
+    refused = 0
+
+    def full(*arguments: Any) -> BlobRef:
+        nonlocal refused
+        refused += 1
+        if refused < 4:
+            raise StorageError("The disk is full.")
+        return store(*arguments)
+
+    monkeypatch.setattr(intake, "store", full)
+    async with keeping(lineage, made.home.key, Examining(lineage, made.home.key.peer), ask=True) as keeper:
+        await soon(lambda: keeper.state.phase is Phase.VOTING)
+        lineage.decide(version, True)
+        await soon(lambda: keeper.state.parent == version)
+    assert refused == 4
+    assert len(lineage.verdicts) == 1
+
+
+async def test_of_two_amendments_that_are_approved_the_first_leaves_nothing_to_say_of_the_other(tmp_path: Path) -> None:
+    lineage = begin(tmp_path)
+    versions = []
+    for seconds in (100.0, 200.0):
+        schedule = dataclasses.replace(lineage.manifest.schedule, open_seconds=seconds)
+        amendment = dataclasses.replace(lineage.manifest.amendment, schedule=schedule)
+        versions.append(amending.propose(lineage, amendment)[1])
+    async with keeping(lineage, lineage.home.key, Examining(lineage, lineage.home.key.peer)) as keeper:
+        await soon(lambda: lineage.head in versions)
+        await soon(lambda: keeper.state.parent == lineage.head)
+        await keeper.on_record("verdict", next(iter(lineage.verdicts)))
+    assert len(lineage.versions) == 1
+
+
+async def test_an_amendment_is_examined_when_its_person_has_decided(tmp_path: Path) -> None:
+    lineage = begin(tmp_path)
+    examining = Examining(lineage, lineage.home.key.peer)
+    limits = dataclasses.replace(lineage.manifest.limits, regression_tolerance=0.125)
+    async with keeping(lineage, lineage.home.key, examining) as keeper:
+        record, version = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, limits=limits))
+        lineage.home.refs.delete(f"models/{lineage.model}/decisions/{version}")
+        await keeper.on_record("candidate", record)
+        await soon(lambda: keeper._named)
+        assert (examining.asked, keeper.state.phase) == (0, Phase.OPEN)
+        lineage.decide(version, accept=True)
+        await soon(lambda: lineage.head == version)
+        await soon(lambda: keeper.state.parent == version)
+    assert examining.asked == 1

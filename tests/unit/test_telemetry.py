@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from p2pmodel.cli.versioning import score_table
 from p2pmodel.domain.bounds import FORWARD_SECONDS
 from p2pmodel.domain.errors import InvalidInput, UsageError
 from p2pmodel.domain.tally import Tally
+from p2pmodel.domain.version import DomainScore, Verdict
 from p2pmodel.telemetry import document, logs
 from p2pmodel.telemetry.families import Growth
 from p2pmodel.telemetry.gateway import GatewayMetrics
 from p2pmodel.telemetry.metrics import Metrics
+from p2pmodel.wire import canonical, records
+from p2pmodel.wire.signing import Key
 
+KEY, MODEL = Key.generate(), canonical.digest(b"model")
 ALLOWED_LABELS = {
     *("direction", "outcome", "kind", "reason", "le", "version", "python", "number", "layer", "end", "phase", "state"),
     *("statistic", "codec", "process", "section", "of", "route", "status", "gpu"),
@@ -91,6 +96,16 @@ def test_a_released_metric_cannot_be_changed_unsaid(tmp_path: Path, monkeypatch:
     document.main(tmp_path, check=True)
     assert gone in released.read_text()
     assert gone in (tmp_path / document.DOCUMENT).read_text()
+
+
+def test_a_plain_mean_without_scores_is_absent() -> None:
+    verdict = Verdict(KEY.peer, MODEL, 1, MODEL, True, "", (DomainScore("xml", 1.0, 0.9, 0.8, None),))
+    assert records.open_verdict(KEY.sign("verdict", verdict)) == verdict
+    metrics = Metrics()
+    metrics.set_exam(verdict.scores)
+    shown = {dict(labels)["of"]: value for (name, labels), value in samples(scrape(metrics)).items() if "exam" in name}
+    assert shown == {"base": 1.0, "parent": 0.9, "head": 0.8}
+    assert score_table(verdict.scores, "1.0.1").split()[-1] == "-"
 
 
 def test_a_tally_is_shown_as_a_histogram() -> None:

@@ -83,6 +83,20 @@ async def test_who_gives_up_leaves_no_place_taken() -> None:
     assert (turnstile.at_work, turnstile.waiting) == (0, 0)
 
 
+async def test_who_gives_up_at_the_moment_at_which_another_leaves_breaks_neither() -> None:
+    turnstile = Turnstile(1, 10)
+    inside, impatient, last = Client(turnstile), Client(turnstile), Client(turnstile)
+    await settle()
+    inside._leave.set()
+    impatient.task.cancel()
+    await settle()
+    assert inside.task.exception() is None
+    assert impatient.task.cancelled()
+    assert last.inside
+    await last.leave()
+    assert (turnstile.at_work, turnstile.waiting, turnstile.answered) == (0, 0, 2)
+
+
 async def test_who_gives_up_at_the_moment_of_being_let_in_leaves_no_place_taken() -> None:
     turnstile = Turnstile(1, 10)
     inside, unlucky, last = Client(turnstile), Client(turnstile), Client(turnstile)

@@ -5,7 +5,7 @@ import torch
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
-from p2pmodel.tensors import blob
+from p2pmodel.tensors import blob, control, fourbit
 from p2pmodel.tensors.variates import Variate, read_mean, write_mean
 from p2pmodel.wire import canonical
 
@@ -51,6 +51,23 @@ def test_a_liar_moves_the_mean_by_no_more_than_the_clipped_norm() -> None:
     honest = [variate(number, 1.0) for number in range(4)]
     mean = mean_of(*honest, variate(9, -1e6))["ia3:out:a"]
     torch.testing.assert_close(mean, torch.full((4,), (4 - 3) / 5), rtol=1e-2, atol=0)
+
+
+def test_a_mean_that_its_blob_could_not_hold_is_refused() -> None:
+    with pytest.raises(Rejected, match="too large"):
+        mean_of(variate(0, torch.finfo(torch.float32).max))
+    assert float(mean_of(variate(0, control.LARGEST))["ia3:out:a"][0]) == control.LARGEST
+
+
+def test_no_control_variate_is_larger_than_a_mean_of_them_may_be() -> None:
+    places = (("a", (4,)),)
+    for value, is_read in ((control.LARGEST * 0.99, True), (torch.finfo(torch.float32).max, False)):
+        raw = blob.pack(fourbit.encode({"a": torch.tensor([0.0, value, -value, 1.0])})[0])
+        if is_read:
+            assert float(control.read(raw, places, LIMIT)["a"][1]) > 1e38
+        else:
+            with pytest.raises(Rejected, match="no gradient has"):
+                control.read(raw, places, LIMIT)
 
 
 def test_another_shape_or_what_is_not_finite_is_refused() -> None:

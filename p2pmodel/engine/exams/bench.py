@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from p2pmodel.domain.errors import Rejected
 from p2pmodel.engine.evaluation import Continuation, Scorer, attached
 from p2pmodel.tensors.kinds import Runs
 
@@ -39,13 +41,17 @@ class Bench:
         self.reference.update(zip(new, self.nats(new), strict=True))
 
     def nats(self, texts: Sequence[str | Continuation]) -> list[float]:
-        """Of every text, summed over its tokens; see `Scorer`."""
+        """Of every text, summed over its tokens; see `Scorer`. Raises Rejected("finite")."""
         key = tuple(texts)
         if key not in self._scorers:
             if sum(len(known) for known in self._scorers) + len(key) > MAX_CACHED_TEXTS:
                 self._scorers.clear()
             self._scorers[key] = Scorer(self._model, self._tokenizer, texts)
-        return self._scorers[key].sums()
+        sums = self._scorers[key].sums()
+        # Here, and not in the scores, since a share of failed cases shows nothing of it.
+        if not all(isfinite(nats) for nats in sums):
+            raise Rejected("finite", "The model's loss on the exam is not finite.")
+        return [max(0.0, nats) for nats in sums]  # rounding may leave what is certain a hair below
 
     @torch.inference_mode()
     def answer(self, prompt: str, tokens: int, stop: str = "") -> str:

@@ -241,5 +241,5 @@ def _scale(settings: Mapping[str, Any], path: str, parts: Mapping[str, Tensor]) 
                 alpha = value
                 break
         return float(alpha) / (sqrt(rank) if settings.get("use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, re.error, ZeroDivisionError):
+    except (TypeError, ValueError, AttributeError, re.error, ArithmeticError):
         raise InvalidInput(f"{CONFIG} gives no scale that can be read for {path[:96]!r}.") from None

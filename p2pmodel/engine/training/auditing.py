@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.loop import Run, frozen
 from p2pmodel.engine.training.recipes import TrainingOptions
@@ -34,7 +36,10 @@ def replay_segment(
     correction: Mapping[str, Tensor] | None = None,
 ) -> Replayed:
     """state: the optimiser's blob after `steps.start` steps. trainee: one as the training began with, and so it is left
-    too, since weight decay pulls towards that. Raises InvalidInput for a state that is of something else."""
+    too, since weight decay pulls towards that. Raises InvalidInput for a state or a correction that is of something
+    else, and for what leads to no finite loss."""
+    if correction and not shapes_of(correction).items() <= shapes_of(trainee.parameters).items():
+        raise InvalidInput("The correction is of other parameters than are trained.")
     began = {name: leaf.detach().clone() for name, leaf in trainee.parameters.items()}
     try:
         with frozen(model, trainee):
@@ -54,11 +59,16 @@ def distance(claimed: bytes, found: bytes, before: bytes) -> float:
     """How far two adapters are from each other, as a share of how far the training went from `before` on; infinite for
     adapters of different things."""
     a, b, start = (blob.unpack(raw, None, len(raw)) for raw in (claimed, found, before))
-    shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (a, b, start)]
-    if not shapes[0] == shapes[1] == shapes[2]:
+    if not shapes_of(a) == shapes_of(b) == shapes_of(start):
         return float("inf")
-    apart = _norm(a, b)
-    return apart / moved if (moved := _norm(a, start)) else (float("inf") if apart else 0.0)
+    apart, moved = _norm(a, b), _norm(a, start)
+    if not (isfinite(apart) and isfinite(moved)):
+        return float("inf")
+    return apart / moved if moved else (float("inf") if apart else 0.0)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _norm(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

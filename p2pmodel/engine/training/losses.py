@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.engine.data import IGNORED, Blocks
 from p2pmodel.tensors.fisher import sample_labels
 
@@ -19,8 +20,12 @@ def row_nats(model: PreTrainedModel, blocks: Blocks) -> Tensor:
 
 def row_nats_of_samples(model: PreTrainedModel, blocks: Blocks, seeds: list[int]) -> Tensor:
     """As `row_nats`, for labels drawn from the model itself, where there are any; a seed a block, so that what is drawn
-    does not depend on how many blocks go together."""
+    does not depend on how many blocks go together. Raises InvalidInput where its probabilities are no numbers."""
     logits = _logits(model, blocks)
+    if not bool(logits.detach().amax(-1).isfinite().all()):  # a word that is never said has -inf
+        raise InvalidInput(
+            "The model's probabilities are no numbers.", "Use a lower learning rate, or look at the data."
+        )
     drawn = [
         sample_labels(row, torch.Generator().manual_seed(seed))
         for row, seed in zip(logits.detach().cpu(), seeds, strict=True)

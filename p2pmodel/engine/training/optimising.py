@@ -10,6 +10,8 @@ from p2pmodel.tensors import blob
 
 NAME = "adam"
 BETAS = (0.9, 0.95)
+MAX_SEEN = 1 << 40
+"""Steps that moments have seen, over all trainings in which they were kept."""
 _PARAMETER, _FIRST, _SECOND, _STEPS = "parameter/", "first/", "second/", "steps"
 
 
@@ -74,10 +76,14 @@ class Optimiser:
             tensors = blob.unpack(raw, None, len(raw))
         except Rejected as error:
             raise InvalidInput(f"The state of the training is damaged: {error.message}") from None
-        expected = {p + n: tuple(t.shape) for n, t in self.parameters.items() for p in (_PARAMETER, _FIRST, _SECOND)}
-        expected[_STEPS] = (len(self.parameters),)
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        parts = (_PARAMETER, _FIRST, _SECOND)
+        expected = {p + n: (torch.float32, t.shape) for n, t in self.parameters.items() for p in parts}
+        expected[_STEPS] = (torch.int64, torch.Size((len(self.parameters),)))
+        if {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != expected:
             raise InvalidInput("The state of the training is of other parameters than these.", "Begin anew: --restart")
+        counts = tensors[_STEPS]
+        if len(counts) and not 0 <= int(counts.min()) <= int(counts.max()) <= MAX_SEEN:
+            raise InvalidInput("The state of the training is damaged: nobody has made so many steps.")
         with torch.no_grad():
             for steps, (name, parameter) in zip(tensors[_STEPS].tolist(), self.parameters.items(), strict=True):
                 if parameters:

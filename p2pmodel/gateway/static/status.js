@@ -105,7 +105,7 @@ function change(score) {
 }
 
 function version(one, status) {
-  const rows = one.scores.map((score) => [score.domain, score.base.toFixed(4), score.parent.toFixed(4), score.candidate.toFixed(4), change(score), score.mean.toFixed(4)]);
+  const rows = one.scores.map((score) => [score.domain, score.base.toFixed(4), score.parent.toFixed(4), score.candidate.toFixed(4), change(score), score.mean === null ? "-" : score.mean.toFixed(4)]);
   const settled = new Map(one.left_out.map((left) => [left.patch, `left out: ${left.reason}`]));
   const patches = [...one.patches, ...one.left_out.map((left) => ({ id: left.patch }))];
   const losses = one.scores.filter((score) => isLoss(score) && score.parent > 0);

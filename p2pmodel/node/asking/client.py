@@ -4,6 +4,7 @@ The network runs on a loop in a thread of its own, so that `generate()` can bloc
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -103,6 +104,8 @@ class SwarmClient:
             self._host = self._loop.wait(PeerHost.start(None, bootstrap=peers, client_only=True, swarm_key=swarm_key))
             known = bootstrap_peers(peers)
             self.lineage: Lineage = self._loop.wait(swarm_lineage(home, self._host, known, model))
+            # One for good: it knows what is being fetched already, and what was refused.
+            self._exchange = Exchange(self._host, self.lineage, _Nobody(), kinds=("candidate", "verdict"))
             self._directory = Directory(self._host, self.lineage.model)
             self._chain = ChainClient(self._host)
             self._chain.start()
@@ -149,11 +152,10 @@ class SwarmClient:
         """Learns the versions that have been adopted since, each with its proof."""
 
         async def ask() -> None:
-            exchange = Exchange(self._started, self.lineage, _Nobody(), kinds=("candidate", "verdict"))
             for peer in dict.fromkeys((*self._known, *await self._started.peers())):
                 try:
-                    await exchange.ask(peer)
-                    return await exchange.settle(REFRESH_SECONDS)
+                    await self._exchange.ask(peer)
+                    return await self._exchange.settle(REFRESH_SECONDS)
                 except PeerFailed as error:
                     log.warning("%s", error)
 
@@ -309,7 +311,7 @@ class SwarmClient:
         return RoutedChain(
             Connector(
                 self._chain_client,
-                lambda banned: self._loop.wait(router.find(version, banned)),
+                lambda banned, stopped: self._loop.wait(router.find(version, banned), stopped),
                 router.suspect,
                 self.lineage.model,
                 version,
@@ -365,16 +367,22 @@ class SwarmClient:
         return self._routed.tape()
 
     def close(self) -> None:
-        """Closing twice is closing once."""
+        """Closing twice is closing once. In the loop's own thread, which cannot wait for itself, it is left to another
+        one."""
         if self._loop.closed:
             return
-        if self._router is not None:
-            self._loop.wait(self._router.close())
-        if self._chain is not None:
-            self._chain.stop()
-        if self._host is not None:
-            self._loop.wait(self._host.stop())
-        self._loop.close()
+        if self._loop.is_current:
+            threading.Thread(target=self.close, name="closing", daemon=True).start()
+            return
+        with contextlib.ExitStack() as stack:  # each of them, whatever the others raise
+            stack.callback(self._loop.close)
+            if self._host is not None:
+                stack.callback(lambda: self._loop.wait(self._started.stop()))
+            if self._chain is not None:
+                stack.callback(self._chain.stop)
+            if self._router is not None:
+                router = self._router
+                stack.callback(lambda: self._loop.wait(router.close()))
 
     @property
     def _started(self) -> PeerHost:

@@ -1,5 +1,6 @@
 """A model of transformers whose layers are the swarm's, for Python programs and notebooks."""
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,8 +72,17 @@ class DistributedModelForCausalLM:
             client.close()
             raise
         loaded.__dict__["tokenizer"] = client.tokenizer  # no module, and no tensor
-        weakref.finalize(loaded, client.close)
+        weakref.finalize(loaded, _leave, client)
         return loaded
+
+
+def _leave(client: SwarmClient) -> None:
+    """When nobody refers to the model any more: in the main thread, at the end of the program at the latest, or in
+    whatever thread the garbage collector happens to run, which may be one that the client would wait for."""
+    if threading.current_thread() is threading.main_thread():
+        client.close()
+    else:
+        threading.Thread(target=client.close, name="leaving", daemon=True).start()
 
 
 class Vectors(nn.Module):

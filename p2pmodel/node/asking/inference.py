@@ -19,7 +19,7 @@ from p2pmodel.domain.swarm import MAX_PREFIX_BLOCKS, PREFIX_BLOCK, Route
 from p2pmodel.engine.head import NO_VECTORS
 from p2pmodel.engine.prefixes import prefix_keys
 from p2pmodel.engine.steps import Note
-from p2pmodel.node.asking.connecting import PATIENCE_SECONDS, Connector, Wish
+from p2pmodel.node.asking.connecting import PATIENCE_SECONDS, Connector, Wish, demand_finite
 from p2pmodel.node.asking.history import History
 from p2pmodel.node.asking.tape import RoutedTape
 from p2pmodel.swarm.chain_client import ChainSession
@@ -41,18 +41,27 @@ class RoutedChain:
         self._connector = connector
         self.last: RoutedSession | None = None
         self._tape: RoutedTape | None = None
+        self._abandoned = False
 
     def open(
         self, max_tokens: int, rows: int, rewinds: bool, vectors: Mapping[str, Tensor] = NO_VECTORS
     ) -> "RoutedSession":
         state = pack(vectors) if vectors else b""
-        self.last = RoutedSession(self._connector, Wish(max_tokens, rows, rewinds, state=state))
-        return self.last
+        session = self.last = RoutedSession(self._connector, Wish(max_tokens, rows, rewinds, state=state))
+        if self._abandoned:
+            session.abandon()
+        return session
 
     def tape(self) -> RoutedTape:
         if self._tape is None:
             self._tape = RoutedTape(self._connector)
         return self._tape
+
+    def abandon(self) -> None:
+        """From any thread: as `RoutedSession.abandon`, of the last session and of all that are opened after it."""
+        self._abandoned = True
+        if self.last is not None:
+            self.last.abandon()
 
     def close(self) -> None:
         if self._tape is not None:
@@ -90,16 +99,29 @@ class RoutedSession:
     def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:
         """[B, T, H] in, the last layer's output out, of the tokens that are wanted, both float32 on the CPU."""
         self._history.add(hidden, position, note)
+        wanted = hidden.shape[1] if note.wanted is None else note.wanted
         try:
-            if self._session is None:
+            try:
+                if self._session is not None:
+                    return self._step(hidden, position, note)
+                if self._history.tokens > hidden.shape[1]:  # the step before was broken off
+                    hidden, note = self._history.replay(wanted)
                 return self._begin(hidden, note, 0.0)
-            return self._step(hidden, position, note)
-        except PeerFailed as error:
-            return self._recover(error, hidden.shape[1] if note.wanted is None else note.wanted)
+            except PeerFailed as error:
+                return self._recover(error, wanted)
+        except BaseException:
+            self._leave_route()  # or what is under way would be taken for the answers to another step
+            raise
 
     def close(self) -> None:
         if self._session is not None:
             self._session.close()
+
+    def _leave_route(self) -> None:
+        try:
+            self.close()
+        finally:
+            self._earlier_bytes, self._session = self.traffic, None
 
     def abandon(self) -> None:
         """From any thread: a step that another one waits in ends with PeerFailed, and no other route is looked for."""
@@ -109,7 +131,9 @@ class RoutedSession:
     def _begin(self, hidden: Tensor, note: Note, patience: float) -> Tensor:
         """The session's first step on a route: all tokens so far."""
         wish = replace(self._wish, prefix=self._prefix(hidden, note))
-        self._session = self._chain.connect(wish, self._banned, patience)
+        self._session = self._chain.connect(wish, self._banned, patience, lambda: self._abandoned)
+        if self._abandoned:  # in the meantime: there was nothing to close yet
+            raise PeerFailed("The session is closed.")
         self.route, known = self._session.route, self._session.known_tokens
         self.reused_tokens += known
         return self._step(hidden[:, known:], known, note.part(known, hidden.shape[1], hidden.shape[1]))
@@ -156,7 +180,9 @@ class RoutedSession:
             raise PeerFailed("The layers' answer is not of the size asked for.", self._session.route.hops[-1].peer)
         if not count:
             return like.new_empty(rows, 0, width)
-        return codec.decode(body, count, width).float().view(rows, -1, width)
+        output = codec.decode(body, count, width).float().view(rows, -1, width)
+        demand_finite(output, self._session.route)
+        return output
 
     def _hear(self, meta: bytes, rows: int, tokens: int) -> None:
         assert self._session is not None
@@ -184,13 +210,13 @@ class RoutedSession:
             if self._session is not None:
                 self.failovers += 1
                 self._banned |= {PeerId(error.peer)} if error.peer else {hop.peer for hop in self._session.route.hops}
-                self.close()
-                self._earlier_bytes = self.traffic
-                self._session = None
+                self._leave_route()
             try:
                 hidden, note = self._history.replay(wanted)
                 return self._begin(hidden, note, PATIENCE_SECONDS)
             except PeerFailed as again:
+                if self._session is None and not again.peer:
+                    raise  # no session came about, and nobody can be left out
                 error = again
             except Unreachable as gone:
                 raise Unreachable(gone.message, f"It began with: {error.message}") from error

@@ -51,7 +51,11 @@ class Router:
         # Whoever failed may be one of those that the DHT has to be asked through: what is known comes first.
         for avoided, read in (({*banned, *suspects}, False), ({*banned, *suspects}, True), (set(banned), False)):
             if read:
-                await self._read()
+                try:
+                    await self._read()
+                except Unreachable as error:  # what was known may still do
+                    log.info("%s", error)
+                    continue
             with contextlib.suppress(Unreachable):
                 return await self._find(version, avoided)
         return await self._find(version, set(banned))

@@ -7,6 +7,8 @@ so a death costs a step, not the training.
 
 import logging
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,7 +22,7 @@ from p2pmodel.domain.swarm import MAX_ROWS, Route
 from p2pmodel.engine.steps import Microbatch
 from p2pmodel.engine.tuning import split_gradients
 from p2pmodel.engine.versions import slot_layer
-from p2pmodel.node.asking.connecting import PATIENCE_SECONDS, Connector, Wish
+from p2pmodel.node.asking.connecting import PATIENCE_SECONDS, Connector, Wish, demand_finite
 from p2pmodel.swarm.chain_client import ChainSession
 from p2pmodel.tensors.blob import pack
 from p2pmodel.wire.frames import MAX_BODY_BYTES
@@ -34,6 +36,10 @@ MOST_MICROBATCHES = 8
 """Of one forward: enough that the stages of a usual route compute at the same time."""
 STEP_SECONDS = 600.0
 """For a micro-batch's answer. Peers that stand still are noticed within seconds, whatever this is."""
+MOST_FAILURES, SAME_FAILURES = 8, 3
+"""Of one step, in all and by the same peer for the same reason, before it is given up."""
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.5, 8.0
+"""Between two attempts; the first one after a failure comes at once."""
 
 
 @dataclass(eq=False)
@@ -66,7 +72,8 @@ class RoutedTape:
         return self._session
 
     def forward(self, hidden: Tensor, microbatch: Microbatch, vectors: Mapping[str, Tensor]) -> tuple[Tensor, Ticket]:
-        """See `RemoteTape`. Raises InvalidInput for a row that does not fit into a frame, Unreachable."""
+        """See `RemoteTape`. Raises InvalidInput for a row that does not fit into a frame, Unreachable, and PeerFailed
+        for a step that goes on failing."""
         by_row = any(vector.ndim > 1 for vector in vectors.values())
         state = pack({name: vectors[name] for name in sorted(vectors)}) if vectors else b""
         with self._lock:
@@ -75,14 +82,14 @@ class RoutedTape:
             return self._persist(lambda: self._forward(ticket)), ticket
 
     def backward(self, ticket: Ticket, gradient: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """See `RemoteTape`. Raises Unreachable."""
+        """See `RemoteTape`. Raises Unreachable, and PeerFailed for a step that goes on failing."""
         with self._lock:
             return self._persist(lambda: self._backward(ticket, gradient))
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
     def _forward(self, ticket: Ticket) -> Tensor:
         session = self._connected(ticket.hidden.shape[1])
@@ -103,6 +110,7 @@ class RoutedTape:
             if memoryview(body).nbytes != codec.size(count, width):
                 raise PeerFailed("The layers' answer is not of the size asked for.", session.route.hops[-1].peer)
             outputs.append(codec.decode(body, count, width).float().view(hidden.shape))
+            demand_finite(outputs[-1], session.route)
         return torch.cat(outputs)
 
     def _backward(self, ticket: Ticket, gradient: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -111,10 +119,10 @@ class RoutedTape:
         session, codec = self._session, self._connector.codec
         assert session is not None
         width = ticket.hidden.shape[2]
+        shapes = self._returning(ticket.shapes, session.route)
         for number, part in zip(ticket.numbers, _rows(ticket, gradient), strict=True):
             session.send_gradient(codec.encode(part.reshape(1, -1, width)), number, STEP_SECONDS)
         inputs: list[Tensor] = []
-        shapes = self._returning(ticket.shapes, session.route)
         total = {name: torch.zeros(shape) for name, shape in ticket.shapes.items()}
         for note, part in zip(ticket.parts, _rows(ticket, gradient), strict=True):
             body = session.receive_gradient(STEP_SECONDS)
@@ -139,16 +147,26 @@ class RoutedTape:
 
     def _persist(self, attempt: Callable[[], T]) -> T:
         """Until it succeeds, on another route each time. Who failed is avoided for a while, where there is somebody
-        else."""
+        else. Raises what the last attempt failed by, when it is likely to fail so again."""
+        failures: Counter[tuple[str, str]] = Counter()
         while True:
             try:
                 return attempt()
             except PeerFailed as error:
-                log.warning("%s The step is done again on another route.", error.message)
+                self.close()
                 if error.peer:
                     self._connector.suspect(PeerId(error.peer))
+                failures[error.peer, error.message] += 1
+                tries = failures.total()
+                if tries >= MOST_FAILURES or failures[error.peer, error.message] >= SAME_FAILURES:
+                    raise
+                log.warning("%s The step is done again on another route.", error.message)
                 self.failovers += 1
-                self.close()
+            except BaseException:
+                self.close()  # or what is under way would be taken for the answers to another step
+                raise
+            if tries > 1:
+                time.sleep(min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (tries - 2)))
 
     def _split(self, ticket: Ticket, whole: Microbatch, *, by_row: bool) -> list[Microbatch]:
         """Vectors by row travel with all the rows that they are for."""

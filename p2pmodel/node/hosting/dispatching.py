@@ -7,7 +7,8 @@ first, so the sum does not depend on the network.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from p2pmodel.domain.ids import ModelId, PeerId
 from p2pmodel.engine.remote_experts import Traffic
 from p2pmodel.node.hosting.forwarding import Forward, Helper
 from p2pmodel.swarm.expert_link import ExpertLink, Switch
+from p2pmodel.swarm.framing import SCRATCH_BYTES
 from p2pmodel.tensors.codecs import get_codec
 
 log = logging.getLogger(__name__)
@@ -38,19 +40,22 @@ class DispatchStats:
 
 
 class Dispatcher:
-    """Implements `engine.remote_experts.Exchange` over the links that it is given. One thread at a time sends; links
+    """Implements `engine.remote_experts.Exchange` over the links that it is given. One thread at a time computes; links
     come and go from any."""
 
     def __init__(self, model: ModelId, codec: str, *, spread: bool, failed: Callable[[PeerId], None]) -> None:
         """spread: whether the gates of experts that nobody hosts go to the others; failed: told of peers that did, in
-        the thread that sends. Raises InvalidInput for an unknown codec."""
+        the thread that computes. Raises InvalidInput for an unknown codec."""
         self.codec = get_codec(codec)
         self.spread = spread
         self._model, self._failed = model, failed
         self._helpers: dict[PeerId, Helper] = {}
         self._retired: list[Helper] = []
         self._lock = threading.Lock()
+        self._forwards = 0
+        self._closed = False
         self._switch = Switch()
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._counts = dict.fromkeys(("calls", "rows", "pairs", "retries", "spread"), 0)
         self._seconds = 0.0
         self._gone_bytes = [0, 0]
@@ -69,19 +74,30 @@ class Dispatcher:
         return DispatchStats(**self._counts, seconds=self._seconds, bytes_out=sent, bytes_in=received)
 
     def add(self, link: ExpertLink, lease: ExpertLease) -> None:
-        """The link is the dispatcher's from now on."""
+        """The link is the dispatcher's from now on. It takes the place of an earlier one to the same peer."""
         with self._lock:
-            before = self._helpers.get(link.peer)
+            before = self._helpers.pop(link.peer, None)
             if before is not None:
                 self._retired.append(before)
-            self._helpers[link.peer] = Helper(link, lease, 2 * link.delay)
+            helper = Helper(link, lease, 2 * link.delay if before is None else before.latency)
+            if self._closed:
+                self._retired.append(helper)
+            else:
+                self._helpers[link.peer] = helper
+        self._sweep()
 
-    def check(self) -> None:
-        """Notices links that have ended while nothing was sent."""
-        for peer, helper in self.helpers.items():
-            if helper.link.is_over():
-                self.remove(peer)
-                self._failed(peer)
+    def check(self) -> list[ExpertLink]:
+        """The links that have ended while nothing was sent; they are asked nothing new."""
+        with self._lock:
+            helpers = list(self._helpers.values())
+            if not self._forwards:
+                for helper in helpers:
+                    helper.drain(self._scratch)
+        ended = [helper for helper in helpers if helper.link.failed is not None or helper.link.is_over()]
+        for helper in ended:
+            self._retire(helper)
+        self._sweep()
+        return [helper.link for helper in ended]
 
     def renew(self, lease: ExpertLease) -> None:
         """What a peer says of itself now."""
@@ -93,31 +109,41 @@ class Dispatcher:
     def remove(self, peer: PeerId) -> None:
         """It is asked nothing new."""
         with self._lock:
-            helper = self._helpers.pop(peer, None)
-            if helper is not None:
-                self._retired.append(helper)
+            helper = self._helpers.get(peer)
+        if helper is not None:
+            self._retire(helper)
+        self._sweep()
 
     def close(self) -> None:
-        """When nothing is sent any more."""
-        for peer in list(self._helpers):
-            self.remove(peer)
+        """When nothing is sent any more; what is added later is closed too."""
+        with self._lock:
+            self._closed = True
+            self._retired += self._helpers.values()
+            self._helpers.clear()
         self._sweep()
 
-    def send(self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Traffic) -> Callable[[], Tensor]:
-        """See `Exchange`. Raises Rejected("finite"), Unreachable naming the layer and the expert."""
-        self._sweep()
-        forward = Forward(self, layer, rows, experts, gates, traffic)
-        forward.start()
-        return forward.sum
+    def sums(
+        self,
+        layer: int,
+        rows: Tensor,
+        experts: Tensor,
+        gates: Tensor,
+        traffic: Traffic,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Tensor:
+        """See `Exchange`. Raises Rejected("overflow"), Unreachable naming the layer and the expert."""
+        with self._under_way(Forward(self, layer, rows, experts, gates, traffic)) as forward:
+            forward.start()
+            meanwhile()
+            return forward.sum()
 
     def gradients(
         self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic
     ) -> tuple[Tensor, Tensor]:
-        """See `Exchange`. Raises as `send` does."""
-        self._sweep()
-        forward = Forward(self, layer, rows, experts, gates, traffic, outer)
-        forward.start()
-        return forward.gradients()
+        """See `Exchange`. Raises as `sums` does."""
+        with self._under_way(Forward(self, layer, rows, experts, gates, traffic, outer)) as forward:
+            forward.start()
+            return forward.gradients()
 
     def wait(self, helpers: Sequence[Helper], seconds: float) -> None:
         self._switch.wait([helper.link for helper in helpers], seconds)
@@ -126,8 +152,8 @@ class Dispatcher:
         """Its link has failed."""
         assert helper.link.failed is not None
         log.warning("%s", helper.link.failed.message)
-        self.remove(helper.link.peer)
-        self._failed(helper.link.peer)
+        if self._retire(helper):
+            self._failed(helper.link.peer)
 
     def count(self, **more: int) -> None:
         for name, number in more.items():
@@ -140,8 +166,32 @@ class Dispatcher:
     def model(self) -> ModelId:
         return self._model
 
+    @contextmanager
+    def _under_way(self, forward: Forward) -> Iterator[Forward]:
+        """Links stay open meanwhile, though they be replaced. Answers that a forward which breaks off has left behind
+        are nobody's."""
+        with self._lock:
+            self._forwards += 1
+        try:
+            yield forward
+        finally:
+            forward.drop()
+            with self._lock:
+                self._forwards -= 1
+            self._sweep()
+
+    def _retire(self, helper: Helper) -> bool:
+        """Whether it was the one in use for its peer."""
+        with self._lock:
+            current = self._helpers.get(helper.link.peer) is helper
+            if current:
+                self._retired.append(self._helpers.pop(helper.link.peer))
+            return current
+
     def _sweep(self) -> None:
         with self._lock:
+            if self._forwards:
+                return
             retired, self._retired = self._retired, []
             for helper in retired:
                 for i in (0, 1):

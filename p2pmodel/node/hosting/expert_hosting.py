@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from p2pmodel.domain.experts import MAX_LOADS, ExpertLease, load_of
 from p2pmodel.domain.ids import PeerId, VersionId
-from p2pmodel.domain.swarm import CLAIM_SECONDS, Span
+from p2pmodel.domain.swarm import CLAIM_SECONDS, Span, as_claimed
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.expert_layout import fetch_part
 from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
@@ -63,15 +63,15 @@ class ExpertHosting:
 
     def lease(self, peer: PeerId, *, leaving: bool = False) -> ExpertLease:
         """The newest version first."""
-        experts, exchange, rates = self.experts, self.exchange, self.loads()
+        experts, exchange, rates, layers = self.experts, self.exchange, self.loads(), self.layers
         return ExpertLease(
             peer=peer,
             model=self._lineage.model,
-            span=self.span,
+            span=Span(min(layers), max(layers) + 1),
             experts=experts,
             dtype=self.device.wide,
             versions=tuple(reversed(self._hosted.versions.versions)),
-            pair_seconds=self.pair_seconds,
+            pair_seconds=as_claimed(self.pair_seconds),
             queue=max(0, self.stats.busy - 1),
             leaving=leaving,
             expires=time.time() + CLAIM_SECONDS,

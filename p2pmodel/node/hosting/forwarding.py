@@ -11,7 +11,8 @@ from torch import Tensor
 from p2pmodel.domain.errors import PeerFailed, Rejected, Unreachable
 from p2pmodel.domain.experts import MAX_CALL_ROWS, ExpertCall, ExpertLease, MissingExpert
 from p2pmodel.domain.ids import VersionId
-from p2pmodel.engine.expert_calls import Pairs, decode_answer, encode_call, is_finite
+from p2pmodel.domain.ports import Buffer
+from p2pmodel.engine.expert_calls import Pairs, answer_bytes, decode_answer, encode_call, finite_rows, is_finite
 from p2pmodel.engine.remote_experts import Traffic
 from p2pmodel.logic.experts import MEMORY, Offer, assign, name_missing
 from p2pmodel.swarm.expert_link import ExpertLink
@@ -28,13 +29,27 @@ DEADLINE_SECONDS = 10.0
 PATIENCE_SECONDS = 0.5
 """For one that somebody can, or longer where that is what it usually takes."""
 PATIENT = 10.0
-"""How many times the expected seconds an answer may take then."""
+"""How many times the expected seconds an answer may take."""
+MOST_SECONDS = 60.0
+"""For any answer, whatever its peer says of its speed: the thread that computes waits for it."""
+
+
+@dataclass(eq=False)
+class Doubt:
+    """An answer that is not finite, for whose rows others are asked as well. by: who gave it; open: calls that are to
+    show whether it was right; shared: whether it may have been, since another peer's was not finite, or did not come.
+    """
+
+    by: "Helper"
+    open: int = 0
+    shared: bool = False
 
 
 @dataclass(eq=False)
 class Call:
     """Rows under way to one peer. own [R]: which of the forward's rows they are; pairs: into `own`; gates: at which of
-    the forward's gates, flat, each pair is; dropped: nobody waits for the answer any more."""
+    the forward's gates, flat, each pair is; expected: seconds, once those before it are answered; doubt: of what the
+    answer is to show; dropped: nobody waits for the answer any more."""
 
     what: ExpertCall
     own: Tensor
@@ -42,6 +57,7 @@ class Call:
     gates: Tensor
     sent: float = 0.0
     expected: float = 0.0
+    doubt: Doubt | None = None
     dropped: bool = False
     rows: Tensor | None = None
     of_gates: Tensor | None = None
@@ -54,22 +70,30 @@ class Call:
 @dataclass(eq=False)
 class Helper:
     """A connected expert host. latency: seconds beyond what its pairs take, as lately seen; calls: under way, in
-    order."""
+    order; heard: when it last answered."""
 
     link: ExpertLink
     lease: ExpertLease
     latency: float
     calls: deque[Call] = field(default_factory=deque)
+    heard: float = 0.0
 
     def __post_init__(self) -> None:
         self.experts = frozenset(self.lease.experts)
 
     @property
     def pair_seconds(self) -> float:
-        return self.lease.pair_seconds * (1 + self.lease.queue)
+        return min(MOST_SECONDS, self.lease.pair_seconds * (1 + self.lease.queue))
 
     def serves(self, layer: int, version: VersionId) -> bool:
         return self.link.failed is None and layer in self.lease.span and version in self.lease.versions
+
+    def drain(self, scratch: memoryview) -> None:
+        """Between forwards: reads what earlier ones have left behind. Its link may have failed afterwards."""
+        if self.calls:
+            self.link.drain(scratch)
+            for _ in self.link.take():
+                self.calls.popleft()
 
     def took(self, seconds: float, pairs: int) -> None:
         beyond = max(0.0, seconds - pairs * self.lease.pair_seconds)
@@ -97,28 +121,44 @@ class Forward:
         self._experts = experts.detach().to("cpu").reshape(-1)
         self._each = experts.shape[1]
         self._lost = torch.zeros_like(self._gates, dtype=torch.bool)
+        self._bad = torch.zeros(len(self._rows), dtype=torch.bool)
         self._done: list[Call] = []
         self._asked: set[Helper] = set()
         self._began = time.monotonic()
 
     def start(self) -> None:
         """All is on its way when this returns."""
-        if not is_finite(self._rows) or not is_finite(self._gates):
-            raise Rejected("finite", f"The hidden states before the experts of layer {self._layer} are not finite.")
-        self._share(torch.arange(len(self._experts)))
+        if self._outer is None:
+            self._bad = ~(finite_rows(self._rows) & finite_rows(self._gates))
+            refused = len(self._bad) > 0 and bool(self._bad.all())
+        else:
+            refused = not all(is_finite(t) for t in (self._rows, self._gates, self._outer))
+        if refused:
+            what = "hidden states before" if self._outer is None else "gradients behind"
+            # Not "finite": that is said of the bytes of a frame, and would be its sender's fault.
+            raise Rejected("overflow", f"The {what} the experts of layer {self._layer} are not finite.")
+        good = ~self._bad.repeat_interleave(self._each)
+        self._share(good.nonzero().squeeze(1))
+
+    def drop(self) -> None:
+        """Nobody waits for what has not come."""
+        for helper in self._asked:
+            for call in helper.calls:
+                call.dropped = True
 
     def sum(self) -> Tensor:
-        """[T, H] float32."""
+        """[T, H] float32; NaN for rows that are not finite, as a whole layer has it, which keeps to itself."""
         self._collect()
         total = torch.zeros(self._rows.shape, dtype=torch.float32)
         for call in sorted(self._done, key=lambda call: call.order):
             assert call.rows is not None
             total.index_add_(0, call.own, call.rows)
-        if not bool(self._lost.any()):
-            return total
-        self._traffic.note_spread(self._lost.sum(1))
-        self._by.count(spread=int(self._lost.sum()))
-        return total * self._scale().unsqueeze(1)
+        if bool(self._lost.any()):
+            self._traffic.note_spread(self._lost.sum(1))
+            self._by.count(spread=int(self._lost.sum()))
+            total *= self._scale().unsqueeze(1)
+        total[self._bad] = torch.nan
+        return total
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of rows [T, H] and gates [T, K], float32."""
@@ -133,15 +173,15 @@ class Forward:
 
     def _scale(self) -> Tensor:
         """[T]: the weight of the gates that are lost goes to the others in proportion."""
-        left = self._gates.masked_fill(self._lost, 0.0).sum(1)
+        left = self._gates.masked_fill(self._lost, 0.0).sum(1).masked_fill(self._bad, 1.0)
         if not bool((left > 0).all()):
             raise self._unreachable(self._experts[self._lost.reshape(-1)])
         return self._gates.sum(1) / left
 
-    def _share(self, places: Tensor) -> None:
+    def _share(self, places: Tensor, doubt: Doubt | None = None) -> None:
         """Sends pairs, by their places among the flat gates, to whoever is expected to be first."""
-        helpers = [helper for helper in self._by.helpers.values() if helper.serves(self._layer, self._version)]
-        by_peer = {helper.link.peer: helper for helper in helpers}
+        there = [helper for helper in self._by.helpers.values() if helper.serves(self._layer, self._version)]
+        by_peer = {helper.link.peer: helper for helper in there if doubt is None or helper is not doubt.by}
         offers = {peer: Offer(helper.experts, helper.latency, helper.pair_seconds) for peer, helper in by_peer.items()}
         experts = self._experts[places]
         numbers, counts = torch.unique(experts, return_counts=True)
@@ -155,25 +195,26 @@ class Forward:
             self._lost.view(-1)[places[lost]] = True
             self._scale()
         for peer, share in shares.items():
-            self._give(by_peer[peer], places[torch.isin(experts, torch.tensor(share))])
+            self._give(by_peer[peer], places[torch.isin(experts, torch.tensor(share))], doubt)
 
-    def _give(self, helper: Helper, places: Tensor) -> None:
+    def _give(self, helper: Helper, places: Tensor, doubt: Doubt | None) -> None:
         own, row = torch.unique(places // self._each, return_inverse=True)
-        now = time.monotonic()
+        now, codec, width = time.monotonic(), self._by.codec, self._rows.shape[1]
         self._asked.add(helper)
-        most = min(MAX_CALL_ROWS, max(1, MAX_CALL_BYTES // (2 * self._by.codec.size(1, self._rows.shape[1]))))
+        most = min(MAX_CALL_ROWS, max(1, MAX_CALL_BYTES // (2 * codec.size(1, width))))
         for first in range(0, len(own), most):
             part = own[first : first + most]
             inside = (row >= first) & (row < first + most)
             where = places[inside]
             pairs = Pairs(row[inside] - first, self._experts[where], self._gates.view(-1)[where])
             what = ExpertCall(self._layer, self._version, len(part), len(where), self._outer is not None)
-            call = Call(what, part, pairs, where, now, helper.latency + len(where) * helper.pair_seconds)
+            call = Call(what, part, pairs, where, now, helper.latency + len(where) * helper.pair_seconds, doubt)
             outer = None if self._outer is None else self._outer[part]
+            body = encode_call(codec, self._rows[part], pairs, outer)
+            helper.link.send(canonical.encode(what), body, len(part), answer_bytes(codec, what, width))
             helper.calls.append(call)
-            helper.link.send(
-                canonical.encode(what), encode_call(self._by.codec, self._rows[part], pairs, outer), len(part)
-            )
+            if doubt is not None:
+                doubt.open += 1
             self._by.count(calls=1, rows=len(part), pairs=len(where))
 
     def _collect(self) -> None:
@@ -182,47 +223,84 @@ class Forward:
                 now = time.monotonic()
                 self._by.wait(waiting, max(0.0, min(self._deadline(helper) for helper in waiting) - now))
                 for helper in waiting:
-                    self._hear(helper)
+                    if helper.calls:  # they may have been given to others since
+                        self._hear(helper)
         finally:
-            for helper in self._asked:
-                for call in helper.calls:
-                    call.dropped = True
             self._by.waited(time.monotonic() - self._began)
 
     def _hear(self, helper: Helper) -> None:
         now = time.monotonic()
         for body in helper.link.take():
             call = helper.calls.popleft()
-            if call.dropped:
-                continue
-            try:
-                call.rows, call.of_gates = decode_answer(self._by.codec, call.what, body, self._rows.shape[1])
-            except Rejected as error:
-                helper.calls.appendleft(call)
-                helper.link.fail(self._blamed(helper, error.message))
+            if not call.dropped and not self._take(helper, call, body, now):
                 break
-            helper.took(now - call.sent, call.what.pairs)
-            self._done.append(call)
+            helper.heard = now
         if helper.link.failed is None and helper.calls and now >= self._deadline(helper):
-            helper.link.fail(self._blamed(helper, f"no answer came within {now - helper.calls[0].sent:.1f} s."))
-        if helper.link.failed is not None:
-            self._by.lost(helper)
-            calls = [call for call in helper.calls if not call.dropped]
-            helper.calls.clear()
-            self._by.count(retries=len(calls))
-            if calls:
-                self._share(torch.cat([call.gates for call in calls]))
+            self._blame(helper, f"no answer came within {now - self._since(helper):.1f} s.")
+        elif helper.link.failed is not None:
+            self._lose(helper)
+
+    def _take(self, helper: Helper, call: Call, body: Buffer, now: float) -> bool:
+        """False where the answer is nonsense; the helper has failed then, and the call is under way again."""
+        try:
+            call.rows, call.of_gates = decode_answer(self._by.codec, call.what, body, self._rows.shape[1])
+        except Rejected as error:
+            helper.calls.appendleft(call)
+            helper.link.fail(self._failure(helper, error.message))
+            return False
+        helper.took(now - max(call.sent, helper.heard), call.what.pairs)
+        finite = is_finite(call.rows) and (call.of_gates is None or is_finite(call.of_gates))
+        if not finite and call.doubt is None and self._have_others(helper, call):
+            self._by.count(retries=1)
+            self._share(call.gates, Doubt(helper))
+            return True
+        # What no other peer makes finite either is the rows' doing, or the experts', and nobody's fault.
+        if not finite and self._outer is not None:
+            raise Rejected("overflow", f"The gradients of the experts of layer {self._layer} are not finite.")
+        self._done.append(call)
+        if call.doubt is not None:
+            self._settle(call.doubt, finite)
+        return True
+
+    def _settle(self, doubt: Doubt, finite: bool) -> None:
+        doubt.open -= 1
+        doubt.shared |= not finite
+        if not doubt.open and not doubt.shared and doubt.by.link.failed is None:
+            self._blame(doubt.by, "its answer is not finite, and another peer's is.")
+
+    def _blame(self, helper: Helper, what: str) -> None:
+        helper.link.fail(self._failure(helper, what))
+        self._lose(helper)
+
+    def _lose(self, helper: Helper) -> None:
+        """Its link has failed: others take over what it owes."""
+        self._by.lost(helper)
+        calls = [call for call in helper.calls if not call.dropped]
+        helper.calls.clear()
+        self._by.count(retries=len(calls))
+        for call in calls:
+            if call.doubt is not None:
+                self._settle(call.doubt, finite=False)
+        if calls:
+            self._share(torch.cat([call.gates for call in calls]))
+
+    def _since(self, helper: Helper) -> float:
+        """Since when the oldest call under way to it is waited for."""
+        return max(helper.calls[0].sent, helper.heard, self._began)
 
     def _deadline(self, helper: Helper) -> float:
         """Of the oldest call under way to it."""
         call = helper.calls[0]
-        others = [other for other in self._by.helpers.values() if other is not helper]
-        there = {e for other in others if other.serves(self._layer, self._version) for e in other.experts}
-        if there.issuperset(call.pairs.expert.tolist()):
-            return call.sent + max(PATIENCE_SECONDS, PATIENT * call.expected)
-        return call.sent + DEADLINE_SECONDS
+        least = PATIENCE_SECONDS if self._have_others(helper, call) else DEADLINE_SECONDS
+        return self._since(helper) + min(MOST_SECONDS, max(least, PATIENT * call.expected))
 
-    def _blamed(self, helper: Helper, what: str) -> PeerFailed:
+    def _have_others(self, helper: Helper, call: Call) -> bool:
+        """Whether others can take over all of the call."""
+        others = [other for other in self._by.helpers.values() if other is not helper]
+        serving = (other for other in others if other.serves(call.what.layer, call.what.version))
+        return {expert for other in serving for expert in other.experts}.issuperset(call.pairs.expert.tolist())
+
+    def _failure(self, helper: Helper, what: str) -> PeerFailed:
         peer = helper.link.peer
         return PeerFailed(f"Expert host …{peer[-8:]}: {what}", peer)
 

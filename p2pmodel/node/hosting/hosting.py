@@ -11,7 +11,7 @@ import torch
 
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PeerId, VersionId
-from p2pmodel.domain.swarm import CLAIM_SECONDS, Lease, Span
+from p2pmodel.domain.swarm import CLAIM_SECONDS, Lease, Span, as_claimed
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.memory import measure_cache
 from p2pmodel.engine.remote_experts import Exchange
@@ -99,7 +99,7 @@ class Hosting:
             span=stage.span,
             dtype=self.device.dtype,
             versions=tuple(reversed(stage.versions.versions)),
-            layer_seconds=stage.layer_seconds,
+            layer_seconds=as_claimed(stage.layer_seconds),
             queue=self._stages.busy,
             leaving=leaving,
             expires=time.time() + CLAIM_SECONDS,

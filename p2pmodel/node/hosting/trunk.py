@@ -1,7 +1,9 @@
 """Keeps a trunk connected to the hosts of its experts, and says when some are missing."""
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -12,8 +14,10 @@ from p2pmodel.domain.swarm import LEASE_SECONDS
 from p2pmodel.logic.experts import missing, name_missing
 from p2pmodel.node.hosting.dispatching import Dispatcher
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.machine.threads import in_daemon
 from p2pmodel.swarm.directory import Directory
 from p2pmodel.swarm.expert_link import ExpertLink
+from p2pmodel.swarm.expert_streams import IDLE_SECONDS
 from p2pmodel.swarm.host import PeerHost
 
 log = logging.getLogger(__name__)
@@ -21,6 +25,12 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 SUSPECT_SECONDS = LEASE_SECONDS / 3
 """How long a peer that failed is left alone."""
+REMEMBER_SECONDS = 600.0
+"""Peers that failed this lately are connected to after all others."""
+MAX_DIALS = 8
+"""At once: a peer that says nothing keeps one busy for seconds."""
+RENEW_SECONDS = IDLE_SECONDS / 2
+"""A link that nothing was sent on for so long is replaced, before its host gives it up."""
 
 
 class Trunk:
@@ -40,7 +50,8 @@ class Trunk:
         self._host, self._lineage, self._directory, self._say = host, lineage, directory, say
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._suspects: dict[PeerId, float] = {}
+        self._failed_at: dict[PeerId, float] = {}
+        self._dialling: set[PeerId] = set()
         self._counts: Mapping[int, int] = {}
         self._leases: Sequence[ExpertLease] = ()
         self._said = ""
@@ -62,21 +73,21 @@ class Trunk:
 
     async def run(self, changed: Callable[[], Awaitable[None]]) -> None:
         """Until cancelled. changed: awaited when what the trunk can serve has changed."""
-        while True:
-            before = self._standing()
-            try:
-                await self._look()
-                if self._standing() != before:
-                    await changed()
-            except P2PModelError as error:
-                log.warning("%s", error)
-            self._report()
-            try:
-                async with asyncio.timeout(LOOK_SECONDS):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
-            self._wake.clear()
+        told = self._standing()
+        async with asyncio.TaskGroup() as dials:
+            while True:
+                try:
+                    await self._look(dials)
+                    if (standing := self._standing()) != told:
+                        await changed()
+                        told = standing
+                except P2PModelError as error:
+                    log.warning("%s", error)
+                self._report()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._wake.wait()
+                self._wake.clear()
 
     async def stop(self) -> None:
         await asyncio.to_thread(self.dispatcher.close)
@@ -87,8 +98,10 @@ class Trunk:
     def _versions(self) -> tuple[VersionId, ...]:
         return tuple(dict.fromkeys((VersionId(self._lineage.model), self._lineage.served_head)))
 
-    async def _look(self) -> None:
-        self.dispatcher.check()
+    async def _look(self, dials: asyncio.TaskGroup) -> None:
+        for link in self.dispatcher.check():
+            if time.monotonic() < link.opened + SUSPECT_SECONDS:  # else it has served well, and may do so again
+                self._failed_at[link.peer] = time.monotonic()
         leases, presences = await asyncio.gather(self._directory.expert_leases(), self._directory.presences())
         addresses = {presence.peer: presence.addresses for presence in presences}
         wanted = {lease.peer: lease for lease in leases if self._is_useful(lease)}
@@ -98,24 +111,41 @@ class Trunk:
         for lease in wanted.values():
             self.dispatcher.renew(lease)
         now = time.monotonic()
-        self._suspects = {peer: until for peer, until in self._suspects.items() if until > now}
-        fresh = [p for p in wanted if p not in self.dispatcher.helpers and p not in self._suspects and p in addresses]
-        await asyncio.gather(*(self._connect(wanted[peer], addresses[peer]) for peer in fresh))
+        self._failed_at = {peer: at for peer, at in self._failed_at.items() if now < at + REMEMBER_SECONDS}
+        fresh = sorted(filter(self._lacks, wanted.keys() & addresses.keys()), key=self._last_failure)
+        for peer in fresh[: MAX_DIALS - len(self._dialling)]:
+            self._dialling.add(peer)
+            dials.create_task(self._connect(wanted[peer], addresses[peer]))
+
+    def _lacks(self, peer: PeerId) -> bool:
+        """Whether it should be connected to, now."""
+        helper = self.dispatcher.helpers.get(peer)
+        is_linked = helper is not None and helper.link.quiet < RENEW_SECONDS
+        is_suspect = time.monotonic() < self._last_failure(peer) + SUSPECT_SECONDS
+        return not (is_linked or is_suspect or peer in self._dialling)
+
+    def _last_failure(self, peer: PeerId) -> float:
+        return self._failed_at.get(peer, -math.inf)
 
     def _is_useful(self, lease: ExpertLease) -> bool:
         return any(layer in lease.span for layer in self._counts)
 
     async def _connect(self, lease: ExpertLease, addresses: Sequence[str]) -> None:
-        opening = ExpertOpening(self._lineage.model, self.dispatcher.codec.name)
         try:
             if lease.peer != self._host.peer:
                 await self._host.connect(lease.peer, addresses)
-            link = await asyncio.to_thread(ExpertLink.open, self._host, lease.peer, opening)
+            await in_daemon(self._open, lease)
         except P2PModelError as error:
             log.warning("%s", error)
-            self._suspects[lease.peer] = time.monotonic() + SUSPECT_SECONDS
-            return
-        self.dispatcher.add(link, lease)
+            self._failed_at[lease.peer] = time.monotonic()
+        finally:
+            self._dialling.discard(lease.peer)
+            self._wake.set()
+
+    def _open(self, lease: ExpertLease) -> None:
+        """In a thread of its own, which nobody waits for when the node stops."""
+        opening = ExpertOpening(self._lineage.model, self.dispatcher.codec.name)
+        self.dispatcher.add(ExpertLink.open(self._host, lease.peer, opening), lease)
 
     def _suspect(self, peer: PeerId) -> None:
         """From the thread that computes."""
@@ -125,11 +155,13 @@ class Trunk:
             log.debug("%s failed while this node stops", peer)
 
     def _left(self, peer: PeerId) -> None:
-        self._suspects[peer] = time.monotonic() + SUSPECT_SECONDS
+        self._failed_at[peer] = time.monotonic()
         self._wake.set()
 
     def _report(self) -> None:
         found = self.missing(self._lineage.served_head)
+        if found and self._dialling - self._failed_at.keys():
+            return  # one of those may be about to serve them
         line = f"nobody serves {name_missing(found)}" if found else "all experts are served"
         if line != self._said:
             self._said = line

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from p2pmodel import starter
-from p2pmodel.domain.errors import InvalidInput, NotFound, PeerFailed, Rejected
+from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, P2PModelError, PeerFailed, Rejected, Unreachable
 from p2pmodel.domain.ids import PeerId, short
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.logic.admission import result_limit
@@ -89,8 +89,8 @@ async def _offers(host: PeerHost, peers: Sequence[PeerId]) -> dict[str, tuple[Li
         try:
             for offer in await lineages(host, peer):
                 offers.setdefault(offer.model, (offer, []))[1].append(peer)
-        except PeerFailed as error:
-            log.debug("%s", error)
+        except (PeerFailed, Rejected) as error:
+            log.warning("%s does not say what it takes part in: %s", peer, error)
     return offers
 
 
@@ -101,11 +101,17 @@ async def _choose(
     by_files = folder.is_dir()
     source = None if by_files or text is None else hub.Source.parse(text)
     by_name = not by_files and source is None and text is not None
-    found = []
+    found: list[Lineage] = []
+    failed: P2PModelError | None = None
     for model, (offer, holders) in sorted(offers.items()):
         if by_name and offer.name != text and not (text and len(text) >= 4 and model.startswith(text)):
             continue
-        lineage = await _with_manifest(home, host, offer, holders)
+        try:
+            lineage = await _with_manifest(home, host, offer, holders)
+        except (Rejected, Unreachable, Busy) as error:
+            log.warning("%s (%s) is left out: %s", offer.name, short(model), error)
+            failed = failed or error
+            continue
         if by_files and not bases.is_base_of(folder, lineage.manifest):
             continue
         if source is None or bases.has_source(lineage, source):
@@ -118,6 +124,8 @@ async def _choose(
     wanted = "the starter model" if text is None else repr(text)
     if found:
         raise InvalidInput(f"Several models of these peers match {wanted}.", f"Name one by its id: {offered}.")
+    if failed is not None:
+        raise failed  # it may be the one that is meant
     missing = "starter model" if text is None else f"model {text!r}"
     raise NotFound(f"These peers have no {missing}.", f"They have: {offered}; name one with --model.")
 

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from p2pmodel.domain.announcement import RECORD_KINDS
 from p2pmodel.domain.errors import P2PModelError, PeerFailed, Rejected, StorageError, Unreachable
@@ -21,6 +21,7 @@ from p2pmodel.swarm.blobs import BlobFetcher
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.swarm.sync import missing
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PARALLEL_FETCHES = 8
@@ -47,6 +48,10 @@ class Exchange:
         self._fetcher = BlobFetcher(host, lineage.home.objects.sink)
         self._backlog = Backlog()
         self._refused: dict[Digest, None] = {}
+        self._misnamed: dict[tuple[str, Digest], None] = {}
+        self._brought: dict[Digest, set[Digest]] = {}
+        self._needed: dict[Digest, frozenset[Digest]] = {}
+        self._storing = asyncio.Lock()
         self._orphans: set[Digest] = set()
         self._overdue: set[Digest] = set()
         self._changed = asyncio.Event()
@@ -62,7 +67,9 @@ class Exchange:
 
     def hear(self, kind: str, record: BlobRef, holder: PeerId) -> None:
         """A peer says that it has a record."""
-        if kind not in self._kinds or record.digest in self._refused or self._lineage.knows(record.digest):
+        if kind not in self._kinds or self._lineage.knows(record.digest):
+            return
+        if record.digest in self._refused or (kind, record.digest) in self._misnamed:
             return
         if record.size > intake.record_limit(self._lineage, kind):
             self._observer.on_refused(kind, "size")
@@ -117,7 +124,7 @@ class Exchange:
                 return self._put_off(fetch, error)  # what it stands on may still come
             log.warning("%s %s is refused: %s", fetch.kind, short(fetch.digest), error.message)
             self._observer.on_refused(fetch.kind, error.reason)
-            self._refuse(fetch.digest)
+            self._refuse(fetch)
         except StorageError as error:
             log.error("%s", error)
             self._fail(fetch)
@@ -127,25 +134,38 @@ class Exchange:
         except P2PModelError as error:
             log.info("%s %s can't be fetched: %s", fetch.kind, short(fetch.digest), error.message)
             self._fail(fetch)
+        except Exception:  # nobody awaits the task, and the place has to be free again
+            log.exception("%s %s could not be taken in", fetch.kind, short(fetch.digest))
+            self._fail(fetch)
         finally:
+            self._needed.pop(fetch.digest, None)
+            self._discard_given_up()
             self._changed.set()
 
     async def _take_in(self, fetch: Fetch) -> None:
-        objects, sources = self._lineage.home.objects, propagation.sources(self._backlog, fetch)
-        if not objects.has(fetch.digest):
-            await self._fetcher.fetch(BlobRef(fetch.digest, fetch.size), sources)
-        record = objects.load(fetch.digest)
+        await self._bring(BlobRef(fetch.digest, fetch.size), fetch)
+        record = self._lineage.home.objects.load(fetch.digest, intake.record_limit(self._lineage, fetch.kind))
         refs = intake.needed_blobs(self._lineage, fetch.kind, record)
+        self._needed[fetch.digest] = frozenset(ref.digest for ref in refs)
         for ref in refs:
-            if not objects.has(ref.digest):
-                await self._fetcher.fetch(ref, sources)
-        await asyncio.to_thread(intake.store, self._lineage, fetch.kind, record, refs)
-        self._lineage.refresh()
+            await self._bring(ref, fetch)
+        async with self._storing:
+            intake.needed_blobs(self._lineage, fetch.kind, record)  # once more, with what has come in since
+            await asyncio.to_thread(intake.store, self._lineage, fetch.kind, record, refs)
+            self._lineage.refresh()
+        self._brought.pop(fetch.digest, None)
         self._backlog = propagation.done(self._backlog, fetch.digest)
         if fetch.kind != "patch":  # which nothing stands on
             self._backlog = propagation.stir(self._backlog, self._orphans, time.monotonic())
             self._orphans.clear()
+        if fetch.kind == "candidate":
+            self._reconsider(intake.named_patches(record))
         await self._observer.on_record(fetch.kind, fetch.digest)
+
+    async def _bring(self, ref: BlobRef, fetch: Fetch) -> None:
+        if not self._lineage.home.objects.has(ref.digest):
+            await self._fetcher.fetch(ref, propagation.sources(self._backlog, fetch))
+            self._brought.setdefault(fetch.digest, set()).add(ref.digest)
 
     def _put_off(self, fetch: Fetch, error: Rejected) -> None:
         if len(self._orphans) < MAX_REFUSED:
@@ -161,10 +181,35 @@ class Exchange:
     def _fail(self, fetch: Fetch, *, has_not: bool = False) -> None:
         self._backlog = propagation.failed(self._backlog, fetch.digest, fetch.holder, time.monotonic(), has_not=has_not)
 
-    def _refuse(self, digest: Digest) -> None:
-        """Remembered, so that it is not fetched again from everybody who has it."""
-        self._refused[digest] = None
-        if len(self._refused) > MAX_REFUSED:
-            del self._refused[next(iter(self._refused))]
-        self._backlog = propagation.done(self._backlog, digest)
-        self._lineage.home.objects.remove(digest)
+    def _refuse(self, fetch: Fetch) -> None:
+        """Remembered, so that it is not fetched again from everybody who has it. What was called something else than it
+        is, by whoever named it first, is refused under that name alone."""
+        if intake.is_of_kind(self._lineage, fetch.kind, fetch.digest):
+            _remember(self._refused, fetch.digest)
+        else:
+            _remember(self._misnamed, (fetch.kind, fetch.digest))
+        self._backlog = propagation.done(self._backlog, fetch.digest)
+
+    def _reconsider(self, patches: Collection[Digest]) -> None:
+        """Of a patch that a maintainer's candidate names, it no longer matters whether its contributor has another one,
+        or whether it came too late for the round's room here."""
+        for patch in patches:
+            self._refused.pop(patch, None)
+
+    def _discard_given_up(self) -> None:
+        """Removes what was brought in for records that are refused, or that nobody has any more: never what was here
+        before, or belongs to a record that is."""
+        given_up = [record for record in self._brought if record not in self._backlog]
+        if not given_up:
+            return
+        kept = {ref.digest for ref in self._lineage.blobs()}.union(*self._needed.values())
+        for record in given_up:
+            for digest in self._brought.pop(record) - kept:
+                if not self._lineage.knows(digest):
+                    self._lineage.home.objects.remove(digest)
+
+
+def _remember(known: dict[T, None], new: T) -> None:
+    known[new] = None
+    if len(known) > MAX_REFUSED:
+        del known[next(iter(known))]

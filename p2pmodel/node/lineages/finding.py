@@ -38,9 +38,11 @@ class SwarmFinder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._host is not None:
-            self._loop.wait(self._host.stop())
-        self._loop.close()
+        try:
+            if self._host is not None:
+                self._loop.wait(self._host.stop())
+        finally:
+            self._loop.close()
 
     def find(self, digest: Digest) -> bytes | None:
         """Verified, and from now on in the home; None when nobody has it."""

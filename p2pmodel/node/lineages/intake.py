@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.errors import NotFound, Rejected, StorageError
 from p2pmodel.domain.ids import Digest, PatchId, PeerId, short
 from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.modular import Experts, slots_at
@@ -39,13 +39,26 @@ def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, .
     if kind == "candidate":
         candidate, proposer, _ = records.open_candidate(record)
         _admit_candidate(lineage, candidate, proposer)
-        if candidate.amendment is None or candidate.amendment.exam == lineage.manifest.exam:
-            return candidate.blobs
-        return (*candidate.blobs, candidate.amendment.exam)
+        return lineage.blobs_of(candidate)
     verdict = records.open_verdict(record)
     on = lineage.candidates.get(verdict.version)
     admission.check_verdict(verdict, lineage.manifest, model=lineage.model, candidate=on, entitled=lineage.entitled)
     return ()
+
+
+def named_patches(record: bytes) -> tuple[PatchId, ...]:
+    """Those that a candidate's record takes in or leaves out."""
+    candidate, _, _ = records.open_candidate(record)
+    return (*candidate.patches, *(entry.patch for entry in candidate.left_out))
+
+
+def is_of_kind(lineage: Lineage, kind: str, digest: Digest) -> bool:
+    """Whether the object is a record that says of itself that it is of the kind."""
+    try:
+        limit = record_limit(lineage, kind)
+        return records.record_kind(lineage.home.objects.load(digest, limit), limit) == kind
+    except (Rejected, NotFound, StorageError):
+        return False
 
 
 def _admit_patch(lineage: Lineage, patch_id: PatchId, patch: Patch) -> None:
@@ -99,28 +112,20 @@ def _restorable(lineage: Lineage, candidate: Candidate) -> set[Digest]:
 def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
     """Checks the tensors of an admitted record and stores it; its blobs, `needed_blobs`, have to be here.
 
-    May run on any thread: the lineage sees the record when it is refreshed. Raises Rejected, and then removes the blobs
-    that nothing else refers to.
+    May run on any thread: the lineage sees the record when it is refreshed. Raises Rejected.
     """
     objects, manifest = lineage.home.objects, lineage.manifest
     candidate = records.open_candidate(record)[0] if kind == "candidate" else None
     experts = candidate.experts if candidate else ()
     limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest, experts)
-    try:
-        tensors = candidate.blobs if candidate else refs
-        blobs = [objects.load(ref.digest, limit) for ref in tensors]
-        if kind == "patch":
-            check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
-        elif kind == "candidate":
-            check_values(manifest, blobs[0], experts)
-            for raw in blobs[1:]:
-                variates.read_mean(raw, manifest.kinds, manifest.slots, limit)
-    except Rejected:
-        kept = {ref.digest for ref in tuple(lineage.blobs())}
-        for ref in refs:
-            if ref.digest not in kept:
-                objects.remove(ref.digest)
-        raise
+    tensors = candidate.blobs if candidate else refs
+    blobs = [objects.load(ref.digest, limit) for ref in tensors]
+    if kind == "patch":
+        check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
+    elif kind == "candidate":
+        check_values(manifest, blobs[0], experts)
+        for raw in blobs[1:]:
+            variates.read_mean(raw, manifest.kinds, manifest.slots, limit)
     stored = objects.put(record)
     lineage.home.index.add(RecordRow(kind, lineage.model, stored, _round(kind, record), time.time()))
     return stored
@@ -136,9 +141,16 @@ def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
             "The patch was trained on another version than the head, and can't be merged any more.",
             "Move it with: p2pmodel rebase PATCH --onto head; or train it again.",
         )
+    objects = lineage.home.objects
+    new = [ref.digest for ref in refs if not objects.has(ref.digest)]
     for raw_blob in opened.raw.blobs:
-        lineage.home.objects.put(raw_blob)
-    return store(lineage, "patch", opened.raw.header, refs)
+        objects.put(raw_blob)
+    try:
+        return store(lineage, "patch", opened.raw.header, refs)
+    except Rejected:
+        for digest in new:
+            objects.remove(digest)
+        raise
 
 
 def check_values(manifest: Manifest, raw: bytes, experts: Experts = ()) -> None:

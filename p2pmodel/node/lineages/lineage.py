@@ -5,10 +5,11 @@ enters through `p2pmodel.node.lineages.intake`.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 
-from p2pmodel.domain.errors import Busy, InvalidInput, NotFound
+from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, Rejected, StorageError
 from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest, Slot
 from p2pmodel.domain.modular import Experts, slots_at
@@ -20,6 +21,8 @@ from p2pmodel.store.home import Home
 from p2pmodel.store.index import RecordRow
 from p2pmodel.wire import records
 from p2pmodel.wire.signing import RECORD_OVERHEAD
+
+log = logging.getLogger(__name__)
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIKE_A_VERSION = re.compile(r"v?[0-9]+(\.[0-9]+)*|[0-9a-f]{4,}")
@@ -39,7 +42,7 @@ class Lineage:
         self.verdicts: dict[Digest, Verdict] = {}
         self.versions: tuple[Version, ...] = ()
         self._read: set[Digest] = set()
-        self._blobs: dict[Digest, tuple[BlobRef, ...]] = {}
+        self._candidate_of: dict[Digest, VersionId] = {}
         self.refresh()
 
     @classmethod
@@ -51,23 +54,43 @@ class Lineage:
         return cls(home, ref.digest)
 
     def refresh(self) -> None:
-        """Takes in the records that have come since, by whatever process of this home, and proves the versions anew."""
+        """Takes in the records that have come since, by whatever process of this home, and proves the versions anew. A
+        record whose bytes are lost does not count as known, so that peers bring it again.
+
+        Raises StorageError for what cannot be read now, when all else has been taken in; it is tried again next time.
+        """
         new = [row for row in self.home.index.records(self.model) if row.record.digest not in self._read]
+        failed: StorageError | None = None
+        moved = False
         for row in new:
+            try:
+                self._read_record(row)
+            except NotFound:
+                log.debug("the bytes of %s %s are not here", row.kind, row.record.digest)
+                continue
+            except StorageError as error:
+                failed = failed or error
+                continue
+            except Rejected as error:
+                log.warning("%s %s of this home cannot be used: %s", row.kind, short(row.record.digest), error.message)
             self._read.add(row.record.digest)
-            raw = self.home.objects.load(row.record.digest)
-            if row.kind == "patch":
-                patch = self.patches[row.record.digest] = records.open_patch(raw)
-                self._blobs[row.record.digest] = patch.blobs
-            elif row.kind == "candidate":
-                candidate, proposer, version = records.open_candidate(raw)
-                self.candidates[version], self.proposers[version] = candidate, proposer
-                self._blobs[row.record.digest] = (candidate.result,)
-            elif row.kind == "verdict":
-                self.verdicts[row.record.digest] = records.open_verdict(raw)
-        if any(row.kind in ("candidate", "verdict") for row in new):
+            moved = moved or row.kind in ("candidate", "verdict")
+        if moved:
             self.versions = assemble(self.founding, self.model, self.candidates, self.verdicts.values())
             self.manifest = in_force(self.founding, self.versions)
+        if failed is not None:
+            raise failed
+
+    def _read_record(self, row: RecordRow) -> None:
+        raw = self.home.objects.load(row.record.digest)
+        if row.kind == "patch":  # of a size that the Manifest allowed when it came
+            self.patches[row.record.digest] = records.open_patch(raw, len(raw))
+        elif row.kind == "candidate":
+            candidate, proposer, version = records.open_candidate(raw)
+            self.candidates[version], self.proposers[version] = candidate, proposer
+            self._candidate_of[row.record.digest] = version
+        elif row.kind == "verdict":
+            self.verdicts[row.record.digest] = records.open_verdict(raw)
 
     def knows(self, record: Digest) -> bool:
         return record in self._read
@@ -78,11 +101,28 @@ class Lineage:
     def inventory(self) -> list[tuple[str, BlobRef]]:
         """(kind, record) of all that peers may want, and that this home has with all that belongs to it."""
         rows = self.home.index.records(self.model)
-        return [(row.kind, row.record) for row in rows if row.kind != "manifest" and self._is_whole(row)]
+        return [
+            (row.kind, row.record)
+            for row in rows
+            if row.kind != "manifest" and row.record.digest in self._read and self._is_whole(row)
+        ]
 
     def _is_whole(self, row: RecordRow) -> bool:
         """Whether the record's blobs are here: those of what nobody merged or adopted may have been removed."""
-        return all(self.home.objects.has(ref.digest) for ref in self._blobs.get(row.record.digest, ()))
+        blobs: tuple[BlobRef, ...] = ()
+        if row.record.digest in self.patches:
+            blobs = self.patches[row.record.digest].blobs
+        elif row.record.digest in self._candidate_of:
+            blobs = self.blobs_of(self.candidates[self._candidate_of[row.record.digest]])
+        return all(self.home.objects.has(ref.digest) for ref in blobs)
+
+    def blobs_of(self, candidate: Candidate) -> tuple[BlobRef, ...]:
+        """What has to be here before a candidate on a known parent is stored, and before this home names it to others:
+        its tensors, and the exam of an amendment that brings another one than was in force."""
+        amendment = candidate.amendment
+        if amendment is None or amendment.exam == self.manifest_at(candidate.parent).exam:
+            return candidate.blobs
+        return (*candidate.blobs, amendment.exam)
 
     @property
     def head(self) -> VersionId:

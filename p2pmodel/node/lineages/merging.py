@@ -1,6 +1,6 @@
 """Merging patches whose blobs are here: for a round, and for anybody who wants to see what would come of it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +15,6 @@ from p2pmodel.node.lineages.states import patch_change, read_change, read_masses
 from p2pmodel.tensors import control, experts, variates
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
-from p2pmodel.tensors.merging.layout import Layout
 from p2pmodel.tensors.merging.likeness import Sketches
 from p2pmodel.tensors.smear import is_expert
 from p2pmodel.tensors.variates import Variate
@@ -76,11 +75,19 @@ def merge(lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Sour
 
 def copied_among(lineage: Lineage, parent: Mapping[str, Tensor], patches: Sequence[PatchId]) -> dict[PatchId, PatchId]:
     """patches: of the home, the first seen first -> by each copy, what it is a copy of. Experts are not compared."""
-    shared = [patch for patch in patches if lineage.patches[patch].kind != modular.KIND]
-    if len(shared) < 2:
-        return {}
-    changes = ((patch, patch_change(lineage, lineage.patches[patch])) for patch in shared)
-    return copies(shared, Sketches(Layout(_shared(parent)), changes).cosines)
+    comparable = without_experts(lineage, patches)
+    changes = ((patch, patch_change(lineage, lineage.patches[patch])) for patch in comparable)
+    return copies(comparable, sketches(parent, changes if len(comparable) > 1 else ()).cosines)
+
+
+def without_experts(lineage: Lineage, patches: Sequence[PatchId]) -> list[PatchId]:
+    """Those of the patches, of the home, that can be copies of each other."""
+    return [patch for patch in patches if lineage.patches[patch].kind != modular.KIND]
+
+
+def sketches(parent: Mapping[str, Tensor], changes: Iterable[tuple[PatchId, Change]]) -> Sketches:
+    """changes: of patches that are no experts, all on the parent. Raises Rejected."""
+    return Sketches(_shared(parent), changes)
 
 
 def _shared(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from p2pmodel.domain.errors import NotFound, P2PModelError, StorageError, UsageError
-from p2pmodel.domain.ids import Digest, VersionId
+from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.engine.training.resuming import MAX_PROGRESS_BYTES, Progress
 from p2pmodel.logic.retention import needed_blobs
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
@@ -35,11 +35,17 @@ def collect_garbage(home: Home, days: float, *, dry_run: bool = False) -> Collec
         lineages = known_lineages(home)
     except NotFound as error:
         raise StorageError(
-            f"A record is missing, so what is needed can't be told: {error.message}", "Run: p2pmodel fsck"
+            f"A Manifest is missing, so what is needed can't be told: {error.message}", "Run: p2pmodel fsck"
         ) from None
     needed: set[Digest] = set()
     for lineage in lineages:
         rows = home.index.records(lineage.model)
+        if lost := [row for row in rows if not lineage.knows(row.record.digest)]:
+            raise StorageError(
+                f"The bytes of {lost[0].kind} {short(lost[0].record.digest)} are not here, so what is needed can't be "
+                "told.",
+                "Run: p2pmodel fsck",
+            )
         needed.update(row.record.digest for row in rows)
         young = {row.record.digest for row in rows if row.seen >= before}
         needed |= _needed(lineage, young)
@@ -59,7 +65,7 @@ def _needed(lineage: Lineage, young: set[Digest]) -> frozenset[Digest]:
         if row.record.digest in young:
             recent |= {version for version, c in lineage.candidates.items() if c.round == row.round}
     return needed_blobs(
-        lineage.manifest,
+        lineage.founding,
         lineage.head,
         (*lineage.versions, *lineage.history()),
         lineage.candidates,

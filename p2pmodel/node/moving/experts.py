@@ -9,6 +9,7 @@ from p2pmodel.domain.experts import describe
 from p2pmodel.engine.expert_runner import HostedExperts
 from p2pmodel.logic.expert_placement import Exchange, ExpertResidence, look, still_good
 from p2pmodel.node.hosting.expert_hosting import ExpertHosting
+from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.moving.mover import Mover
 from p2pmodel.swarm.directory import Directory
 
@@ -22,11 +23,12 @@ class ExpertMover(Mover[Exchange, HostedExperts]):
     def __init__(
         self,
         directory: Directory,
+        lineage: Lineage,
         hosting: ExpertHosting,
         renew: Callable[[], Awaitable[None]],
         say: Callable[[str], None],
     ) -> None:
-        super().__init__(renew, say)
+        super().__init__(lineage, renew, say)
         self._directory, self._hosting = directory, hosting
         self._residence = ExpertResidence(directory.host.peer, hosting.experts, time.time())
 
@@ -34,7 +36,8 @@ class ExpertMover(Mover[Exchange, HostedExperts]):
         leases = await self._directory.expert_leases()
         if not leases:
             return None  # cut off from the swarm, rather than alone in it
-        outlook = look(self._residence, leases, self._hosting.layers, self._hosting.count, time.time())
+        heads = self._see_head()
+        outlook = look(self._residence, leases, self._hosting.layers, self._hosting.count, time.time(), heads)
         self._residence = outlook.residence
         return outlook.exchange
 
@@ -52,7 +55,7 @@ class ExpertMover(Mover[Exchange, HostedExperts]):
 
     async def _is_still_good(self, move: Exchange) -> bool:
         leases = await self._directory.expert_leases()
-        return still_good(self._residence, move, leases, self._hosting.layers, self._hosting.count)
+        return still_good(self._residence, move, leases, self._hosting.layers, self._hosting.count, self._see_head())
 
     async def _load(self, move: Exchange) -> HostedExperts:
         return await self._hosting.load(move.after(self._hosting.experts))

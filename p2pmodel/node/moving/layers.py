@@ -11,6 +11,7 @@ from p2pmodel.logic.relocation import Move, Residence, look, still_good
 from p2pmodel.node.attendance import Attendance
 from p2pmodel.node.hosting.hosting import Hosting
 from p2pmodel.node.hosting.stages import HostedStage
+from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.moving.mover import Mover
 
 
@@ -18,14 +19,14 @@ class LayerMover(Mover[Move, HostedStage]):
     def __init__(
         self,
         peer: PeerId,
+        lineage: Lineage,
         attendance: Attendance,
         hosting: Hosting,
-        layers: int,
         capacity: int,
         say: Callable[[str], None],
     ) -> None:
-        super().__init__(attendance.renew, say)
-        self._attendance, self._hosting, self._layers = attendance, hosting, layers
+        super().__init__(lineage, attendance.renew, say)
+        self._attendance, self._hosting, self._layers = attendance, hosting, lineage.manifest.layers
         self._residence = Residence(peer, hosting.span, hosting.layer_seconds, capacity, time.time())
 
     async def _look(self) -> Move | None:
@@ -39,7 +40,7 @@ class LayerMover(Mover[Move, HostedStage]):
         valid = [lease for lease in leases if lease.expires > now]
         if not valid:
             return None  # cut off from the swarm, rather than alone in it
-        outlook = look(self._residence, Supply(valid, self._layers), now)
+        outlook = look(self._residence, Supply(self._hosts(valid), self._layers), now)
         self._residence = outlook.residence
         return outlook.move
 
@@ -56,7 +57,10 @@ class LayerMover(Mover[Move, HostedStage]):
         self._hosting.moving = move.span if move else None
 
     async def _is_still_good(self, move: Move) -> bool:
-        return still_good(self._residence, move.span, await self._attendance.read(), self._layers)
+        return still_good(self._residence, move.span, self._hosts(await self._attendance.read()), self._layers)
+
+    def _hosts(self, leases: list[Lease]) -> list[Lease]:
+        return self._see_head().hosts(leases, self._residence.peer)
 
     async def _load(self, move: Move) -> HostedStage:
         return await self._hosting.load(move.span)

@@ -12,8 +12,11 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
 from p2pmodel.domain.errors import P2PModelError
+from p2pmodel.logic.keeping_up import Heads
 from p2pmodel.logic.relocation import CONFIRM_SECONDS
 from p2pmodel.node.hosting.hosting import release_memory
+from p2pmodel.node.lineages.heads import first_heads, next_heads
+from p2pmodel.node.lineages.lineage import Lineage
 
 RETRY_SECONDS = 300.0
 """After a move that could not be made."""
@@ -40,9 +43,10 @@ class Mover(ABC, Generic[Move, Loaded]):
 
     look_seconds = 1.0
 
-    def __init__(self, renew: Callable[[], Awaitable[None]], say: Callable[[str], None]) -> None:
+    def __init__(self, lineage: Lineage, renew: Callable[[], Awaitable[None]], say: Callable[[str], None]) -> None:
         """renew: publishes the node's leases."""
-        self._renew, self._say = renew, say
+        self._lineage, self._renew, self._say = lineage, renew, say
+        self._heads = first_heads(lineage)
         self._not_before = 0.0
 
     async def run(self) -> None:
@@ -57,6 +61,10 @@ class Mover(ABC, Generic[Move, Loaded]):
                     await self._make(move)
             except P2PModelError as error:
                 log.warning("%s", error)
+
+    def _see_head(self) -> Heads:
+        self._heads = next_heads(self._heads, self._lineage)
+        return self._heads
 
     @abstractmethod
     async def _look(self) -> Move | None:

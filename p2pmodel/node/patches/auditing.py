@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -23,21 +23,21 @@ from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import short
-from p2pmodel.domain.modular import KIND, place_of
 from p2pmodel.domain.patch import Patch, Provenance
 from p2pmodel.engine import data
-from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
-from p2pmodel.engine.training.auditing import distance, replay_segment
+from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
+from p2pmodel.engine.training.auditing import distance, replay_segment, shapes_of
 from p2pmodel.engine.training.loop import frozen
 from p2pmodel.engine.training.optimising import Optimiser
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.node.evidence import Find, in_order, verified
-from p2pmodel.node.lineages.states import read_change, version_state
+from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.machine.processor import processor
-from p2pmodel.node.patches.contributing import rounded
+from p2pmodel.node.patches.contributing import FOUR_BITS, rounded
 from p2pmodel.node.patches.patchbook import OpenedPatch
+from p2pmodel.node.patches.replaying import demand_memory, kind_options_of, options_of
 from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.kinds import Trainee, get_kind
 from p2pmodel.wire import canonical
@@ -104,6 +104,9 @@ def audit(
     gaps: list[str] = []
     if patch.checkpoint not in provenance.checkpoints:
         problems.append("The patch's adapter is none of the checkpoints that it names.")
+    if total > -(-provenance.recipe.steps // provenance.checkpoint_every):
+        # Of those after the last step each is the same as the one before, whatever led there.
+        problems.append(f"The patch names {total + 1} states, and its training has no steps for so many.")
     with _computing_alike(provenance.threads), _Scene.open(opened, base, files) as scene:
         if not scene.begins_as_said(find):
             problems.append("The training did not begin with the values of the patch's parent.")
@@ -149,7 +152,8 @@ class _Scene:
     @classmethod
     @contextmanager
     def open(cls, opened: OpenedPatch, base: Path, files: Sequence[Path]) -> Iterator["_Scene"]:
-        patch, options = opened.patch, _options(opened.patch)
+        patch, options = opened.patch, options_of(opened.patch, read_checkpoint(base).context)
+        kind_options = kind_options_of(opened)
         tokenizer = load_tokenizer(base)
         corpus = data.load(in_order(patch.provenance.data, files), tokenizer, skip_broken=True)
         held_out = patch.provenance.validation
@@ -163,7 +167,8 @@ class _Scene:
             validation=validation,
         )
         model, state = load_whole(base), version_state(opened.lineage, patch.parent)
-        trainee = new_trainee(model, patch.kind, state, parts.train, _kind_options(opened), options.seed)
+        demand_memory(options, parts.train, model)
+        trainee = new_trainee(model, patch.kind, state, parts.train, kind_options, options.seed)
         try:
             yield cls(patch, model, trainee, parts, options, state, blob.pack(trainee.adapter()))
         finally:
@@ -177,8 +182,13 @@ class _Scene:
         raw = find(self.patch.checkpoint)
         if raw is None:
             return False
-        values = blob.unpack(raw, None, len(raw))
-        given = rounded(self.patch.kind, values, self.state)
+        try:
+            values = blob.unpack(raw, None, len(raw))
+            if self.patch.kind not in FOUR_BITS or shapes_of(values) != shapes_of(self.trainee.adapter()):
+                return True
+            given = rounded(self.patch.kind, values, self.state)
+        except (Rejected, ValueError):  # the latter for what is too far from the parent to be said in four bits
+            return True
         return True if canonical.digest(given) != self.patch.adapter.digest else None
 
     def begins_as_said(self, find: Find) -> bool:
@@ -196,17 +206,15 @@ def _replay(scene: _Scene, at: int, find: Find, comparable: bool) -> Segment:
     provenance = scene.patch.provenance
     first, last = provenance.step_of(at), provenance.step_of(at + 1)
     state, claimed = find(provenance.states[at]), find(provenance.checkpoints[at + 1])
-    correction: Mapping[str, Tensor] | None = None
-    if provenance.correction is not None:
-        raw = find(provenance.correction)
-        correction = None if raw is None else blob.unpack(raw, None, len(raw))
-    if state is None or (provenance.correction is not None and correction is None):
+    raw = None if provenance.correction is None else find(provenance.correction)
+    if state is None or (provenance.correction is not None and raw is None):
         return Segment(first, last, MISSING, float("inf"))
     try:
+        correction = None if raw is None else blob.unpack(raw, None, len(raw))
         found = replay_segment(
             scene.model, scene.trainee, scene.parts.train, scene.options, state, range(first, last), correction
         )
-    except InvalidInput:
+    except (InvalidInput, Rejected):
         return Segment(first, last, OTHER, float("inf"))
     if canonical.digest(found.before) != provenance.checkpoints[at]:
         return Segment(first, last, OTHER, float("inf"))
@@ -246,10 +254,10 @@ def _fisher(scene: _Scene, opened: OpenedPatch, find: Find, comparable: bool) ->
             optimiser.load(last)
             moments = optimiser.second_moments()
             optimiser.load(state, moments=False)
+            with torch.autocast(scene.model.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                found = fisher_of(scene.model, scene.trainee, moments, scene.parts.train, options)
         except InvalidInput:
             return OTHER
-        with torch.autocast(scene.model.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            found = fisher_of(scene.model, scene.trainee, moments, scene.parts.train, options)
     raw = blob.pack(compact.encode(kind.fisher_of(found) if options.fisher == "adam" else found))
     if canonical.digest(raw) == patch.fisher.digest:
         return SAME
@@ -265,28 +273,6 @@ def _fisher(scene: _Scene, opened: OpenedPatch, find: Find, comparable: bool) ->
     return NEAR if apart <= 0.1 * whole else OTHER  # codes are 9 % apart
 
 
-def _options(patch: Patch) -> TrainingOptions:
-    recipe = patch.provenance.recipe
-    known = {f.name: getattr(recipe, f.name) for f in fields(TrainingOptions) if hasattr(recipe, f.name)}
-    return TrainingOptions(**known, checkpoint_every=patch.provenance.checkpoint_every)
-
-
-def _kind_options(opened: OpenedPatch) -> KindOptions:
-    defaults, given = KindOptions(), dict(opened.patch.provenance.recipe.kind_options)
-    if unknown := given.keys() - {f.name for f in fields(KindOptions)}:
-        raise InvalidInput(f"The patch's kind has an option {min(unknown)[:64]!r} that is not known here.")
-    chosen = {name: type(getattr(defaults, name))(value) for name, value in given.items()}
-    return KindOptions(**chosen, expert=expert_of(opened))
-
-
-def expert_of(opened: OpenedPatch) -> str:
-    """The name of the one that a patch trained: its slots say it. Empty for other kinds."""
-    if opened.patch.kind != KIND:
-        return ""
-    names = read_change(opened.lineage, opened.patch.kind, opened.adapter).values
-    return next((place.expert for name in names if (place := place_of(name)) is not None), "")
-
-
 def _same_software(wanted: Sequence[tuple[str, str]]) -> bool:
     """And the same processor; what the swarm computed, nobody computes to the bit."""
     places = dict(wanted)
@@ -294,7 +280,7 @@ def _same_software(wanted: Sequence[tuple[str, str]]) -> bool:
         return False
     try:
         return all(installed(name) == version for name, version in places.items())
-    except PackageNotFoundError:
+    except (PackageNotFoundError, ValueError):  # which an empty name is
         return False
 
 

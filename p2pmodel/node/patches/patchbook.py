@@ -64,12 +64,16 @@ class OpenedPatch:
 
 
 def open_patch(home: Path | None, text: str) -> OpenedPatch:
-    """Of a file or an id, for those who compute with it. Raises NotFound, InvalidInput, Rejected."""
+    """Of a file or an id, for those who compute with it. A file's tensors are checked as every peer does; those in the
+    home have been. Raises NotFound, InvalidInput, Rejected."""
     folder, path = Home.open(home), Path(text)
     if path.is_file():
+        from p2pmodel.node.lineages.intake import check_tensors  # loads torch, which a patch's header can do without
+
         opened = bundle.open_bundle(_read(path))
         lineage = _lineage(folder, opened.patch)
         raw = opened.raw
+        check_tensors(lineage, opened.patch, *raw.blobs)
         return OpenedPatch(opened.id, opened.patch, lineage, raw.header, raw.adapter, raw.fisher)
     entry = read_patch(home, text)
     lineage, objects = _lineage(folder, entry.patch), folder.objects
@@ -111,6 +115,8 @@ def _lineage(home: Home, patch: Patch) -> Lineage:
 
 def _read(path: Path) -> bytes:
     try:
+        if (size := path.stat().st_size) > bundle.MAX_BUNDLE_BYTES:
+            raise InvalidInput(f"{path} has {size} bytes, and a patch file {bundle.MAX_BUNDLE_BYTES} at most.")
         return path.read_bytes()
     except OSError as error:
         raise InvalidInput(f"{path} can't be read: {error.strerror}.") from None

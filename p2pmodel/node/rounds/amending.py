@@ -9,6 +9,7 @@ from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected, UsageError
 from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.domain.model import Amendment
 from p2pmodel.domain.version import AMEND, Candidate, Verdict
+from p2pmodel.logic import turns
 from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.versions.checkout import state_bytes
@@ -53,11 +54,12 @@ def propose(lineage: Lineage, amendment: Amendment) -> tuple[Digest, VersionId]:
 
 
 def next_round(lineage: Lineage) -> int:
-    """After all that this home's maintainer has signed in, and that a candidate on the head is of."""
+    """After all that this home's maintainer has signed in, and that candidates on the head are of, but for such as name
+    a round far ahead."""
     last = lineage.versions[-1].candidate.round if lineage.versions else 0
     mine = [verdict.round for verdict in lineage.verdicts.values() if verdict.maintainer == lineage.home.key.peer]
     known = [candidate.round for candidate in lineage.candidates.values() if candidate.parent == lineage.head]
-    return max([last, *mine, *known]) + 1
+    return turns.next_round(max([last, *mine]), known)
 
 
 def find_candidate(lineage: Lineage, text: str) -> VersionId:
@@ -78,7 +80,8 @@ def decide(lineage: Lineage, version: VersionId, accept: bool, reason: str) -> D
     me, candidate = lineage.home.key.peer, lineage.candidates[version]
     if len(reason) > MAX_REASON or (not accept and not reason):
         raise InvalidInput(f"A reason has 1 to {MAX_REASON} characters.", "Give one with --reason.")
-    if any(v.maintainer == me and v.round == candidate.round for v in lineage.verdicts.values()):
+    mine = [v for v in lineage.verdicts.values() if v.maintainer == me and v.round == candidate.round]
+    if any(v.version == version or (accept and v.accept) for v in mine):
         raise Rejected("round", f"This home has signed a verdict in round {candidate.round} already.")
     if me in lineage.manifest.maintainers:
         if accept and candidate.restores:

@@ -4,11 +4,14 @@ All of it blocks for seconds to minutes and belongs on a thread of its own. What
 mathematics is in `p2pmodel.tensors`.
 """
 
+import hashlib
+import hmac
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,15 +20,16 @@ from p2pmodel.domain.errors import NotRunning, Rejected
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId, short
 from p2pmodel.domain.model import BlobRef, MergeSpec
 from p2pmodel.domain.modular import KIND, Experts, slots_at
-from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict
+from p2pmodel.domain.version import Candidate, DomainScore, Verdict
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.exams import Examiner, Suite, search_alpha
-from p2pmodel.engine.exams.screening import screen
+from p2pmodel.engine.exams.screening import Screened, screen
 from p2pmodel.logic.judgement import mean, objective, why_reject
 from p2pmodel.logic.pooling import pooled
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.merging import Merged, Source, copied_among, mean_control, merge, stored
 from p2pmodel.node.lineages.states import new_experts, patch_change, version_state
+from p2pmodel.node.rounds.selecting import Fit, fit, select
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.experts import without_experts
 from p2pmodel.tensors.kinds import Kinds
@@ -65,6 +69,7 @@ class Maintainer:
         self._model, self._tokenizer = load_whole(base), load_tokenizer(base)
         self._exam = lineage.manifest.exam
         self._examiner = self._examiner_of(self._exam)
+        self._secret = lineage.home.key.derive("screening").to_libp2p()
         self._scores: dict[tuple[str, str], Scores] = {}
         self._stopped = threading.Event()
 
@@ -72,59 +77,78 @@ class Maintainer:
         """Work under way on another thread ends within one exam, with NotRunning."""
         self._stopped.set()
 
-    def propose(self, round: int, parent: VersionId, patches: tuple[PatchId, ...]) -> Proposal | None:
-        """Leaves copies out, examines the other patches one by one on the tuning split, merges those that help, and
-        finds α there. None when nothing is left to merge."""
+    def propose(
+        self, round: int, parent: VersionId, patches: tuple[PatchId, ...], wanted: Callable[[], bool] = lambda: True
+    ) -> Proposal | None:
+        """Examines the patches one by one on the tuning split, merges those that help, and finds α there. None when
+        nothing is left to merge. wanted: asked before each step, on this thread; raises NotRunning when it says no."""
         lineage, manifest = self.lineage, self.lineage.manifest
+
+        def go_on() -> None:
+            self._demand_running()
+            if not wanted():
+                raise NotRunning("The candidate is not wanted any more.")
+
+        go_on()
         self._follow_exam()
-        rules = self._examiner.suite.rules
         before = version_state(lineage, parent)
         measured = self._examiner.measure(before, "tune")
+
+        def examine(patch: PatchId, alone: State) -> Screened:
+            return screen(self._examiner, alone, measured, "tune", self._seed(round, patch))
+
+        given = set(patches)
+        seen = [patch for patch in tuple(lineage.patches) if patch in given]
+        selection = select(lineage, before, seen, examine, go_on)
         tuning = {name: section.score for name, section in measured.items()}
-        left_out = [LeftOut(p, "its proposer gives it no weight") for p in patches if lineage.weight_of(p) == 0]
-        weighed = set(patches) - {x.patch for x in left_out}
-        copied = copied_among(lineage, before, [patch for patch in lineage.patches if patch in weighed])
-        left_out += [LeftOut(patch, f"it is a copy of patch {short(copied[patch])}") for patch in copied]
-        for patch in sorted(weighed - copied.keys()):
-            self._demand_running()
-            began = time.monotonic()
-            alone = patch_change(lineage, lineage.patches[patch]).applied_to(before)
-            screened = screen(self._examiner, alone, measured, "tune", patch)
-            cost = f"{screened.cases} of {screened.total} cases in {time.monotonic() - began:.1f} s"
-            log.info("patch %s %s (%s)", short(patch), screened.reason or "enters the merge", cost)
-            if screened.reason:
-                left_out.append(LeftOut(patch, screened.reason[:256]))
-        entering = tuple(sorted(set(patches) - {x.patch for x in left_out}))
-        brought = [(patch, self._brought(patch)) for patch in entering]
-        pool = pooled(lineage.experts(parent), brought)
-        left_out += pool.left_out
-        entering = tuple(patch for patch in entering if patch not in {x.patch for x in pool.left_out})
-        if not entering:
-            for entry in left_out:
+        fitted = fit(selection, partial(self._fit, before, tuning, go_on)) if selection.entering else None
+        if fitted is None:
+            for entry in selection.left_out:
                 log.warning("patch %s can't be merged: %s", short(entry.patch), entry.reason)
             return None
-        sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in entering]
-        merged = self._merge(before, sources, manifest.merge)
-        unit = get_strategy(manifest.merge.strategy).unit(len(sources))
-        alpha = unit * search_alpha(
-            lambda a: objective(tuning, self._score(merged.at(unit * a), "tune"), manifest.limits, rules)
-        )
-        result, control = blob.pack(merged.at(alpha)), mean_control(lineage, sources)
+        selection, found = fitted
+        result, control = blob.pack(found.values), mean_control(lineage, found.sources)
         candidate = Candidate(
             model=lineage.model,
             round=round,
             parent=parent,
-            number=lineage.number(parent).after(lineage.experts(parent), pool.experts),
-            patches=entering,
-            left_out=tuple(sorted(left_out, key=lambda x: x.patch)),
+            number=lineage.number(parent).after(lineage.experts(parent), selection.experts),
+            patches=tuple(source.id for source in found.sources),
+            left_out=tuple(sorted(selection.left_out, key=lambda x: x.patch)),
             merge=manifest.merge,
-            alpha=alpha,
+            alpha=found.alpha,
             result=_ref(result),
-            weights=() if all(x.weight == 1 for x in sources) else tuple(x.weight for x in sources),
+            weights=() if all(x.weight == 1 for x in found.sources) else tuple(x.weight for x in found.sources),
             control=None if control is None else _ref(control),
-            experts=pool.experts,
+            experts=selection.experts,
         )
         return Proposal(candidate, (result,) if control is None else (result, control))
+
+    def _fit(self, before: State, tuning: Scores, go_on: Callable[[], None], patches: Sequence[PatchId]) -> Fit | None:
+        """The patches merged at the best scale for the tuning split; None where no scale gives finite values. tuning:
+        the parent's scores there."""
+        lineage, limits, rules = self.lineage, self.lineage.manifest.limits, self._examiner.suite.rules
+        sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in sorted(patches)]
+        unit = get_strategy(lineage.manifest.merge.strategy).unit(len(sources))
+        try:
+            merged = self._merge(before, sources, lineage.manifest.merge)
+
+            def score(alpha: float) -> float:
+                go_on()
+                return objective(tuning, self._score(merged.at(unit * alpha), "tune"), limits, rules)
+
+            alpha = unit * search_alpha(score)
+        except Rejected as error:
+            if error.reason != "finite":
+                raise
+            return None
+        values = merged.at(alpha)
+        return Fit(sources, values, alpha, not why_reject(tuning, self._score(values, "tune"), limits, rules))
+
+    def _seed(self, round: int, patch: PatchId) -> str:
+        """What no contributor can foresee, and this maintainer finds again: who could choose on which cases a patch is
+        tried first would choose kind ones."""
+        return hmac.new(self._secret, f"{round}/{patch}".encode(), hashlib.sha256).hexdigest()
 
     def examine(self, version: VersionId) -> Verdict:
         """Recomputes the merge and examines the result on the deciding split."""
@@ -167,12 +191,12 @@ class Maintainer:
             limit = candidate.result.size
             slots = slots_at(manifest.slots, candidate.experts)
             old = blob.unpack(lineage.home.objects.load(candidate.result.digest, limit), slots, limit)
-            return self._scores_of(version_state(lineage, lineage.model), before, old, old)
+            return self._scores_of(before, old)
         if candidate.removes:
             left = without_experts(before, candidate.experts)
             if _ref(blob.pack(left)) != candidate.result:
                 raise Rejected("digest", "The candidate has other values than its parent without the experts.")
-            return self._scores_of(version_state(lineage, lineage.model), before, left, left)
+            return self._scores_of(before, left)
         if candidate.merge != manifest.merge:
             raise Rejected("chain", "The candidate was not merged as the Manifest says.")
         pool = pooled(lineage.experts(candidate.parent), [(p, self._brought(p)) for p in candidate.patches])
@@ -189,14 +213,25 @@ class Maintainer:
         control = mean_control(lineage, sources)
         if (None if control is None else _ref(control)) != candidate.control:
             raise Rejected("digest", "Recomputing the mean of the control variates gives another than the candidate's.")
-        equal = [replace(source, weight=1.0) for source in sources]
-        plain = self._merge(before, equal, PLAIN_MEAN).at(1.0)
-        return self._scores_of(version_state(lineage, lineage.model), before, after, plain)
+        return self._scores_of(before, after, self._plain_mean(before, sources))
 
-    def _scores_of(self, *states: State) -> tuple[DomainScore, ...]:
-        """states: of the base, the parent, the candidate, and the plain mean."""
-        base, parent, new, plain_mean = (self._score(state, "test") for state in states)
-        return tuple(DomainScore(d, base[d], parent[d], new[d], plain_mean[d]) for d in sorted(new))
+    def _plain_mean(self, before: State, sources: Sequence[Source]) -> Scores:
+        """On the deciding split; none where it has no finite scores, which says nothing against the candidate: nothing
+        clips what the plain mean takes in."""
+        equal = [replace(source, weight=1.0) for source in sources]
+        try:
+            return self._score(self._merge(before, equal, PLAIN_MEAN).at(1.0), "test")
+        except Rejected as error:
+            log.info("the plain mean of the same patches has no scores: %s", error.message)
+            return {}
+
+    def _scores_of(self, before: State, after: State, plain_mean: Scores | None = None) -> tuple[DomainScore, ...]:
+        """plain_mean: None where nothing was merged, and it is what the candidate is."""
+        base, parent, new = (
+            self._score(state, "test") for state in (version_state(self.lineage, self.lineage.model), before, after)
+        )
+        plain = new if plain_mean is None else plain_mean
+        return tuple(DomainScore(d, base[d], parent[d], new[d], plain.get(d)) for d in sorted(new))
 
     def _verdict(
         self, candidate: Candidate, version: VersionId, reason: str, scores: tuple[DomainScore, ...]

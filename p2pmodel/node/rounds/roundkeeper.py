@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # it loads transformers, which a node that only watches can d
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-EXAMINE_AGAIN_SECONDS = 10.0
-"""After an examination that failed, as long as its verdict is still wanted."""
+AGAIN_SECONDS = 10.0
+"""After an examination or a signature that failed, as long as its verdict is still wanted."""
 
 Announce = Callable[[str, BlobRef], Awaitable[None]]
 Adopted = Callable[[VersionId], Awaitable[None]]
@@ -52,7 +52,10 @@ class RoundKeeper:
         here, first the one that is named. ask: whether a person decides on what the exam accepts; on amendments people
         always decide."""
         self._ask, self._asked = ask, dict[VersionId, Verdict]()
+        self._sign_again = dict[VersionId, float]()
         self._lacking = set[VersionId]()
+        self._named = set[PeerId]()
+        self._signing = asyncio.Lock()
         self._lineage, self._key, self._maintainer, self._metrics = lineage, key, maintainer, metrics
         self._announce, self._adopted, self._find_patches = announce, adopted, find_patches
         self._rules = round_state.RoundRules.from_manifest(lineage.manifest, lineage.model)
@@ -92,6 +95,7 @@ class RoundKeeper:
         lineage = self._lineage
         last = lineage.versions[-1].candidate.round if lineage.versions else 0
         verdicts = [verdict for verdict in lineage.verdicts.values() if verdict.round > last]
+        self._see_candidates(asides_alone=True)  # a verdict on one is no vote in the round, which the table has to know
         for verdict in sorted(verdicts, key=lambda v: v.maintainer != self._key.peer):
             self._advance(round_state.VerdictSeen(verdict))
         self._see_candidates()
@@ -99,14 +103,15 @@ class RoundKeeper:
             if header.parent == self._head:
                 self._advance(round_state.PatchAdmitted(patch))
 
-    def _see_candidates(self) -> None:
+    def _see_candidates(self, *, asides_alone: bool = False) -> None:
         for version, candidate in self._lineage.candidates.items():
-            if candidate.parent == self._head:
+            aside = candidate.amends or candidate.removes or candidate.restores
+            if candidate.parent == self._head and (aside or not asides_alone):
                 patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
                 wanted = electorates(self._lineage.manifest, candidate)
                 also = wanted[1] if len(wanted) > 1 else None
                 proposer = self._lineage.proposers[version]
-                self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also))
+                self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also, aside))
                 for verdict in self._lineage.verdicts.values() if also else ():
                     if verdict.version == version:
                         self._advance(round_state.VerdictSeen(verdict))
@@ -125,7 +130,9 @@ class RoundKeeper:
             return  # a newer one came meanwhile
         self._rules = round_state.RoundRules.from_manifest(self._lineage.manifest, self._lineage.model)
         self._asked.clear()
+        self._sign_again.clear()
         self._lacking.clear()
+        self._named.clear()
         self.state = rounds.follow(self.state, self._head, last, time.monotonic())
         self._feed_all()
 
@@ -165,9 +172,33 @@ class RoundKeeper:
     async def _tick(self) -> None:
         while True:
             self._advance(round_state.Tick())
+            try:
+                self._hear_of_asides()
+            except P2PModelError as error:
+                log.error("what people have decided cannot be read: %s", error)
             for version in list(self._asked):
-                await self._hear_decision(version)
+                if self._sign_again.get(version, 0.0) <= time.monotonic():
+                    await self._try_to_hear_decision(version)
             await asyncio.sleep(TICK_SECONDS)
+
+    def _hear_of_asides(self) -> None:
+        """What people alone decide on is examined when they have."""
+        for known in self.state.candidates if self._me else ():
+            if not known.aside:
+                continue
+            candidate = self._lineage.candidates[known.version]
+            if self._lineage.decision(known.version) or (candidate.restores and self._lineage.agrees(candidate)):
+                self._advance(round_state.Decided(known.version))
+            elif known.proposer not in self._named:
+                self._named.add(known.proposer)
+                log.warning("version %s waits for your word: p2pmodel round approve %s", *[short(known.version)] * 2)
+
+    async def _try_to_hear_decision(self, version: VersionId) -> None:
+        try:
+            await self._hear_decision(version)
+        except P2PModelError as error:
+            log.error("the verdict on version %s cannot be given yet: %s", short(version), error)
+            self._sign_again[version] = time.monotonic() + AGAIN_SECONDS
 
     async def _labour(self) -> None:
         while True:
@@ -175,30 +206,46 @@ class RoundKeeper:
             try:
                 await (self._propose(task) if isinstance(task, round_state.Propose) else self._examine(task))
             except P2PModelError as error:
+                if isinstance(task, round_state.Propose) and not self._wants(task):
+                    log.info("round %d: the work on a candidate is given up: %s", task.round, error)
+                    continue
                 log.error("the round's work failed: %s", error)
                 if isinstance(task, round_state.Propose):
                     self._advance(round_state.ProposalFailed())
                 else:
-                    asyncio.get_running_loop().call_later(EXAMINE_AGAIN_SECONDS, self._examine_again, task)
+                    asyncio.get_running_loop().call_later(AGAIN_SECONDS, self._examine_again, task)
 
     def _examine_again(self, task: round_state.Examine) -> None:
         if rounds.may_sign(self.state, task.version, time.monotonic(), self._rules):
             self._work.put_nowait(task)
 
+    def _wants(self, task: round_state.Propose) -> bool:
+        """Whether a candidate for the task still has a place. May be asked on any thread."""
+        state = self.state
+        return state.parent == task.parent and rounds.may_propose(state, task.round)
+
     async def _propose(self, task: round_state.Propose) -> None:
         assert self._maintainer
+        if not self._wants(task):
+            return  # others' work came before it, and meanwhile somebody else has proposed
         log.info("round %d: examining %d patches", task.round, len(task.patches))
-        proposal = await asyncio.to_thread(self._maintainer.propose, task.round, task.parent, task.patches)
+        proposal = await asyncio.to_thread(
+            self._maintainer.propose, task.round, task.parent, task.patches, lambda: self._wants(task)
+        )
+        if not self._wants(task):
+            return
         if proposal is None:
             log.warning("round %d: none of the patches can be merged", task.round)
             self._advance(round_state.PatchesRefused(task.patches))
-        elif rounds.may_propose(self.state, task.round):
+        else:
             for raw in proposal.blobs:
                 self._lineage.home.objects.put(raw)
             await self._publish("candidate", self._key.sign("candidate", proposal.candidate))
 
     async def _examine(self, task: round_state.Examine) -> None:
         assert self._maintainer
+        if not rounds.may_sign(self.state, task.version, time.monotonic(), self._rules):
+            return
         candidate = self._lineage.candidates[task.version]
         missing = self._missing(candidate)
         if missing:
@@ -224,18 +271,22 @@ class RoundKeeper:
 
     async def _hear_decision(self, version: VersionId) -> None:
         decision = self._lineage.decision(version)
-        if decision is not None:
+        if decision is not None and version in self._asked:
             accept, reason = decision
-            await self._sign(replace(self._asked.pop(version), accept=accept, reason=reason))
+            await self._sign(replace(self._asked[version], accept=accept, reason=reason))
+            self._asked.pop(version, None)  # what was signed may have moved the head, and nothing is asked of it then
 
     async def _sign(self, verdict: Verdict) -> None:
-        if rounds.may_sign(self.state, verdict.version, time.monotonic(), self._rules):
-            await self._publish("verdict", self._key.sign("verdict", verdict))
+        async with self._signing:  # what one task signs, another has to know before it signs anything
+            if rounds.may_sign(self.state, verdict.version, time.monotonic(), self._rules, accept=verdict.accept):
+                await self._publish("verdict", self._key.sign("verdict", verdict))
 
     async def _publish(self, kind: str, record: bytes) -> None:
         """Stored before it is said, so that a restart can't say something else."""
         refs = intake.needed_blobs(self._lineage, kind, record)
         ref = await asyncio.to_thread(intake.store, self._lineage, kind, record, refs)
         self._lineage.refresh()
+        if kind == "verdict":
+            self._advance(round_state.VerdictSeen(self._lineage.verdicts[ref.digest]))
         await self._announce(kind, ref)
         await self.on_record(kind, ref.digest)

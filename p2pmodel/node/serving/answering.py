@@ -125,8 +125,8 @@ class Writer:
     def cancel(self) -> None:
         """The answer ends at once, and its session with it. Blocks for a moment; doing it twice is doing it once."""
         self._cancelled.set()
-        if self._chain is not None and self._chain.last is not None:
-            self._chain.last.abandon()
+        if self._chain is not None:
+            self._chain.abandon()
 
 
 class _Chooser(LogitsProcessor):

@@ -86,7 +86,7 @@ async def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
         )
         stack.push_async_callback(asyncio.to_thread, client.close)
         gateway = Gateway(client, options.answers, options.codec, metrics)
-        stack.callback(gateway.close)
+        stack.push_async_callback(asyncio.to_thread, gateway.close)
         await gateway.look()
         feed.begin(lambda: gateway.status(turnstile))
         routes = [*Api(gateway, turnstile, keys).routes(), *Pages(feed, metrics.exposition, chat=True).routes()]

@@ -8,6 +8,7 @@ maintainer's node accepts it only where the maintainer has agreed to exactly thi
 from p2pmodel.domain.errors import Rejected, UsageError
 from p2pmodel.domain.ids import Digest, VersionId
 from p2pmodel.domain.version import RESTORE, Candidate
+from p2pmodel.logic.turns import next_round
 from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.versions.checkout import state_bytes
@@ -37,7 +38,7 @@ def propose(lineage: Lineage, version: VersionId) -> tuple[Digest, VersionId]:
     known = [candidate.round for candidate in lineage.candidates.values() if candidate.parent == lineage.head]
     candidate = Candidate(
         model=lineage.model,
-        round=max([last, *mine, *known]) + 1,
+        round=next_round(max([last, *mine]), known),
         parent=lineage.head,
         number=lineage.number(lineage.head).after(lineage.experts(lineage.head), lineage.experts(version)),
         patches=(),

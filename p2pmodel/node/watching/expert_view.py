@@ -25,7 +25,7 @@ class ExpertView:
     async def view(self) -> dict[str, Any]:
         """Raises Unreachable, StorageError."""
         (leases,) = await self._lookout.look()
-        return {"hosted": hosted_view(leases, self._named), "shares": self._shares()}
+        return {"hosted": hosted_view(leases, self._lineage.manifest.layers, self._named), "shares": self._shares()}
 
     async def _read(self) -> tuple[Sequence[ExpertLease]]:
         return (await self._leases(),)
@@ -39,13 +39,14 @@ class ExpertView:
         return {"number": number, "names": list(shares.names), "rows": rows}
 
 
-def hosted_view(leases: Sequence[ExpertLease], named: Named) -> dict[str, Any] | None:
-    """None where nobody hosts any. hosts, asked: by expert; asked: rows a second in a layer."""
+def hosted_view(leases: Sequence[ExpertLease], layers: int, named: Named) -> dict[str, Any] | None:
+    """None where nobody hosts any. layers: of the model. hosts, asked: by expert; asked: rows a second in a layer."""
+    leases = [lease for lease in leases if lease.span.start < layers]
     if not leases:
         return None
     return {
-        "hosts": list(hosts_of(leases)),
-        "asked": [round(rate, 2) for rate in asked_of(leases)],
+        "hosts": list(hosts_of(leases, layers)),
+        "asked": [round(rate, 2) for rate in asked_of(leases, layers)],
         "leases": [
             {
                 "peer": lease.peer,

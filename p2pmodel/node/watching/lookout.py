@@ -57,8 +57,12 @@ class Lookout(Generic[Seen]):
         error = reading.exception()
         if error is None:
             self._known, self._as_of = reading.result(), self._began
-        elif isinstance(error, P2PModelError) and self._known is not None:
+        elif self._known is None:
+            return  # whoever waits for the first one is told
+        elif isinstance(error, P2PModelError):
             log.warning("%s", error)
+        else:
+            log.error("a read failed", exc_info=error)
 
 
 def unexpired(entries: Iterable[Entry]) -> list[Entry]:

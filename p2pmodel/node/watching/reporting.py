@@ -17,8 +17,8 @@ def status_data(reply: pb.StatusReply) -> dict[str, Any]:
 
 def status_text(reply: pb.StatusReply) -> str:
     blocks = [
-        f"peer {reply.peer}, up {reply.uptime_seconds:.0f} s, {reply.software}\n"
-        + "\n".join(f"join with: p2pmodel join --peers {address}" for address in reply.addresses)
+        f"peer {reply.peer}, up {reply.uptime_seconds:.0f} s, {_plain(reply.software)}\n"
+        + "\n".join(f"join with: p2pmodel join --peers {_plain(address)}" for address in reply.addresses)
     ]
     return "\n\n".join([*blocks, *(_model(reply, model) for model in reply.models)])
 
@@ -29,21 +29,21 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> str:
         "every layer is served" if covered == model.layers else f"only {covered} of {model.layers} layers are served"
     )
     lines = [
-        f"{model.name} {model.head.number} ({model.id[:10]}): {model.layers} layers, {state}",
+        f"{_plain(model.name)} {model.head.number} ({model.id[:10]}): {model.layers} layers, {state}",
         f"  {'layers':<10}" + "".join(str(min(n, 9)) for n in model.coverage) + "   (how many peers serve each)",
     ]
     for lease in model.leases:
         mine = "  this node" if lease.peer == reply.peer else ""
         versions = ", ".join(v.number or v.id[:10] for v in lease.versions)
         lines.append(
-            f"  {lease.span.start}:{lease.span.end:<8}{lease.peer}  {versions}  {lease.dtype}, "
+            f"  {lease.span.start}:{lease.span.end:<8}{lease.peer}  {versions}  {_plain(lease.dtype)}, "
             f"{lease.layer_seconds * 1e3:.2f} ms a layer, "
             f"{lease.queue} sessions{mine}"
         )
     lines += _experts(reply, model)
     lines.append(
         f"  {len(model.presences)} peers: "
-        + ", ".join(f"{p.peer[-8:]} ({', '.join(p.roles)})" for p in model.presences)
+        + ", ".join(f"{p.peer[-8:]} ({_plain(', '.join(p.roles))})" for p in model.presences)
     )
     r = model.round
     lines.append(
@@ -69,7 +69,7 @@ def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> list[str]:
         moving = f", exchanging {describe(lease.going)} for {describe(lease.coming)}" if lease.coming else ""
         layers = f"{lease.span.start}:{lease.span.end}"
         lines.append(
-            f"  {describe(lease.experts)} of {layers}  {lease.peer}  {versions}  {lease.dtype}, "
+            f"  {describe(lease.experts)} of {layers}  {lease.peer}  {versions}  {_plain(lease.dtype)}, "
             f"{lease.pair_seconds * 1e3:.2f} ms a row, {rows_said(lease)}{moving}{mine}"
         )
     return lines
@@ -83,3 +83,8 @@ def rows_said(lease: pb.ExpertLeaseStatus) -> str:
     said = f"{sum(rates):.1f} rows a second and layer"
     most = max(rates)
     return f"{said}, {most:.1f} of them for expert {lease.experts[rates.index(most)]}" if most else said
+
+
+def _plain(text: str) -> str:
+    """A peer's text on its way to a terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)

@@ -6,11 +6,12 @@ patch is looked at after the other, and every machine gets the same bits. An ang
 the updates to within a few per cent of itself.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from p2pmodel.domain.ids import PatchId
 from p2pmodel.tensors.changes import Change
@@ -22,20 +23,26 @@ _COLUMNS = 1 << 20
 
 
 class Sketches:
-    def __init__(self, layout: Layout, patches: Iterable[tuple[PatchId, Change]]) -> None:
-        """layout: of the parent that all of them change. Raises Rejected."""
+    def __init__(self, parent: Mapping[str, Tensor], patches: Iterable[tuple[PatchId, Change]]) -> None:
+        """parent: that all of them change. Raises Rejected."""
+        self.lengths: dict[PatchId, float] = {}
+        """Of the updates, about."""
         self._unit: dict[PatchId, F64] = {}
+        layout: Layout | None = None
         for patch, change in patches:
+            layout = layout or Layout(parent)
             sketch = _sketch(layout, change)
             length = np.sqrt(fold(np.square(sketch)))
+            self.lengths[patch] = float(length)
             self._unit[patch] = sketch / length if length > 0 else sketch
 
     def cosines(self, patch: PatchId, others: Sequence[PatchId]) -> list[float]:
-        """Of the angles between its update and theirs; 0 for one that changes nothing."""
+        """Of the angles between its update and theirs; 0 for one that changes nothing, or that is not known here."""
         if not others:
             return []
-        rows = np.stack([self._unit[other] for other in others], axis=1)
-        rows *= self._unit[patch][:, None]
+        nothing: F64 = np.zeros(WIDTH, np.float64)
+        rows = np.stack([self._unit.get(other, nothing) for other in others], axis=1)
+        rows *= self._unit.get(patch, nothing)[:, None]
         found: list[float] = fold(rows).tolist()
         return found
 

@@ -1,0 +1,61 @@
+"""A lineage as a home knows it, where records cannot be read, and offers of peers that are none."""
+
+from pathlib import Path
+
+import pytest
+
+from p2pmodel import starter
+from p2pmodel.domain.errors import NotFound, Rejected, StorageError
+from p2pmodel.domain.ids import Digest, ModelId, PeerId
+from p2pmodel.domain.swarm import LineageOffer
+from p2pmodel.node.lineages import discovery
+from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.wire import canonical
+from p2pmodel.wire.signing import Key
+from tests import lineages
+from tests.factories import blob
+
+
+@pytest.fixture
+def lineage(tmp_path: Path) -> Lineage:
+    return lineages.begin(tmp_path / "home")
+
+
+def file_of(lineage: Lineage, digest: Digest) -> Path:
+    return lineage.home.objects._path(digest)
+
+
+def test_a_record_that_cannot_be_read_keeps_nothing_else_out(lineage: Lineage) -> None:
+    other = Lineage(lineage.home, lineage.model)
+    hurt = lineages.add_patch(lineage, Key.generate(), 0)
+    version = lineages.grow(lineage, 1)[-1]
+    raw = file_of(lineage, hurt).read_bytes()
+    file_of(lineage, hurt).chmod(0o644)
+    file_of(lineage, hurt).write_bytes(b"damaged")
+    with pytest.raises(StorageError, match="damaged"):
+        other.refresh()
+    assert other.head == version
+    other.refresh()  # it is gone by now, as if it had never been here
+    assert not other.knows(hurt)
+    assert hurt not in other.known_records()
+    assert hurt not in {record.digest for _, record in other.inventory()}
+    assert {record.digest for _, record in other.inventory()} > set(other.candidates[version].patches)
+    lineage.home.objects.put(raw)
+    other.refresh()
+    assert other.knows(hurt)
+    assert other.patches[hurt] == lineage.patches[hurt]
+
+
+async def test_an_offer_that_is_none_keeps_nobody_from_the_others(lineage: Lineage) -> None:
+    peer = PeerId(Key.generate().peer)
+    wrong = ModelId(canonical.digest(b"no model"))
+    good = LineageOffer(lineage.model, lineage.manifest.name, lineage.record, lineage.model)
+    bad = LineageOffer(wrong, lineage.manifest.name, blob(b"something else"), wrong)
+    both = {offer.model: (offer, [peer]) for offer in (bad, good)}
+    for text in (None, lineage.manifest.name, str(starter.MODEL)):
+        found = await discovery._choose(lineage.home, None, both, text)  # type: ignore[arg-type]
+        assert found.model == lineage.model
+    with pytest.raises(Rejected):
+        await discovery._choose(lineage.home, None, {wrong: (bad, [peer])}, None)  # type: ignore[arg-type]
+    with pytest.raises(NotFound):
+        await discovery._choose(lineage.home, None, both, "another")  # type: ignore[arg-type]
