@@ -194,3 +194,16 @@ async def test_a_verdict_of_a_round_that_no_index_holds_is_refused(node: Node) -
 
 def _ref(node: Node, digest: Digest) -> BlobRef:
     return BlobRef(digest, node.there.home.objects.size(digest) or 0)
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_it_ends_when_it_is_told_to_as_something_comes(node: Node, turns: int) -> None:
+    exchange = Exchange(node.exchange._host, node.here, node.heard)
+    running = asyncio.create_task(exchange.run())
+    await asyncio.sleep(0.02)
+    exchange._changed.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=5)
+    assert running in done

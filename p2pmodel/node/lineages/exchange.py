@@ -4,6 +4,7 @@ What to fetch next, and from whom, is `p2pmodel.logic.propagation`'s to say.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Collection
@@ -95,10 +96,9 @@ class Exchange:
             self._begin_fetches()
             wake = propagation.next_due(self._backlog)
             patience = IDLE_SECONDS if wake is None else min(IDLE_SECONDS, max(0.02, wake - time.monotonic()))
-            try:
-                await asyncio.wait_for(self._changed.wait(), patience)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):  # wait_for of Python 3.11 may swallow that the task is cancelled
+                    await self._changed.wait()
 
     async def settle(self, seconds: float) -> None:
         """Fetches until nothing is left to fetch at once, or time is up."""
