@@ -6,7 +6,6 @@ fetches at once. An entry stays until it is done or nobody is left who has it; a
 again after a growing delay, since it may be back.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -173,17 +172,6 @@ def stir(backlog: Backlog, digests: Collection[Digest], now: float) -> Backlog:
         if entry is not None:
             entries[digest] = entry._replace(failures=0, after=min(entry.after, now))
     return replace(backlog, entries=entries)
-
-
-def lost(backlog: Backlog, holder: PeerId) -> Backlog:
-    """`holder` is gone for good: what nobody else has is forgotten. Fetches from it that are under way still end in
-    `done` or `failed`."""
-    entries: dict[Digest, Wanted] = {}
-    for digest, entry in backlog.entries.items():
-        holders = tuple(peer for peer in entry.holders if peer != holder or peer == entry.asking)
-        if holders:
-            entries[digest] = entry._replace(holders=holders)
-    return replace(backlog, entries=entries, named=Counter(entry.named_by for entry in entries.values()))
 
 
 def next_due(backlog: Backlog) -> float | None:

@@ -75,7 +75,7 @@ class Book:
         self.naming: dict[PatchId, int] = {}
         self.neutral = blob("neutral", RECORD_BYTES)
         self.values = {self.neutral.digest}
-        self.patches = self.decisive = self.forgeries = 0
+        self.patches = self.forgeries = 0
         self._chains: dict[int, Chain] = {}
         self.base = Chain((), VersionId(self.model), 0, BASE_NUMBER, frozenset([VersionId(self.model)]))
 
@@ -102,17 +102,7 @@ class Book:
         self, proposer: PeerId, chain: Chain, round: int, patches: tuple[PatchId, ...], left_out: tuple[PatchId, ...]
     ) -> Entry:
         result = blob(f"result {chain.head} {patches}", RECORD_BYTES)
-        noun = Candidate(
-            model=self.model,
-            round=round,
-            parent=chain.head,
-            number=chain.number.next_patch(),
-            patches=tuple(sorted(patches)),
-            left_out=tuple(LeftOut(patch, "it makes the model worse") for patch in sorted(left_out)),
-            merge=MERGE,
-            alpha=1.0,
-            result=result,
-        )
+        noun = self._merge(chain, round, patches, left_out, result)
         good = all(self.entries[self.number_of[patch]].good for patch in patches)
         text = f"{chain.head} {round} {patches} {left_out}"
         entry = self._propose(proposer, noun, text, good=good)
@@ -122,17 +112,7 @@ class Book:
 
     def spoiled(self, proposer: PeerId, chain: Chain, round: int, patches: tuple[PatchId, ...]) -> Entry:
         """A candidate with other values than its patches give."""
-        noun = Candidate(
-            model=self.model,
-            round=round,
-            parent=chain.head,
-            number=chain.number.next_patch(),
-            patches=tuple(sorted(patches)),
-            left_out=(),
-            merge=MERGE,
-            alpha=1.0,
-            result=blob(f"spoiled {chain.head} {round} {proposer}", RECORD_BYTES),
-        )
+        noun = self._merge(chain, round, patches, (), blob(f"spoiled {chain.head} {round} {proposer}", RECORD_BYTES))
         return self._propose(proposer, noun, f"spoiled {chain.head} {round} {patches} {proposer}", good=False)
 
     def amending(self, proposer: PeerId, chain: Chain, round: int, at: int) -> Entry:
@@ -153,6 +133,21 @@ class Book:
         )
         return self._propose(proposer, noun, f"amending {chain.head} {round} {at}", good=True)
 
+    def _merge(
+        self, chain: Chain, round: int, patches: tuple[PatchId, ...], left_out: tuple[PatchId, ...], result: BlobRef
+    ) -> Candidate:
+        return Candidate(
+            model=self.model,
+            round=round,
+            parent=chain.head,
+            number=chain.number.next_patch(),
+            patches=tuple(sorted(patches)),
+            left_out=tuple(LeftOut(patch, "it makes the model worse") for patch in sorted(left_out)),
+            merge=MERGE,
+            alpha=1.0,
+            result=result,
+        )
+
     def _propose(self, proposer: PeerId, noun: Candidate, text: str, *, good: bool) -> Entry:
         version = VersionId(digest(f"version {text}"))
         size = noun.result.size
@@ -161,7 +156,6 @@ class Book:
         )
         self.candidates.setdefault(version, entry.number)
         self.candidates_on[noun.parent] = self.candidates_on.get(noun.parent, 0) | 1 << entry.number
-        self.decisive |= 1 << entry.number
         self.values.add(noun.result.digest)
         return entry
 
@@ -173,7 +167,6 @@ class Book:
         self.verdicts_by[maintainer] = self.verdicts_by.get(maintainer, 0) | bit
         if accept:
             self.accepting[version] = self.accepting.get(version, 0) | bit
-        self.decisive |= bit
         return entry
 
     def forgery(self, signer: PeerId, victim: PeerId, chain: Chain, salt: str) -> Entry:

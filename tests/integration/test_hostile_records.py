@@ -93,8 +93,7 @@ async def test_a_blob_that_is_called_a_record_stays(node: Node) -> None:
     adapter = node.there.patches[patch].adapter
     node.exchange.hear("verdict", BlobRef(adapter.digest, 100), node.peer)
     node.exchange.hear("candidate", BlobRef(node.here.model, 100), node.peer)
-    await soon(lambda: node.heard.refused)
-    await asyncio.sleep(0.1)
+    await soon(lambda: node.heard.refused and not node.exchange._fetches)
     assert {kind for kind, _ in node.heard.refused} == {"verdict"}
     assert node.objects == before
 
@@ -200,7 +199,8 @@ def _ref(node: Node, digest: Digest) -> BlobRef:
 async def test_it_ends_when_it_is_told_to_as_something_comes(node: Node, turns: int) -> None:
     exchange = Exchange(node.exchange._host, node.here, node.heard)
     running = asyncio.create_task(exchange.run())
-    await asyncio.sleep(0.02)
+    for _ in range(3):  # it waits then
+        await asyncio.sleep(0)
     exchange._changed.set()
     for _ in range(turns):
         await asyncio.sleep(0)

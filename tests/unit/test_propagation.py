@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pmodel.domain.ids import Digest, PeerId
-from p2pmodel.logic.propagation import Backlog, BacklogRules, Fetch, done, due, failed, lost, next_due, stir, want
+from p2pmodel.logic.propagation import Backlog, BacklogRules, Fetch, done, due, failed, next_due, stir, want
 from p2pmodel.wire import canonical
 
 PEERS = [PeerId(f"12D3KooW{'A' * 43}{letter}") for letter in "BCDEFGHJKL"]
@@ -79,8 +79,6 @@ def test_what_nobody_has_any_more_is_forgotten() -> None:
     backlog, _ = due(wanting((RECORDS[0], A), (RECORDS[0], B)), 0.0, 9)
     backlog = failed(backlog, RECORDS[0], A, 0.0, has_not=True)
     assert backlog.entries[RECORDS[0]].holders == (B,)
-    assert len(lost(backlog, B)) == 0
-    assert len(lost(backlog, A)) == 1
 
 
 def test_a_report_about_something_else_changes_nothing() -> None:
@@ -124,7 +122,7 @@ def test_a_full_backlog_gives_up_what_failed_most_and_nothing_else() -> None:
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.sampled_from(RECORDS), st.sampled_from(PEERS), st.sampled_from("wwwdfFl")), max_size=120))
+@given(st.lists(st.tuples(st.sampled_from(RECORDS), st.sampled_from(PEERS), st.sampled_from("wwwdfF")), max_size=120))
 def test_the_backlog_is_bounded_whatever_happens(steps: list[tuple[Digest, PeerId, str]]) -> None:
     backlog = Backlog(SMALL)
     for now, (digest, peer, what) in enumerate(steps):
@@ -132,10 +130,8 @@ def test_the_backlog_is_bounded_whatever_happens(steps: list[tuple[Digest, PeerI
             backlog = want(backlog, digest, "patch", peer, 10, now)
         elif what == "d":
             backlog, _ = due(backlog, now, 5)
-        elif what in "fF":
-            backlog = failed(backlog, digest, peer, now, has_not=what == "F")
         else:
-            backlog = lost(backlog, peer)
+            backlog = failed(backlog, digest, peer, now, has_not=what == "F")
         entries = backlog.entries.values()
         assert len(backlog) <= 8
         assert all(1 <= len(entry.holders) <= 3 and len(set(entry.holders)) == len(entry.holders) for entry in entries)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -47,7 +47,6 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire.swarm_key import SwarmKey
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 30.0
