@@ -24,10 +24,11 @@ from p2pmodel.wire.signing import Key
 LICENCE = "CC0-1.0"
 
 
-def begin(folder: Path, exam: Path = starter.EXAM) -> Lineage:
-    """With the home's key as the only maintainer."""
+def begin(folder: Path, exam: Path = starter.EXAM, others: Sequence[Key] = ()) -> Lineage:
+    """With the home's key as a maintainer, the only one unless there are `others`, who all have to accept."""
     home = Home.open(folder)
-    founding = Founding(starter.NAME, (home.key.peer,), 1, exam, licence=starter.LICENCE, schedule=Schedule())
+    maintainers = tuple(sorted([home.key.peer, *(key.peer for key in others)]))
+    founding = Founding(starter.NAME, maintainers, len(maintainers), exam, licence=starter.LICENCE, schedule=Schedule())
     return found(home, starter.MODEL, founding)
 
 
@@ -134,3 +135,22 @@ def grow(lineage: Lineage, versions: int, patches: int = 1) -> list[VersionId]:
         seeds = [began + version * patches + patch for patch in range(patches)]
         made.append(adopt(lineage, [add_patch(lineage, Key.generate(), seed) for seed in seeds]))
     return made
+
+
+def copied(source: Lineage, folder: Path, *kinds: str) -> Lineage:
+    """To another home, with the records of these kinds alone."""
+    target = Lineage.create(Home.open(folder), source.home.objects.load(source.model))
+    for kind in kinds:
+        bring(source, target, kind)
+    return target
+
+
+def bring(source: Lineage, target: Lineage, kind: str) -> None:
+    """All of them, parents before children."""
+    for row in sorted(source.home.index.records(source.model, kind), key=lambda row: row.round):
+        record = source.home.objects.load(row.record.digest)
+        refs = needed_blobs(target, kind, record)
+        for ref in refs:
+            target.home.objects.put(source.home.objects.load(ref.digest))
+        store(target, kind, record, refs)
+        target.refresh()

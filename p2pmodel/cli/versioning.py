@@ -70,7 +70,7 @@ def show(
         return
     known = lineage.version(chosen)
     candidate = known.candidate
-    proposer = lineage.proposers.get(chosen, "")
+    proposer = lineage.proposers[chosen][0]
     lines += [
         f"parent       {lineage.number(candidate.parent)} ({short(candidate.parent)})",
         f"round        {candidate.round}, proposed by {proposer}",

@@ -36,9 +36,10 @@ def check_patch(
 ) -> None:
     """Whether `patch` may take part in the round on `head`. Raises Rejected.
 
-    known_parents: the versions of the lineage, to tell a stale patch from one of a version never heard of;
-    contributors: those with another patch in this round already: a contributor's first one stands. Leave it empty for a
-    patch that a candidate names, because its proposer may have met another one first.
+    manifest: in force for what follows `head`; known_parents: the versions of the lineage, to tell a stale patch from
+    one of a version never heard of, which may bring other limits; contributors: those with another patch in this round
+    already: a contributor's first one stands. Leave it empty for a patch that a candidate names, because its proposer
+    may have met another one first.
     """
     if patch.model != model:
         raise Rejected("model", f"The patch is for model {short(patch.model)}, not {short(model)}.")
@@ -48,16 +49,16 @@ def check_patch(
             f"{manifest.name} takes no patches of kind {patch.kind[:32]!r}.",
             f"It takes {', '.join(manifest.kinds)}.",
         )
-    size = sum(ref.size for ref in patch.blobs)
-    if size > manifest.limits.max_patch_bytes or not patch.adapter.size:
-        raise Rejected(
-            "size", f"The patch has {size} bytes; {manifest.name} takes 1 to {manifest.limits.max_patch_bytes}."
-        )
     if patch.parent != head:
         known = patch.parent in known_parents
         what = f"was trained on {short(patch.parent)}, " + ("an older version" if known else "a version not known here")
         raise Rejected(
             "parent", f"The patch {what}; the head is {short(head)}.", "Train again on the head." if known else ""
+        )
+    size = sum(ref.size for ref in patch.blobs)
+    if size > manifest.limits.max_patch_bytes or not patch.adapter.size:
+        raise Rejected(
+            "size", f"The patch has {size} bytes; {manifest.name} takes 1 to {manifest.limits.max_patch_bytes}."
         )
     if patch.contributor in contributors:
         raise Rejected(

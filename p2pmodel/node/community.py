@@ -169,13 +169,13 @@ class Community:
                     log.debug("the exam can't be fetched: %s", error)
             await asyncio.sleep(EXAM_SECONDS)
 
-    async def _find_patches(self, patches: Collection[PatchId], first: PeerId) -> None:
+    async def _find_patches(self, patches: Collection[PatchId], first: Collection[PeerId]) -> None:
         """Asks one peer after the other what they have, `first` before all others, until these patches are here, for
         CATCH_UP_SECONDS."""
         give_up = time.monotonic() + CATCH_UP_SECONDS
         presences = [p for p in self.presences.values() if p.peer != self._host.peer]
         random.shuffle(presences)
-        for presence in sorted(presences, key=lambda p: p.peer != first):
+        for presence in sorted(presences, key=lambda p: p.peer not in first):
             left = give_up - time.monotonic()
             if left <= 0 or all(patch in self._lineage.patches for patch in patches):
                 return

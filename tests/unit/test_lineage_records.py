@@ -1,5 +1,6 @@
 """A lineage as a home knows it, where records cannot be read, and offers of peers that are none."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from p2pmodel import starter
 from p2pmodel.domain.errors import NotFound, Rejected, StorageError
 from p2pmodel.domain.ids import Digest, ModelId, PeerId
 from p2pmodel.domain.swarm import LineageOffer
-from p2pmodel.node.lineages import discovery
+from p2pmodel.node.lineages import discovery, intake
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.states import patch_state
+from p2pmodel.node.rounds import amending
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
 from tests import lineages
@@ -59,3 +62,29 @@ async def test_an_offer_that_is_none_keeps_nobody_from_the_others(lineage: Linea
         await discovery._choose(lineage.home, None, {wrong: (bad, [peer])}, None)  # type: ignore[arg-type]
     with pytest.raises(NotFound):
         await discovery._choose(lineage.home, None, both, "another")  # type: ignore[arg-type]
+
+
+def test_what_came_before_an_amendment_is_let_in_by_what_was_allowed_then(tmp_path: Path, lineage: Lineage) -> None:
+    (old,) = lineage.candidates[lineages.grow(lineage, 1)[0]].patches
+    smaller = dataclasses.replace(lineage.manifest.limits, max_patch_bytes=1000)
+    _, amended = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, limits=smaller))
+    lineages.accept(lineage, lineage.candidates[amended])
+    assert lineage.head == amended
+    late = lineages.copied(lineage, tmp_path / "late", "candidate", "verdict")
+    assert late.head == amended
+    lineages.bring(lineage, late, "patch")
+    assert patch_state(late, late.patches[old]).keys() == {slot.name for slot in late.manifest.slots}
+    intake.check_stored_patch(late, old)
+    with pytest.raises(Rejected, match="takes 1 to 1000"):
+        lineages.add_patch(late, Key.generate(), 1)
+    larger = dataclasses.replace(lineage.manifest.limits, max_patch_bytes=1 << 20)
+    _, again = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, limits=larger))
+    lineages.accept(lineage, lineage.candidates[again])
+    new = lineages.add_patch(lineage, Key.generate(), 1)
+    with pytest.raises(Rejected, match="not known here") as refused:
+        lineages.bring(lineage, late, "patch")
+    assert refused.value.reason == "parent"  # to be tried again, when the amendment has come
+    lineages.bring(lineage, late, "candidate")
+    lineages.bring(lineage, late, "verdict")
+    lineages.bring(lineage, late, "patch")
+    assert new in late.patches

@@ -84,7 +84,7 @@ def test_versions_come_with_their_patches_verdicts_and_scores(lineage: Lineage) 
 def test_a_round_with_a_candidate(lineage: Lineage) -> None:
     version = lineage.versions[-1]
     candidate, now = version.candidate, time.monotonic()
-    proposal = Proposal(version.id, candidate.round, lineage.proposers[version.id], candidate.patches)
+    proposal = Proposal(version.id, candidate.round, lineage.proposers[version.id][0], candidate.patches)
     state = RoundState(
         Phase.VOTING, candidate.round, candidate.parent, now - 60, now - 90, candidate.patches, candidates=(proposal,)
     )

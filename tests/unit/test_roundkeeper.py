@@ -20,10 +20,9 @@ from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.rounds import amending, roundkeeper
 from p2pmodel.node.rounds.roundkeeper import RoundKeeper
-from p2pmodel.store.home import Home
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin
+from tests.lineages import add_patch, adopt, begin, bring, copied
 from tests.waiting import soon
 
 
@@ -40,24 +39,6 @@ class Examining:
         return Verdict(self.me, self.lineage.model, self.lineage.candidates[version].round, version, True, "", ())
 
 
-def copied(source: Lineage, folder: Path, *kinds: str) -> Lineage:
-    """To another home, with the records of these kinds alone."""
-    target = Lineage.create(Home.open(folder), source.home.objects.load(source.model))
-    for kind in kinds:
-        bring(source, target, kind)
-    return target
-
-
-def bring(source: Lineage, target: Lineage, kind: str) -> None:
-    for row in source.home.index.records(source.model, kind):
-        record = source.home.objects.load(row.record.digest)
-        refs = needed_blobs(target, kind, record)
-        for ref in refs:
-            target.home.objects.put(source.home.objects.load(ref.digest))
-        store(target, kind, record, refs)
-    target.refresh()
-
-
 async def nothing(*_: object) -> None: ...
 
 
@@ -71,8 +52,8 @@ async def keeping(
     ask: bool = False,
 ) -> AsyncIterator[RoundKeeper]:
 
-    async def find_patches(patches: Collection[PatchId], first: PeerId) -> None:
-        assert first == key.peer
+    async def find_patches(patches: Collection[PatchId], first: Collection[PeerId]) -> None:
+        assert key.peer in first
         find()
 
     keeper = RoundKeeper(lineage, key, maintainer, nothing, adopted, find_patches, Metrics(), ask)
@@ -232,3 +213,16 @@ async def test_an_amendment_is_examined_when_its_person_has_decided(tmp_path: Pa
         await soon(lambda: lineage.head == version)
         await soon(lambda: keeper.state.parent == version)
     assert examining.asked == 1
+
+
+async def test_who_proposes_what_another_has_proposed_does_not_take_the_others_turn_from_it(tmp_path: Path) -> None:
+    other = Key.generate()
+    lineage = begin(tmp_path, others=[other])
+    version = adopt(lineage, [add_patch(lineage, Key.generate(), 1)])
+    record = other.sign("candidate", lineage.candidates[version])
+    store(lineage, "candidate", record, needed_blobs(lineage, "candidate", record))
+    lineage.refresh()
+    assert lineage.proposers[version] == (lineage.home.key.peer, other.peer)
+    async with keeping(lineage, lineage.home.key, Examining(lineage, lineage.home.key.peer)) as keeper:
+        await asyncio.sleep(0)
+        assert {c.proposer for c in keeper.state.candidates} == {lineage.home.key.peer, other.peer}

@@ -22,7 +22,7 @@ from p2pmodel.wire.signing import RECORD_OVERHEAD
 def record_limit(lineage: Lineage, kind: str) -> int:
     """The most bytes that a record of the kind may have."""
     body = {
-        "patch": lineage.manifest.limits.max_header_bytes,
+        "patch": lineage.largest_header,
         "candidate": records.MAX_CANDIDATE_BYTES,
         "verdict": records.MAX_VERDICT_BYTES,
     }[kind]
@@ -33,7 +33,7 @@ def needed_blobs(lineage: Lineage, kind: str, record: bytes) -> tuple[BlobRef, .
     """Admits the record on its own, and names the blobs that have to be here before it is stored. Raises Rejected;
     with the reason "parent" it may be admitted later, when what it stands on has come."""
     if kind == "patch":
-        patch = records.open_patch(record, lineage.manifest.limits.max_header_bytes)
+        patch = records.open_patch(record, lineage.largest_header)
         _admit_patch(lineage, canonical.digest(record), patch)
         return patch.blobs
     if kind == "candidate":
@@ -62,8 +62,9 @@ def is_of_kind(lineage: Lineage, kind: str, digest: Digest) -> bool:
 
 
 def _admit_patch(lineage: Lineage, patch_id: PatchId, patch: Patch) -> None:
-    """A patch on the head takes part in its round; one on an older version belongs to the history. The first patch of a
-    contributor on a parent stands, unless a maintainer's candidate names another."""
+    """A patch on the head takes part in its round; one on an older version belongs to the history, and is admitted by
+    what was in force then. The first patch of a contributor on a parent stands, unless a maintainer's candidate names
+    another."""
     parents = {lineage.model, *(v.id for v in lineage.versions)}
     named = any(
         patch_id in c.patches or any(x.patch == patch_id for x in c.left_out) for c in lineage.candidates.values()
@@ -73,8 +74,10 @@ def _admit_patch(lineage: Lineage, patch_id: PatchId, patch: Patch) -> None:
         if named
         else {p.contributor for i, p in lineage.patches.items() if p.parent == patch.parent and i != patch_id}
     )
-    head = patch.parent if patch.parent in parents else lineage.head
-    admission.check_patch(patch, lineage.manifest, head, parents, model=lineage.model, contributors=others)
+    known = patch.parent in parents
+    manifest = lineage.manifest_at(patch.parent) if known else lineage.manifest
+    head = patch.parent if known else lineage.head
+    admission.check_patch(patch, manifest, head, parents, model=lineage.model, contributors=others)
 
 
 def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -> None:
@@ -117,11 +120,11 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
     objects, manifest = lineage.home.objects, lineage.manifest
     candidate = records.open_candidate(record)[0] if kind == "candidate" else None
     experts = candidate.experts if candidate else ()
-    limit = manifest.limits.max_patch_bytes if kind == "patch" else admission.result_limit(manifest, experts)
+    limit = lineage.largest_patch if kind == "patch" else admission.result_limit(manifest, experts)
     tensors = candidate.blobs if candidate else refs
     blobs = [objects.load(ref.digest, limit) for ref in tensors]
     if kind == "patch":
-        check_tensors(lineage, records.open_patch(record, manifest.limits.max_header_bytes), *blobs)
+        check_tensors(lineage, records.open_patch(record, lineage.largest_header), *blobs)
     elif kind == "candidate":
         check_values(manifest, blobs[0], experts)
         for raw in blobs[1:]:
@@ -170,7 +173,7 @@ def check_tensors(
     new_experts(lineage, patch, change)
     read_masses(lineage, patch.kind, change, fisher)
     if control_variate is not None:
-        limit = lineage.manifest.limits.max_patch_bytes
+        limit = lineage.largest_patch
         control.read(control_variate, control.places(adapter, change, limit), limit)
 
 
@@ -185,7 +188,7 @@ def check_stored_patch(lineage: Lineage, patch: PatchId) -> None:
     """The same on a patch in the store. Raises Rejected."""
     record = lineage.home.objects.load(patch)
     blobs = [lineage.home.objects.load(ref.digest) for ref in needed_blobs(lineage, "patch", record)]
-    check_tensors(lineage, records.open_patch(record, lineage.manifest.limits.max_header_bytes), *blobs)
+    check_tensors(lineage, records.open_patch(record, lineage.largest_header), *blobs)
 
 
 def _round(kind: str, record: bytes) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, Rejected, StorageError
 from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, short
-from p2pmodel.domain.model import BlobRef, Manifest, Slot
+from p2pmodel.domain.model import BlobRef, Limits, Manifest, Slot
 from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import LineageOffer
@@ -38,7 +38,8 @@ class Lineage:
         self.manifest = self.founding
         self.patches: dict[PatchId, Patch] = {}
         self.candidates: dict[VersionId, Candidate] = {}
-        self.proposers: dict[VersionId, PeerId] = {}
+        self.proposers: dict[VersionId, tuple[PeerId, ...]] = {}
+        """All that have proposed a version, as their records came."""
         self.verdicts: dict[Digest, Verdict] = {}
         self.versions: tuple[Version, ...] = ()
         self._read: set[Digest] = set()
@@ -87,7 +88,8 @@ class Lineage:
             self.patches[row.record.digest] = records.open_patch(raw, len(raw))
         elif row.kind == "candidate":
             candidate, proposer, version = records.open_candidate(raw)
-            self.candidates[version], self.proposers[version] = candidate, proposer
+            self.candidates[version] = candidate
+            self.proposers[version] = (*self.proposers.get(version, ()), proposer)
             self._candidate_of[row.record.digest] = version
         elif row.kind == "verdict":
             self.verdicts[row.record.digest] = records.open_verdict(raw)
@@ -151,6 +153,23 @@ class Lineage:
     def manifest_at(self, version: VersionId) -> Manifest:
         """In force for what follows a version or a candidate that is known here."""
         return in_force(self.founding, self._chain(version))
+
+    @property
+    def largest_patch(self) -> int:
+        """Bytes that a patch may have by any Manifest that was ever in force: how large one on a given parent may be is
+        looked at when it is admitted."""
+        return max(limits.max_patch_bytes for limits in self._limits())
+
+    @property
+    def largest_header(self) -> int:
+        """The same of a patch's record."""
+        return max(limits.max_header_bytes for limits in self._limits())
+
+    def _limits(self) -> Iterator[Limits]:
+        yield self.founding.limits
+        for version in self.versions:
+            if version.candidate.amendment is not None:
+                yield version.candidate.amendment.limits
 
     def place_in_plan(self, version: VersionId) -> tuple[int, int]:
         """Of a training on the version. See `logic.lineage.place_in_plan`."""

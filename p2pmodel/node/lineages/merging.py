@@ -39,7 +39,7 @@ def stored(lineage: Lineage, patch: PatchId, weight: float = 1.0) -> Source:
     """Of a patch in the home. Raises Rejected("patch") when it is not known here."""
     if patch not in lineage.patches:
         raise Rejected("patch", f"The candidate names patch {short(patch)}, which is not known here.")
-    header, limit = lineage.patches[patch], lineage.manifest.limits.max_patch_bytes
+    header, limit = lineage.patches[patch], lineage.largest_patch
 
     def load(digest: str) -> Callable[[], bytes]:
         return lambda: lineage.home.objects.load(digest, limit)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def _contributions(lineage: Lineage, sources: Sequence[Source]) -> Iterator[Cont
 
 def mean_control(lineage: Lineage, sources: Sequence[Source]) -> bytes | None:
     """The blob of the round's mean control variate; None where no patch has one that counts. Raises Rejected."""
-    limit = lineage.manifest.limits.max_patch_bytes
+    limit = lineage.largest_patch
 
     def given() -> Iterator[Variate]:
         for source in sources:

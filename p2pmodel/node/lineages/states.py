@@ -49,18 +49,18 @@ def base_ref(manifest: Manifest) -> BlobRef:
 def read_change(lineage: Lineage, kind: str, adapter: bytes) -> Change:
     """What a patch's adapter blob changes, checked against the Manifest. Raises Rejected, NotFound."""
     known = get_kind(kind)
-    limit = lineage.manifest.limits.max_patch_bytes
+    limit = lineage.largest_patch
     return known.read(adapter, slots_of(known, lineage.manifest.slots), limit)
 
 
 def read_masses(lineage: Lineage, kind: str, change: Change, fisher: bytes) -> Mapping[str, Tensor]:
     """The Fisher of a change, by slot, see `PatchKind.read_fisher`. Raises Rejected."""
-    return get_kind(kind).read_fisher(change, fisher, lineage.manifest.limits.max_patch_bytes)
+    return get_kind(kind).read_fisher(change, fisher, lineage.largest_patch)
 
 
 def patch_change(lineage: Lineage, patch: Patch) -> Change:
     """Of a patch whose adapter is here. Raises NotFound, Rejected."""
-    limit = lineage.manifest.limits.max_patch_bytes
+    limit = lineage.largest_patch
     return read_change(lineage, patch.kind, lineage.home.objects.load(patch.adapter.digest, limit))
 
 

@@ -193,7 +193,7 @@ def _rank(lineage: Lineage, patch: PatchId) -> int:
     noun = lineage.patches[patch]
     if noun.kind != "lora@1":
         return MAX_RANK
-    raw = lineage.home.objects.load(noun.adapter.digest, lineage.manifest.limits.max_patch_bytes)
+    raw = lineage.home.objects.load(noun.adapter.digest, lineage.largest_patch)
     return max(len(tensor) for name, tensor in blob.unpack(raw, None, len(raw)).items() if name.endswith(lora.A))
 
 

@@ -50,7 +50,7 @@ def export_adapter(opened: OpenedPatch, base: Path, folder: Path, onto: Path | N
     """An adapter that `PeftModel.from_pretrained` loads, on the base checkpoint, or on that in `onto`, to which the
     patch's parent was exported. Raises InvalidInput for what peft cannot say."""
     lineage, patch = opened.lineage, opened.patch
-    adapter: Mapping[str, Tensor] = blob.unpack(opened.adapter, None, lineage.manifest.limits.max_patch_bytes)
+    adapter: Mapping[str, Tensor] = blob.unpack(opened.adapter, None, lineage.largest_patch)
     change = read_change(lineage, patch.kind, opened.adapter)
     parent, name = version_state(lineage, patch.parent), _source(lineage) or str(base.resolve())
     if patch.kind == "ia3@1":

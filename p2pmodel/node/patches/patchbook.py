@@ -77,7 +77,7 @@ def open_patch(home: Path | None, text: str) -> OpenedPatch:
         return OpenedPatch(opened.id, opened.patch, lineage, raw.header, raw.adapter, raw.fisher)
     entry = read_patch(home, text)
     lineage, objects = _lineage(folder, entry.patch), folder.objects
-    limit = lineage.manifest.limits.max_patch_bytes
+    limit = lineage.largest_patch
     fisher = entry.patch.fisher.digest
     return OpenedPatch(
         entry.id,

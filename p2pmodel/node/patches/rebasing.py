@@ -217,7 +217,7 @@ def _chain(lineage: Lineage, version: VersionId) -> Iterator[Candidate]:
 
 def masses_of(lineage: Lineage, patch: Patch) -> Mapping[str, Tensor]:
     """The Fisher of a patch of the home, by slot, see `PatchKind.read_fisher`. Raises NotFound, Rejected."""
-    objects, limit = lineage.home.objects, lineage.manifest.limits.max_patch_bytes
+    objects, limit = lineage.home.objects, lineage.largest_patch
     change = read_change(lineage, patch.kind, objects.load(patch.adapter.digest, limit))
     return read_masses(lineage, patch.kind, change, objects.load(patch.fisher.digest, limit))
 

@@ -33,7 +33,7 @@ AGAIN_SECONDS = 10.0
 
 Announce = Callable[[str, BlobRef], Awaitable[None]]
 Adopted = Callable[[VersionId], Awaitable[None]]
-FindPatches = Callable[[Collection[PatchId], PeerId], Awaitable[None]]
+FindPatches = Callable[[Collection[PatchId], Collection[PeerId]], Awaitable[None]]
 
 
 class RoundKeeper:
@@ -49,7 +49,7 @@ class RoundKeeper:
         ask: bool = False,
     ) -> None:
         """maintainer: None for a node that only watches. find_patches: asks peers for patches that are not
-        here, first the one that is named. ask: whether a person decides on what the exam accepts; on amendments people
+        here, first those that are named. ask: whether a person decides on what the exam accepts; on amendments people
         always decide."""
         self._ask, self._asked = ask, dict[VersionId, Verdict]()
         self._sign_again = dict[VersionId, float]()
@@ -110,8 +110,8 @@ class RoundKeeper:
                 patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
                 wanted = electorates(self._lineage.manifest, candidate)
                 also = wanted[1] if len(wanted) > 1 else None
-                proposer = self._lineage.proposers[version]
-                self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also, aside))
+                for proposer in self._lineage.proposers[version]:
+                    self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also, aside))
                 for verdict in self._lineage.verdicts.values() if also else ():
                     if verdict.version == version:
                         self._advance(round_state.VerdictSeen(verdict))

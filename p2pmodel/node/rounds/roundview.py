@@ -82,7 +82,7 @@ def _candidate(lineage: Lineage, version: VersionId) -> CandidateView:
     return CandidateView(
         version,
         candidate.round,
-        lineage.proposers[version],
+        lineage.proposers[version][0],
         _what(lineage, version),
         candidate.alpha,
         wanted,

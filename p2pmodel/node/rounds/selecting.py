@@ -135,7 +135,7 @@ class _Selecting:
     def _enters(self, patch: PatchId) -> bool:
         self._go_on()
         header = self._lineage.patches[patch]
-        objects, limit = self._lineage.home.objects, self._lineage.manifest.limits.max_patch_bytes
+        objects, limit = self._lineage.home.objects, self._lineage.largest_patch
         # Who publishes the same values under a hundred names gets one examination.
         values = header.kind, header.adapter.digest
         try:

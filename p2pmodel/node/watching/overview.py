@@ -126,7 +126,7 @@ class Overview:
         return {
             "id": version,
             "number": str(candidate.number),
-            "proposer": self._lineage.proposers.get(version, ""),
+            "proposer": self._lineage.proposers[version][0],
             "patches": list(candidate.patches),
             "left_out": [asdict(left) for left in candidate.left_out],
             "verdicts": [_verdict(verdict) for verdict in verdicts],
