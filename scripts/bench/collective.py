@@ -25,10 +25,11 @@ import argparse
 import hashlib
 import json
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -41,7 +42,7 @@ from transformers import PreTrainedModel
 
 from p2pmodel import starter
 from p2pmodel.domain.ids import PatchId
-from p2pmodel.domain.model import Slot
+from p2pmodel.domain.model import Limits, Slot
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.data.packing import text_blocks
@@ -50,6 +51,7 @@ from p2pmodel.engine.training.optimising import Optimiser
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.logic.judgement import why_leave_out, why_reject
 from p2pmodel.tensors import blob, compact, control, fourbit, variates
 from p2pmodel.tensors.changes import end_to_end, taken_apart
 from p2pmodel.tensors.kinds import Kinds, Trainee, get_kind
@@ -79,7 +81,9 @@ class Arm:
     """One way of improving the model. alpha: 0 for the best on the tuning half, merge by merge. feedback: of what
     rounding took away. keep: the optimiser's state, from round to round. churn: half of the contributors are new each
     time; late: half come when half of the rounds are over; unequal: each has a quarter of the data of the one before;
-    estimates: newcomers measure a control variate on a few batches, and else have none in their first round.
+    estimates: newcomers measure a control variate on a few batches, and else have none in their first round; exam: as
+    maintainers hold it, on the tuning half; general: share of every contributor's text that is of no domain; scale: of
+    the rate that is best for rounds.
     """
 
     way: str = "rounds"
@@ -96,6 +100,9 @@ class Arm:
     unequal: bool = False
     estimates: bool = False
     contributors: int = 4
+    exam: bool = False
+    general: float = 0.0
+    scale: float = 1.0
 
     def __str__(self) -> str:
         crowd = [f"{self.contributors} contributors"] * (self.contributors != 4)
@@ -111,7 +118,9 @@ class Arm:
         ] * (self.momentum > 0)
         words += ["optimiser reset"] * (not self.keep) + ["half new each round"] * self.churn
         words += ["newcomers measure theirs"] * self.estimates
-        words += ["half come late"] * self.late + ["unequal data"] * self.unequal
+        words += ["half come late"] * self.late + ["unequal data"] * self.unequal + ["exam"] * self.exam
+        words += [f"{self.general:.0%} general text"] * (self.general > 0)
+        words += [f"rate × {self.scale:g}"] * (self.scale != 1)
         return ", ".join(words + crowd)
 
 
@@ -131,6 +140,14 @@ class Texts:
             self.train[domain] = blocks[:first]
             self.tune[domain] = blocks[torch.arange(first, len(blocks), 2)]
             self.test[domain] = blocks[torch.arange(first + 1, len(blocks), 2)]
+        self._sequence, self._tokenizer = sequence, tokenizer
+
+    @cached_property
+    def general(self) -> Blocks:
+        """Of the modules of the standard library, which the starter model knows."""
+        modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        text = "\n".join(module.read_text(encoding="utf-8") for module in modules)
+        return text_blocks(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self._sequence)
 
 
 class Bench:
@@ -209,19 +226,32 @@ class Bench:
                     gradient, of_variate = worker.variate(steps)
                     gradients.append(variates.Variate(patch, f"{self.kind}@1", gradient, 1.0))
                 sizes.append(size + of_fisher + of_variate)
+            sent += mean(sizes)
             given.sort(key=lambda contribution: contribution.patch)
-            merged = strategy.combine(state, partial(iter, given), {})
+            if arm.exam:
+                given = self.those_that_help(state, given)
+            merged = strategy.combine(state, partial(iter, given), {}) if given else {}
             if arm.momentum:
                 velocity = {name: arm.momentum * velocity[name] + merged[name] for name in merged}
                 merged = {name: merged[name] + arm.momentum * velocity[name] for name in merged}
-            state = apply_update(state, merged, arm.alpha or self.best_alpha(state, merged))
-            if arm.variates:
+            after = apply_update(state, merged, arm.alpha or self.best_alpha(state, merged)) if merged else state
+            if not arm.exam or not why_reject(self.tuned(state), self.tuned(after), Limits()):
+                state = after
+            if arm.variates and given:
+                merged_too = {contribution.patch for contribution in given}
+                gradients = [gradient for gradient in gradients if gradient.patch in merged_too]
                 gradients.sort(key=lambda variate: variate.patch)
                 average = self.averaged(gradients)
-            sent += mean(sizes)
             if (number + 1) % max(1, arm.rounds // POINTS) == 0:
                 curve.append((number + 1, sent, mean(self.losses(state, self.texts.test).values())))
         return state, sent, curve
+
+    def tuned(self, state: State) -> dict[str, float]:
+        return self.losses(state, self.texts.tune)
+
+    def those_that_help(self, state: State, given: Sequence[Contribution]) -> list[Contribution]:
+        before = self.tuned(state)
+        return [one for one in given if not why_leave_out(before, self.tuned(apply_update(state, one.adapter, 1.0)))]
 
     def averaged(self, gradients: Sequence[variates.Variate]) -> State:
         raw = variates.write_mean(partial(iter, gradients), (f"{self.kind}@1",), self.slots)
@@ -230,13 +260,14 @@ class Bench:
 
     def best_alpha(self, state: State, merged: Mapping[str, Tensor]) -> float:
         def loss(alpha: float) -> float:
-            return mean(self.losses(apply_update(state, merged, alpha), self.texts.tune).values())
+            return mean(self.tuned(apply_update(state, merged, alpha)).values())
 
         return min(ALPHAS, key=loss)
 
     def workers(self, arm: Arm) -> list["Worker"]:
         """A domain each; more contributors than domains have a part of one each, fewer have several."""
         options, found = self.options("rounds"), []
+        options = replace(options, learning_rate=arm.scale * options.learning_rate)
         for at in range(arm.contributors):
             own = [domain for number, domain in enumerate(DOMAINS) if number % arm.contributors == at % len(DOMAINS)]
             sharing = max(1, arm.contributors // len(DOMAINS))
@@ -244,6 +275,9 @@ class Bench:
             blocks = blocks[torch.arange(at // len(DOMAINS), len(blocks), sharing)]
             if arm.unequal:
                 blocks = blocks[: max(8, len(blocks) // 4**at)]
+            if arm.general:
+                rows = round(len(blocks) * arm.general / (1 - arm.general))
+                blocks = Blocks.join([blocks, self.texts.general[torch.arange(rows) * arm.contributors + at]])
             found.append(
                 Worker(self.kind, blocks, replace(options, seed=options.seed + 1 + at), self.base, arm.estimates)
             )
@@ -394,10 +428,11 @@ def arms_of(section: str, counts: Sequence[int]) -> list[Arm]:
         found += [replace(FOUR_BITS, churn=True), replace(FOUR_BITS, late=True), replace(FOUR_BITS, unequal=True)]
         found += [replace(FOUR_BITS, churn=True, estimates=True), replace(FOUR_BITS, late=True, estimates=True)]
         found += [Arm(bits=4, churn=True), Arm(bits=4, late=True), Arm(bits=4, unequal=True)]
+        found += [replace(FOUR_BITS, exam=True), replace(FOUR_BITS, unequal=True, exam=True)]
         for count in (2, 8, 16):
             found += [replace(PARALLEL, contributors=count), replace(FOUR_BITS, contributors=count)]
         return found
-    return [BASE, FOUR_BITS]
+    return [BASE, FOUR_BITS, replace(FOUR_BITS, scale=0.25), replace(FOUR_BITS, general=0.5)]
 
 
 def done(path: Path) -> list[dict[str, Any]]:
