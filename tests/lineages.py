@@ -9,10 +9,10 @@ import torch
 
 from p2pmodel import starter
 from p2pmodel.domain.ids import PatchId, VersionId
-from p2pmodel.domain.model import BlobRef, Schedule
+from p2pmodel.domain.model import BlobRef, MergeSpec
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict, VersionNumber
-from p2pmodel.node.lineages.founding import Founding, found
+from p2pmodel.node.lineages.founding import DEFAULT_MERGE, Founding, found
 from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
@@ -24,11 +24,13 @@ from p2pmodel.wire.signing import Key
 LICENCE = "CC0-1.0"
 
 
-def begin(folder: Path, exam: Path = starter.EXAM, others: Sequence[Key] = ()) -> Lineage:
+def begin(
+    folder: Path, exam: Path = starter.EXAM, others: Sequence[Key] = (), merge: MergeSpec = DEFAULT_MERGE
+) -> Lineage:
     """With the home's key as a maintainer, the only one unless there are `others`, who all have to accept."""
     home = Home.open(folder)
     maintainers = tuple(sorted([home.key.peer, *(key.peer for key in others)]))
-    founding = Founding(starter.NAME, maintainers, len(maintainers), exam, licence=starter.LICENCE, schedule=Schedule())
+    founding = Founding(starter.NAME, maintainers, len(maintainers), exam, licence=starter.LICENCE, merge=merge)
     return found(home, starter.MODEL, founding)
 
 
@@ -88,6 +90,7 @@ def adopt(
     scores: tuple[DomainScore, ...] = (DomainScore("xml", 1.0, 0.9, 0.8, 0.85),),
     state: Mapping[str, torch.Tensor] | None = None,
     mean: Mapping[str, torch.Tensor] | None = None,
+    alpha: float = 1.0,
 ) -> VersionId:
     """A version with these values, or that goes three quarters of the way to its first patch, adopted by the home's
     key. mean: of the patches' control variates, where they are said to have any."""
@@ -108,7 +111,7 @@ def adopt(
         patches=tuple(sorted(patches)),
         left_out=tuple(left_out),
         merge=lineage.manifest.merge,
-        alpha=1.0,
+        alpha=alpha,
         result=result,
         control=None if mean is None else objects.put(blob.pack({n: t.bfloat16() for n, t in mean.items()})),
     )

@@ -67,7 +67,7 @@ def parse_weights(texts: list[str] | tuple[str, ...]) -> dict[str, float]:
 
 def parse_strategy(text: str) -> MergeSpec:
     """A strategy that is known here, with parameters that it takes. Raises UsageError, NotFound, Rejected."""
-    from p2pmodel.tensors.merging import get_strategy
+    from p2pmodel.tensors.merging import check
 
     name, _, rest = text.partition(":")
     parameters = {}
@@ -79,9 +79,12 @@ def parse_strategy(text: str) -> MergeSpec:
             raise UsageError(
                 f"{pair[:64]!r} is no parameter of a strategy.", "Write it as ties:density=0.3,norm_clip=2."
             ) from None
-    strategy = get_strategy(name if "@" in name else f"{name}@1")
-    strategy.check(parameters)
-    return MergeSpec(strategy.name, tuple(sorted(parameters.items())))
+    try:
+        spec = MergeSpec(name if "@" in name else f"{name}@1", tuple(sorted(parameters.items())))
+    except ValueError as error:
+        raise UsageError(f"{text[:64]!r} is no strategy: {error}.") from None
+    check(spec)
+    return spec
 
 
 def _text(result: "Blend", output: Path) -> str:

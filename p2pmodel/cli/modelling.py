@@ -89,11 +89,10 @@ def create(
         threshold,
         exam or starter.EXAM,
         licence=licence,
-        strategy=merge.strategy,
+        merge=merge,
         schedule=schedule,
         limits=limits,
         kinds=kinds,
-        merge_parameters=merge.parameters,
     )
     lineage = (
         founding.found_from_hub(folder, hub.list_files(source), decided)

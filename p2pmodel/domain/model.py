@@ -52,6 +52,9 @@ class Slot:
             raise ValueError(f"slot {self.name} has no positive shape")
 
 
+MOMENTUM = "momentum"
+
+
 @dataclass(frozen=True)
 class MergeSpec:
     """A merge strategy by its registered name and version (`fisher@1`), and its parameters, sorted by name."""
@@ -62,6 +65,16 @@ class MergeSpec:
     def __post_init__(self) -> None:
         if list(self.parameters) != sorted(set(self.parameters)) or not all(isfinite(v) for _, v in self.parameters):
             raise ValueError("merge parameters have to be finite, unique and sorted by name")
+
+    @property
+    def momentum(self) -> float:
+        """μ of the outer momentum, which any strategy can have: 0 when it is not given."""
+        return dict(self.parameters).get(MOMENTUM, 0.0)
+
+    @property
+    def of_strategy(self) -> dict[str, float]:
+        """The parameters that are the strategy's own."""
+        return {name: value for name, value in self.parameters if name != MOMENTUM}
 
 
 @dataclass(frozen=True)

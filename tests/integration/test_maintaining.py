@@ -21,13 +21,13 @@ from p2pmodel.logic.judgement import NO_NUMBER
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.merging import merge, stored
-from p2pmodel.node.lineages.states import version_state
-from p2pmodel.node.rounds import maintaining
+from p2pmodel.node.lineages.states import patch_state, version_state
+from p2pmodel.node.rounds import amending, maintaining
 from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, add_patch_of, adopt, begin
+from tests.lineages import accept, add_patch, add_patch_of, adopt, begin
 
 
 @pytest.fixture
@@ -179,7 +179,9 @@ def test_a_plain_mean_without_scores_says_nothing_against_a_candidate(small: Lin
     patches = [add_patch_of(small, Key.generate(), values) for values in (good, other)]
     patches = sorted((*patches, add_patch_of(small, Key.generate(), without_numbers(small), nothing)))
     sources = [stored(small, patch) for patch in patches]
-    result = blob.pack(merge(small, version_state(small, small.head), sources, small.manifest.merge).at(1.0))
+    result = blob.pack(
+        merge(small, small.head, version_state(small, small.head), sources, small.manifest.merge).at(1.0)
+    )
     before = small.versions[-1].candidate
     version = VersionId(canonical.digest(b"of all three"))
     small.candidates[version] = replace(
@@ -226,3 +228,37 @@ def test_nobody_but_the_proposer_knows_on_which_cases_a_patch_is_tried_first(
             assert maintainer.propose(round, small.head, (patch,)) is None
     assert seeds[0] == seeds[1]
     assert len(set(seeds)) == 3
+
+
+def test_momentum_goes_on_from_the_steps_of_the_versions_before(tmp_path: Path) -> None:
+    """Through an amendment, which moves nothing, and with nothing kept of it."""
+    lineage = begin(tmp_path / "home", merge=MergeSpec("task-arithmetic@1", (("momentum", 0.5), ("norm_clip", 100.0))))
+    velocity: dict[str, Tensor] = {}
+    for number, alpha in enumerate((0.5, 1.0, 0.7)):
+        before = version_state(lineage, lineage.head)
+        count = number + 1
+        patches = sorted(add_patch(lineage, Key.generate(), 10 * number + seed) for seed in range(count))
+        sources = [stored(lineage, patch) for patch in patches]
+        merged = merge(lineage, lineage.head, before, sources, lineage.manifest.merge)
+        alone = [patch_state(lineage, lineage.patches[patch]) for patch in patches]
+        for name, value in before.items():
+            total = torch.stack([state[name].double() - value.double() for state in alone]).sum(0)
+            old = velocity.get(name, torch.zeros_like(total))
+            velocity[name] = 0.5 * old + total / count
+            torch.testing.assert_close(merged.update[name], total + 0.5 * count * velocity[name], rtol=1e-4, atol=1e-5)
+        adopt(lineage, patches, state=merged.at(alpha / count), alpha=alpha / count)
+        limits = replace(lineage.manifest.limits, regression_tolerance=0.1 + 0.01 * number)
+        _, amended = amending.propose(lineage, replace(lineage.manifest.amendment, limits=limits))
+        accept(lineage, lineage.candidates[amended])
+
+
+def test_a_candidate_without_the_momentum_is_refused(tmp_path: Path) -> None:
+    lineage = begin(tmp_path / "home", merge=MergeSpec("mean@1", (("momentum", 0.5),)))
+    adopt(lineage, [add_patch(lineage, Key.generate(), 1)])
+    patch = add_patch(lineage, Key.generate(), 2)
+    before, plain = version_state(lineage, lineage.head), MergeSpec("mean@1")
+    without = merge(lineage, lineage.head, before, [stored(lineage, patch)], plain).at(1.0)
+    version = adopt(lineage, [patch], state=without)
+    verdict = Maintainer(lineage, lineage.home.key.peer, starter.MODEL, lambda seconds: None).examine(version)
+    assert not verdict.accept
+    assert verdict.reason == "Recomputing the merge gives another result than the candidate's."

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.ids import PatchId
+from p2pmodel.domain.model import MergeSpec
 from p2pmodel.tensors import blob, merging
-from p2pmodel.tensors.merging import Contribution, apply_update, columns, get_strategy
+from p2pmodel.tensors.merging import Contribution, apply_update, columns, get_strategy, momentum
 from p2pmodel.wire import canonical
 
 FISHER, MEAN, SUM, TIES, MEDIAN = STRATEGIES = tuple(
@@ -74,6 +75,7 @@ def test_one_patch_at_alpha_one_is_that_patch_where_it_has_mass(adapter: list[fl
 @given(rows(st.integers(1, 6)))
 def test_equal_fishers_give_the_mean(given: list[Contribution]) -> None:
     parent = {"s": torch.ones(3)}
+    assume(all(bool((c.adapter["s"] != 1).any()) for c in given))  # no multiple of a norm of zero is above it
     same = [Contribution(c.patch, c.adapter, {"s": torch.full((3,), 1e-10)}, 1.0) for c in given]
     torch.testing.assert_close(combine(FISHER, parent, same, NO_CLIP)["s"], combine(MEAN, parent, same)["s"])
 
@@ -308,3 +310,36 @@ def test_what_a_strategy_refuses_to_merge_it_refuses_beforehand(strategy: mergin
 def test_a_density_is_a_share() -> None:
     with pytest.raises(Rejected, match="density"):
         TIES.check({"density": 1.5})
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 3), st.lists(values, min_size=3, max_size=3)), min_size=1, max_size=8),
+    st.floats(0.05, 0.95),
+)
+def test_the_velocity_is_found_again_from_the_steps_alone(
+    rounds: list[tuple[float, list[float]]], momentum_of: float
+) -> None:
+    """As an outer optimiser that keeps it would have it."""
+    state, kept = {"s": torch.zeros(3, dtype=torch.float64)}, torch.zeros(3, dtype=torch.float64)
+    steps: list[tuple[dict[str, Tensor], dict[str, Tensor], float]] = []
+    for alpha, update in rounds:
+        own = {"s": torch.tensor(update, dtype=torch.float64)}
+        found = momentum.velocity(steps, momentum_of)
+        step = momentum.accelerated(own, found, momentum_of)["s"]
+        kept = momentum_of * kept + own["s"]
+        torch.testing.assert_close(step, own["s"] + momentum_of * kept, rtol=1e-6, atol=1e-6)
+        after = {"s": state["s"] + alpha * step}
+        steps.append((state, after, alpha))
+        state = after
+
+
+def test_a_step_that_rounding_hides_counts_as_none() -> None:
+    before, after = {"s": torch.zeros(3)}, {"s": torch.full((3,), 1e-7)}
+    assert not momentum.velocity([(before, after, 1e-9)], 0.5)["s"].any()
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 2.0])
+def test_a_momentum_is_from_zero_to_one(value: float) -> None:
+    with pytest.raises(Rejected, match="momentum"):
+        merging.check(MergeSpec("mean@1", (("momentum", value),)))
+    merging.check(MergeSpec("mean@1", (("momentum", 0.9), ("norm_clip", 2.0))))

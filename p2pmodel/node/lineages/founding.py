@@ -18,10 +18,10 @@ from p2pmodel.node.lineages.hub import Listing
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.kinds import Kinds, largest_patch
-from p2pmodel.tensors.merging import get_strategy
+from p2pmodel.tensors.merging import check
 
 DEFAULT_KIND = "ia3@1"
-DEFAULT_STRATEGY = "fisher@1"
+DEFAULT_MERGE = MergeSpec("fisher@1")
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class Founding:
     exam: Path
     source: str = ""
     licence: str = ""
-    strategy: str = DEFAULT_STRATEGY
+    merge: MergeSpec = DEFAULT_MERGE
     schedule: Schedule = field(default_factory=Schedule)
     limits: Limits = field(default_factory=Limits)
     kinds: tuple[str, ...] = (DEFAULT_KIND,)
-    merge_parameters: tuple[tuple[str, float], ...] = ()
 
 
 def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, ...] = ()) -> Lineage:
@@ -52,7 +51,7 @@ def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, 
             f"The exam in {founding.exam} has no [[domain]]: rounds minimise the loss on held-out text.",
             "Add one with name, tune and test.",
         )
-    get_strategy(founding.strategy).check(dict(founding.merge_parameters))
+    check(founding.merge)
     slots = Kinds(founding.kinds).find_slots(_skeleton(checkpoint))
     largest = max(founding.limits.max_patch_bytes, largest_patch(founding.kinds, slots))
     limits = dataclasses.replace(founding.limits, max_patch_bytes=largest)
@@ -67,7 +66,7 @@ def found(home: Home, folder: Path, founding: Founding, files: tuple[ModelFile, 
             licence=founding.licence,
             kinds=tuple(dict.fromkeys(founding.kinds)),
             slots=slots,
-            merge=MergeSpec(founding.strategy, founding.merge_parameters),
+            merge=founding.merge,
             exam=home.objects.put(suite.pack()),
             schedule=founding.schedule,
             limits=limits,

@@ -7,17 +7,19 @@ from torch import Tensor
 
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.domain.ids import PatchId, short
+from p2pmodel.domain.ids import PatchId, VersionId, short
 from p2pmodel.domain.model import MergeSpec
+from p2pmodel.domain.version import Candidate
 from p2pmodel.logic.copies import copies
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import patch_change, read_change, read_masses
+from p2pmodel.node.lineages.states import patch_change, read_change, read_masses, version_state
 from p2pmodel.tensors import control, experts, variates
 from p2pmodel.tensors.changes import Change
-from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
+from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy, momentum
 from p2pmodel.tensors.merging.likeness import Sketches
 from p2pmodel.tensors.smear import is_expert
 from p2pmodel.tensors.variates import Variate
+from p2pmodel.wire.records import version_id
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,15 @@ class Merged:
         return {**apply_update(self.parent, self.update, alpha), **self.placed}
 
 
-def merge(lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec) -> Merged:
-    """sources: sorted by id. Raises Rejected, NotFound."""
+def merge(
+    lineage: Lineage, version: VersionId, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
+) -> Merged:
+    """version: with the values `parent`; sources: sorted by id. Raises Rejected, NotFound."""
     shared = [source for source in sources if source.kind != modular.KIND]
     own = [source for source in sources if source.kind == modular.KIND and source.weight]
     update: Mapping[str, Tensor] = {}
     if shared:
-        update = combine(lineage, _shared(parent), shared, spec)
+        update = combine(lineage, version, _shared(parent), shared, spec)
     placed = experts.merge(parent, list(_contributions(lineage, own)))
     return Merged(parent, update, placed)
 
@@ -96,11 +100,34 @@ def _shared(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def combine(
-    lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
+    lineage: Lineage, version: VersionId, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
 ) -> dict[str, Tensor]:
-    """δ̄ by slot, float64, of kinds that change slots of the parent. sources: sorted by id. Raises Rejected,
-    NotFound."""
-    return get_strategy(spec.strategy).combine(parent, lambda: _contributions(lineage, sources), dict(spec.parameters))
+    """δ̄ by slot, float64, of kinds that change slots of the parent, with the momentum of the versions before.
+    version: with the values `parent`; sources: sorted by id. Raises Rejected, NotFound."""
+    strategy = get_strategy(spec.strategy)
+    update = strategy.combine(parent, lambda: _contributions(lineage, sources), spec.of_strategy)
+    if not spec.momentum:
+        return update
+    moving = momentum.velocity(_steps(lineage, version), spec.momentum)
+    unit = strategy.unit(len(sources))
+    return momentum.accelerated(update, {name: v / unit for name, v in moving.items()}, spec.momentum)
+
+
+def _steps(lineage: Lineage, version: VersionId) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor], float]]:
+    """What merges made of the versions up to this one, the oldest of `momentum.REACH` first: back to the base, or to
+    where people went back to an older version."""
+    made: list[Candidate] = []
+    while version != lineage.model and len(made) < momentum.REACH:
+        candidate = lineage.version(version).candidate
+        if candidate.restores:
+            break
+        if candidate.patches:  # else it has the values of its parent
+            made.append(candidate)
+        version = candidate.parent
+    for candidate in reversed(made):
+        unit = get_strategy(candidate.merge.strategy).unit(len(candidate.patches))
+        before, after = version_state(lineage, candidate.parent), version_state(lineage, version_id(candidate))
+        yield _shared(before), after, candidate.alpha / unit
 
 
 def _contributions(lineage: Lineage, sources: Sequence[Source]) -> Iterator[Contribution]:

@@ -89,8 +89,9 @@ def blend(
     if any(source.kind == modular.KIND for source in sources):
         raise InvalidInput("Modular experts stay apart in one patch each.", "Publish them all: a round takes them in.")
     chosen = spec or lineage.manifest.merge
-    before = version_state(lineage, headers[0].parent)
-    update = combine(lineage, before, sources, chosen)
+    parent = headers[0].parent
+    before = version_state(lineage, parent)
+    update = combine(lineage, parent, before, sources, chosen)
     tuned: tuple[float, float] | None = None
     if alpha is None:
         alpha, tuned = _tune(lineage, home, base, before, update, get_strategy(chosen.strategy).unit(len(sources)))
@@ -99,7 +100,7 @@ def blend(
     fisher = _fisher(lineage, sources, before, held)
     blobs = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
     options = {**dict(chosen.parameters), "alpha": alpha}
-    patch = merged_header(lineage, headers[0].parent, headers, kind, chosen.strategy, options, blobs)
+    patch = merged_header(lineage, parent, headers, kind, chosen.strategy, options, blobs)
     record = home.key.sign("patch", patch)
     file = bundle.pack(record, *blobs)
     Scratch(output.resolve().parent).write(output, file, 0o644)
@@ -111,7 +112,7 @@ def blend(
         {source.id: source.weight for source in sources},
         len(file),
         tuned,
-        _influences(lineage, before, sources, chosen, update, alpha) if explain else (),
+        _influences(lineage, parent, before, sources, chosen, update, alpha) if explain else (),
     )
 
 
@@ -244,13 +245,19 @@ def merged_header(
 
 
 def _influences(
-    lineage: Lineage, before: State, sources: Sequence[Source], spec: MergeSpec, update: State, alpha: float
+    lineage: Lineage,
+    parent: VersionId,
+    before: State,
+    sources: Sequence[Source],
+    spec: MergeSpec,
+    update: State,
+    alpha: float,
 ) -> tuple[Influence, ...]:
     found = []
     for left_out in sources:
         rest = [source for source in sources if source is not left_out]
         nothing = not any(source.weight for source in rest)
-        without = {} if nothing else combine(lineage, before, rest, spec)
+        without = {} if nothing else combine(lineage, parent, before, rest, spec)
         for slot, own in update.items():
             difference = own if nothing else own - without[slot]
             distance = abs(alpha) * float(difference.norm())

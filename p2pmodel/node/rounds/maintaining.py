@@ -33,7 +33,7 @@ from p2pmodel.node.rounds.selecting import Fit, fit, select
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.experts import without_experts
 from p2pmodel.tensors.kinds import Kinds
-from p2pmodel.tensors.merging import get_strategy
+from p2pmodel.tensors.merging import check, get_strategy
 from p2pmodel.wire import canonical
 
 State = Mapping[str, Tensor]
@@ -63,7 +63,7 @@ class Maintainer:
         """base: folder of the whole checkpoint. observe_merge is told the seconds of every merge, observe_refusal in a
         word what is wrong with every candidate that is refused before its exam. Raises NotFound, Rejected when this
         node cannot merge as the Manifest says."""
-        get_strategy(lineage.manifest.merge.strategy).check(dict(lineage.manifest.merge.parameters))
+        check(lineage.manifest.merge)
         self.lineage, self.me, self._observe_merge, self._observe_refusal = lineage, me, observe_merge, observe_refusal
         self._kind = Kinds(lineage.manifest.kinds)
         self._model, self._tokenizer = load_whole(base), load_tokenizer(base)
@@ -101,7 +101,7 @@ class Maintainer:
         seen = [patch for patch in tuple(lineage.patches) if patch in given]
         selection = select(lineage, before, seen, examine, go_on)
         tuning = {name: section.score for name, section in measured.items()}
-        fitted = fit(selection, partial(self._fit, before, tuning, go_on)) if selection.entering else None
+        fitted = fit(selection, partial(self._fit, parent, before, tuning, go_on)) if selection.entering else None
         if fitted is None:
             for entry in selection.left_out:
                 log.warning("patch %s can't be merged: %s", short(entry.patch), entry.reason)
@@ -124,14 +124,16 @@ class Maintainer:
         )
         return Proposal(candidate, (result,) if control is None else (result, control))
 
-    def _fit(self, before: State, tuning: Scores, go_on: Callable[[], None], patches: Sequence[PatchId]) -> Fit | None:
+    def _fit(
+        self, parent: VersionId, before: State, tuning: Scores, go_on: Callable[[], None], patches: Sequence[PatchId]
+    ) -> Fit | None:
         """The patches merged at the best scale for the tuning split; None where no scale gives finite values. tuning:
         the parent's scores there."""
         lineage, limits, rules = self.lineage, self.lineage.manifest.limits, self._examiner.suite.rules
         sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in sorted(patches)]
         unit = get_strategy(lineage.manifest.merge.strategy).unit(len(sources))
         try:
-            merged = self._merge(before, sources, lineage.manifest.merge)
+            merged = self._merge(parent, before, sources, lineage.manifest.merge)
 
             def score(alpha: float) -> float:
                 go_on()
@@ -207,20 +209,20 @@ class Maintainer:
             raise Rejected(
                 "copies", f"The candidate merges patches {short(original)} and {short(copy)}: one is a copy."
             )
-        after = self._merge(before, sources, candidate.merge).at(candidate.alpha)
+        after = self._merge(candidate.parent, before, sources, candidate.merge).at(candidate.alpha)
         if _ref(blob.pack(after)) != candidate.result:
             raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")
         control = mean_control(lineage, sources)
         if (None if control is None else _ref(control)) != candidate.control:
             raise Rejected("digest", "Recomputing the mean of the control variates gives another than the candidate's.")
-        return self._scores_of(before, after, self._plain_mean(before, sources))
+        return self._scores_of(before, after, self._plain_mean(candidate.parent, before, sources))
 
-    def _plain_mean(self, before: State, sources: Sequence[Source]) -> Scores:
+    def _plain_mean(self, parent: VersionId, before: State, sources: Sequence[Source]) -> Scores:
         """On the deciding split; none where it has no finite scores, which says nothing against the candidate: nothing
         clips what the plain mean takes in."""
         equal = [replace(source, weight=1.0) for source in sources]
         try:
-            return self._score(self._merge(before, equal, PLAIN_MEAN).at(1.0), "test")
+            return self._score(self._merge(parent, before, equal, PLAIN_MEAN).at(1.0), "test")
         except Rejected as error:
             log.info("the plain mean of the same patches has no scores: %s", error.message)
             return {}
@@ -254,9 +256,9 @@ class Maintainer:
             return ()
         return new_experts(self.lineage, header, patch_change(self.lineage, header))
 
-    def _merge(self, parent: State, sources: Sequence[Source], spec: MergeSpec) -> Merged:
+    def _merge(self, parent: VersionId, before: State, sources: Sequence[Source], spec: MergeSpec) -> Merged:
         began = time.monotonic()
-        merged = merge(self.lineage, parent, sources, spec)
+        merged = merge(self.lineage, parent, before, sources, spec)
         self._observe_merge(time.monotonic() - began)
         return merged
 

@@ -6,7 +6,8 @@ What δ̄ is of the patches' updates δᵢ says the strategy that the Manifest n
 float64 on the CPU, elementwise operations in a fixed order only (IEEE 754 rounds each of them exactly; sums go by
 `layout.fold`, never by a library's reduction), patches in the order of their ids, and one cast at the end.
 
-Every strategy clips the norm of each update at a multiple of the median norm, where its parameter `norm_clip` says so.
+Every strategy clips the norm of each update at a multiple of the median norm, where its parameter `norm_clip` says so,
+and can be given a `momentum`, see the module of that name.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, Rejected
+from p2pmodel.domain.model import MOMENTUM, MergeSpec
 from p2pmodel.tensors.merging.contributions import Contribution, Contributions, MergeStrategy
 from p2pmodel.tensors.merging.coordinate_median import CoordinateMedian
 from p2pmodel.tensors.merging.fisher import FisherMean
@@ -24,7 +26,16 @@ from p2pmodel.tensors.merging.mean import PlainMean
 from p2pmodel.tensors.merging.task_arithmetic import TaskArithmetic
 from p2pmodel.tensors.merging.ties import Ties
 
-__all__ = ["BUILT_IN", "GROUP", "Contribution", "Contributions", "MergeStrategy", "apply_update", "get_strategy"]
+__all__ = [
+    "BUILT_IN",
+    "GROUP",
+    "Contribution",
+    "Contributions",
+    "MergeStrategy",
+    "apply_update",
+    "check",
+    "get_strategy",
+]
 
 GROUP = "p2pmodel.merge_strategies"
 _BUILT_IN: dict[str, MergeStrategy] = {
@@ -43,6 +54,16 @@ def get_strategy(name: str) -> MergeStrategy:
         f"Merge strategy {name[:64]!r} is not known here.",
         f"Install the package that provides it; built in are {', '.join(BUILT_IN)}.",
     )
+
+
+def check(spec: MergeSpec) -> None:
+    """Raises NotFound for a strategy that is not known here, Rejected("schema") for parameters that it does not
+    take."""
+    if not 0 <= spec.momentum < 1:
+        raise Rejected(
+            "schema", f"An outer momentum cannot be {spec.momentum:g}.", f"Use {MOMENTUM}=0.3, or another below 1."
+        )
+    get_strategy(spec.strategy).check(spec.of_strategy)
 
 
 def apply_update(parent: Mapping[str, Tensor], update: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
