@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="model types; all when none is named")
     types = parser.parse_args().types
     sys.path.insert(0, str(REPO))
-    from tests.families import ALL_TYPES
+    from tests.support.families import ALL_TYPES
 
     prepare()
     results = []
@@ -78,7 +78,7 @@ def prepare() -> None:
     import torch
     from transformers.utils import logging
 
-    from tests import stage_checks
+    from tests.support import stage_checks
 
     assert stage_checks
     warnings.filterwarnings("ignore")
@@ -110,7 +110,7 @@ def try_type(kind: str) -> Result:
 
     from p2pmodel.domain.errors import InvalidInput
     from p2pmodel.engine.checkpoint import read_checkpoint
-    from tests.families import save_small, small_config
+    from tests.support.families import save_small, small_config
 
     result = Result(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,7 @@ def run_checks(path: Path, result: Result) -> None:
     from p2pmodel.engine.checkpoint import load_whole, read_checkpoint
     from p2pmodel.engine.head import load_head
     from p2pmodel.engine.stage import load_stage
-    from tests import stage_checks as checks
+    from tests.support import stage_checks as checks
 
     checkpoint = read_checkpoint(path)
     chains = [checks.load_chain(checkpoint, count) for count in (2, 3)]

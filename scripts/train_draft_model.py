@@ -214,7 +214,7 @@ def rows_of(draft: LlamaForCausalLM, teacher: LlamaForCausalLM, tokenizer: PreTr
     totals = np.zeros(3 + len(PROPOSALS))
     for name in (*HELD_OUT, "general"):
         texts = exam_texts(name)
-        all_ids = [torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids]]) for text in texts]
+        all_ids = [torch.tensor([tokenizer(text).input_ids]) for text in texts]
         on_text = torch.cat([agreements(draft, teacher, ids)[0] for ids in all_ids])
         prompts = torch.cat([ids[:, :PROMPT_TOKENS] for ids in all_ids])
         answers = continued(teacher, prompts, ANSWER_TOKENS)

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -151,9 +151,8 @@ def make_data(work: Path) -> None:
 
     tokenizer = train_tokenizer(s.text for stream in streams.values() for s in stream)
     work.mkdir(parents=True, exist_ok=True)
-    end = tokenizer.token_to_id(END)
     for name, sources in streams.items():
-        ids = [i for s in sorted(sources, key=lambda s: _order(s.name)) for i in [end, *tokenizer.encode(s.text).ids]]
+        ids = [i for s in sorted(sources, key=lambda s: _order(s.name)) for i in tokenizer.encode(s.text).ids]
         np.save(work / f"{name}.npy", np.asarray(ids, dtype=np.uint16))
         size = sum(len(s.text.encode()) for s in sources)
         print(
@@ -206,6 +205,9 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A $B:1", special_tokens=[(END, 0)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         special_tokens=[END],
@@ -362,7 +364,7 @@ def write_model(model: LlamaForCausalLM, folder: Path) -> None:
 def nats_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
     nats = 0.0
     for text in texts:
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids]])
+        ids = torch.tensor([tokenizer(text).input_ids])
         logits = model(input_ids=ids).logits[0, :-1].float()
         nats += nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
     return nats / sum(len(t.encode()) for t in texts)
@@ -403,7 +405,7 @@ def write_card(work: Path, steps: int) -> None:
             ("temperature 0.7", {"do_sample": True, "temperature": 0.7, "top_k": 0}),
         ):
             torch.manual_seed(SEED)
-            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt).input_ids]])
+            ids = torch.tensor([tokenizer(prompt).input_ids])
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.modelling import warn_of_minority
 from p2pmodel.cli.output import emit
-from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.errors import InvalidInput, UsageError
 from p2pmodel.domain.ids import PeerId, short
 
 
@@ -34,7 +35,9 @@ def amend(
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", help="How much worse a version may be on any domain.")
     ] = None,
-    max_patch_bytes: Annotated[str | None, typer.Option("--max-patch-bytes", metavar="SIZE")] = None,
+    max_patch_bytes: Annotated[
+        str | None, typer.Option("--max-patch-bytes", metavar="SIZE", help="Larger patches are refused, such as 64M.")
+    ] = None,
     model: options.Model = None,
     home: options.Home = None,
     json: options.Json = False,
@@ -49,12 +52,17 @@ def amend(
     from p2pmodel.control.client import ControlClient
     from p2pmodel.engine.exams import Suite
     from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.node.rounds.amending import propose
+    from p2pmodel.node.rounds.asides import propose_amendment
     from p2pmodel.store.home import Home
 
     folder = Home.open(home)
     lineage = local_lineage(folder, model)
     before = lineage.manifest.amendment
+    coming, going = {PeerId(peer) for peer in add or ()}, {PeerId(peer) for peer in remove or ()}
+    if both := sorted(coming & going):
+        raise UsageError(f"{both[0]} is to be added and removed.", "Name it once.")
+    if unknown := sorted(going - {*before.maintainers}):
+        raise UsageError(f"{unknown[0][:64]} is no maintainer of {lineage.manifest.name}.", "See: p2pmodel model show")
     schedule: dict[str, Any] = {
         "min_patches": min_patches,
         "max_patches": max_patches,
@@ -74,7 +82,7 @@ def amend(
         try:
             after = dataclasses.replace(
                 before,
-                maintainers=tuple(sorted(({*before.maintainers} | {PeerId(p) for p in add or ()}) - {*(remove or ())})),
+                maintainers=tuple(sorted(({*before.maintainers} | coming) - going)),
                 threshold=before.threshold if threshold is None else threshold,
                 exam=before.exam if suite is None else folder.objects.put(suite.pack()),
                 schedule=dataclasses.replace(before.schedule, **{k: v for k, v in schedule.items() if v is not None}),
@@ -82,9 +90,10 @@ def amend(
             )
         except ValueError as error:
             raise InvalidInput(f"The Manifest can't be amended so: {error}.") from None
-        record, version = propose(lineage, after)
+        record, version = propose_amendment(lineage, after)
         client.publish(record)
     changes = before.differences(after)
+    warn_of_minority(after.threshold, len(after.maintainers))
     emit(
         {"id": version, "changes": changes},
         "\n".join(

@@ -15,9 +15,9 @@ from p2pmodel import __version__
 from p2pmodel.cli import (
     amending,
     branching,
-    collecting,
-    controlling,
+    certificates,
     experts,
+    garbage,
     identity,
     inspecting,
     joining,
@@ -80,10 +80,10 @@ app.command(rich_help_panel=LOOK)(versioning.tag)
 app.add_typer(versioning.app, name="version", rich_help_panel=LOOK)
 app.add_typer(monitoring.app, name="monitor", rich_help_panel=LOOK)
 app.add_typer(identity.app, name="id", rich_help_panel=LOOK)
-app.add_typer(controlling.app, name="control", rich_help_panel=LOOK)
+app.add_typer(certificates.app, name="control", rich_help_panel=LOOK)
 app.add_typer(swarm_keys.app, name="swarm-key", rich_help_panel=USE)
 app.command(rich_help_panel=LOOK)(inspecting.fsck)
-app.command(rich_help_panel=LOOK)(collecting.gc)
+app.command(rich_help_panel=LOOK)(garbage.gc)
 app.command(rich_help_panel=LOOK)(simulating.sim)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import counted, emit, size, table
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import Digest, PeerId, short
@@ -46,10 +47,7 @@ def branch(
     The branch has the same base, slots, exam and schedule, and maintainers of its own. Its 1.0.0 has the values of the
     version that it begins with. The exam and these values come from the swarm where they are not on this machine.
     """
-    from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.store.home import Home
-
-    lineage = local_lineage(Home.open(home), model)
+    lineage = lineage_of(home, model)
     if name is None:
         if any(given is not None for given in (version, maintainer, threshold, peers)):
             raise UsageError("Only a new branch has an origin and maintainers.", "Name it: p2pmodel branch NAME")
@@ -140,8 +138,8 @@ def merge_branches(
 
     folder = Home.open(home)
     mine, others = local_lineage(folder, model), find_lineage(folder, other)
-    path = output or Path(f"{others.manifest.name}-into-{mine.manifest.name}.p2patch")
-    done = merge(mine, others, path, None if kind is None or "@" in kind else f"{kind}@1")
+    path = output or Path(f"{others.manifest.name}-into-{mine.manifest.name}{options.PATCH_SUFFIX}")
+    done = merge(mine, others, path, None if kind is None else options.versioned(kind))
     emit({"file": str(path), **vars(done)}, _text(done, mine, others, path), json)
 
 

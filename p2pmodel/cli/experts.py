@@ -26,7 +26,7 @@ def list_experts(
     json: options.Json = False,
 ) -> None:
     """The experts of a version, and the version that brought each."""
-    from p2pmodel.node.patches.pool import experts_of
+    from p2pmodel.node.versions.modular_experts import experts_of
 
     lineage = lineage_of(home, model)
     views = experts_of(lineage, lineage.find_version(version))
@@ -53,10 +53,11 @@ def show(
     json: options.Json = False,
 ) -> None:
     """One expert: its size, who trained it, on what, and when."""
-    from p2pmodel.node.patches.pool import find_expert
+    from p2pmodel.node.versions.modular_experts import describe
 
     lineage = lineage_of(home, model)
-    view = find_expert(lineage, lineage.find_version(version), name)
+    chosen = lineage.find_version(version)
+    view = describe(lineage, chosen, lineage.find_expert(chosen, name))
     lines = [
         f"expert       {view.name}",
         f"since        {lineage.manifest.name} {view.since}",
@@ -77,11 +78,11 @@ def remove(
 ) -> None:
     """Propose a version without some experts; maintainers adopt it who approve it."""
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.rounds.removing import propose
+    from p2pmodel.node.rounds.asides import propose_removal
 
     lineage = lineage_of(home, model)
     with ControlClient.connect(lineage.home.control_socket) as client:
-        record, proposed = propose(lineage, names)
+        record, proposed = propose_removal(lineage, names)
         client.publish(record)
     emit(
         {"id": proposed, "removes": names},
@@ -116,17 +117,16 @@ def stats(
         raise UsageError("--peers is for what is asked of the swarm.", "Add --through-swarm.")
     from p2pmodel.cli.training_display import demand_plots
     from p2pmodel.node.lineages.expert_shares import note_shares
-    from p2pmodel.node.patches.pool import shares_on
+    from p2pmodel.node.versions.router_choices import shares_on, shares_through
 
     if heatmap is not None:
         demand_plots(heatmap)
     if through_swarm:
         from p2pmodel.node.asking.client import SwarmClient
-        from p2pmodel.node.asking.expert_shares import shares_through
 
         with SwarmClient.connect(home, tuple(peers or ()), model, base, swarm_key) as client:
             lineage, wanted = client.lineage, client.lineage.find_version(version)
-            found = shares_through(client, version, data)
+            found = shares_through(client, wanted, data)
     else:
         lineage = lineage_of(home, model)
         wanted = lineage.find_version(version)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, plain, printable, size
 from p2pmodel.cli.versioning import score_table
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import PatchId, short
-from p2pmodel.domain.modular import removed
 from p2pmodel.domain.version import BASE_NUMBER
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def status(
         from p2pmodel.cli import watching
 
         return watching.watch(home)
+    from p2pmodel.cli.status_text import status_data, status_text
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.watching.reporting import status_data, status_text
     from p2pmodel.store.home import Home
 
     with ControlClient.connect(Home.open(home).control_socket) as client:
@@ -47,17 +47,15 @@ def log(
 ) -> None:
     """The versions of a model, the newest first: their patches, verdicts and exam losses."""
     from p2pmodel.node.lineages.branches import Family
-    from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.store.home import Home
 
-    lineage = local_lineage(Home.open(home), model)
+    lineage = lineage_of(home, model)
     family = Family(lineage.home)
     data = {
         "model": lineage.model,
         "name": lineage.manifest.name,
         "origin": plain(lineage.founding.origin),
         "branches": [{"name": x.manifest.name, "id": x.model, "from": v} for v, x in family.branches(lineage)],
-        "tags": lineage.tags,
+        "tags": lineage.notes.tags,
         "versions": [
             {
                 "number": str(v.candidate.number),
@@ -109,9 +107,8 @@ def _list(lineage: "Lineage", family: "Family") -> str:
         lines = [f"{_title(lineage, family, version.id, str(c.number))}  {_made(lineage, version)}"]
         lines += [f"  merged    {short(p)}  {_contributor(lineage, p)}" for p in c.patches]
         lines += [f"  left out  {short(x.patch)}  {printable(x.reason)}" for x in c.left_out]
-        examined = next((v.scores for v in version.verdicts if v.scores), ())
-        if examined:
-            lines += ["  " + line for line in score_table(examined, str(c.number)).splitlines()]
+        if version.scores:
+            lines += ["  " + line for line in score_table(version.scores, str(c.number)).splitlines()]
         blocks.append("\n".join(lines))
     base, origin = _title(lineage, family, lineage.model, str(BASE_NUMBER)), lineage.founding.origin
     what = f"branches off {family.describe(origin)}" if origin else "the base"
@@ -121,22 +118,17 @@ def _list(lineage: "Lineage", family: "Family") -> str:
 
 def _title(lineage: "Lineage", family: "Family", version: str, number: str) -> str:
     names = ["head"] if version == lineage.head else []
-    names += [f"tag {name}" for name, target in lineage.tags.items() if target == version]
+    names += [f"tag {name}" for name, target in lineage.notes.tags.items() if target == version]
     names += [f"branch {x.manifest.name}" for origin, x in family.branches(lineage) if origin == version]
     return f"{number}  {short(version)}" + (f"  ({', '.join(names)})" if names else "")
 
 
 def _made(lineage: "Lineage", version: "Version") -> str:
+    from p2pmodel.node.rounds.roundview import describe
+
     c = version.candidate
-    what = f"{len(c.patches)} patches by {c.merge.strategy}, α {c.alpha:g}"
-    if c.restores:
-        what = f"restores {lineage.number(lineage.restored_by(c))}"
-    elif c.removes:
-        what = f"removes expert {', '.join(removed(c.experts, lineage.experts(c.parent)))}"
-    elif c.amends:
-        what = "amends the Manifest"
     return (
-        f"round {c.round}, {what}, "
+        f"round {c.round}, {describe(lineage, c)}, "
         f"accepted by {len(version.verdicts)} of {len(lineage.manifest_at(c.parent).maintainers)} maintainers"
     )
 

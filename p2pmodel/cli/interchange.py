@@ -6,15 +6,14 @@ from typing import Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, size
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 
-PatchText = Annotated[str, typer.Argument(metavar="PATCH", help="A patch file, or the id of a known patch.")]
-
 
 def export(
-    patch: PatchText,
+    patch: options.PatchArgument,
     peft: Annotated[
         Path | None, typer.Option("--peft", help="Folder for an adapter that peft loads.", file_okay=False)
     ] = None,
@@ -78,12 +77,10 @@ def import_(
 ) -> None:
     """Make a patch of an adapter that was trained with peft: (IA)³ or LoRA, in safetensors."""
     from p2pmodel.node.lineages.bases import find_base
-    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.node.patches.importing import FLAT, import_adapter
-    from p2pmodel.store.home import Home
 
-    lineage = local_lineage(Home.open(home), model)
-    path = output or Path(f"{adapter.resolve().name}.p2patch")
+    lineage = lineage_of(home, model)
+    path = output or Path(f"{adapter.resolve().name}{options.PATCH_SUFFIX}")
     done = import_adapter(
         lineage,
         find_base(lineage.home, lineage, base),
@@ -110,7 +107,7 @@ def import_(
 
 
 def export_version(
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Number (1.0.2), tag, id, `base` or `head`.")],
+    version: options.VersionArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.", file_okay=False)],
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, bf16 or fp16.", show_default="that of the base")
@@ -122,11 +119,9 @@ def export_version(
 ) -> None:
     """Write a version as a whole checkpoint that transformers loads, with its values in the weights."""
     from p2pmodel.node.lineages.bases import find_base
-    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.node.patches.exporting import export_merged
-    from p2pmodel.store.home import Home
 
-    lineage = local_lineage(Home.open(home), model)
+    lineage = lineage_of(home, model)
     chosen = lineage.find_version(version)
     done = export_merged(lineage, find_base(lineage.home, lineage, base), folder, chosen, dtype=dtype)
     emit(

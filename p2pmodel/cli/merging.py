@@ -80,7 +80,7 @@ def parse_strategy(text: str) -> MergeSpec:
                 f"{pair[:64]!r} is no parameter of a strategy.", "Write it as ties:density=0.3,norm_clip=2."
             ) from None
     try:
-        spec = MergeSpec(name if "@" in name else f"{name}@1", tuple(sorted(parameters.items())))
+        spec = MergeSpec(options.versioned(name), tuple(sorted(parameters.items())))
     except ValueError as error:
         raise UsageError(f"{text[:64]!r} is no strategy: {error}.") from None
     check(spec)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.merging import parse_strategy
 from p2pmodel.cli.output import emit, size, table
 from p2pmodel.domain.ids import PeerId, short
@@ -26,7 +27,12 @@ def create(
         list[str] | None,
         typer.Option("--maintainer", help="Peer id of a maintainer; may be repeated.", show_default="this home's key"),
     ] = None,
-    threshold: Annotated[int, typer.Option("--threshold", help="How many maintainers have to accept a version.")] = 1,
+    threshold: Annotated[
+        int | None,
+        typer.Option(
+            "--threshold", help="How many maintainers have to accept a version.", show_default="more than half"
+        ),
+    ] = None,
     exam: Annotated[
         Path | None,
         typer.Option(
@@ -40,6 +46,13 @@ def create(
     open_seconds: Annotated[
         float, typer.Option("--open-seconds", help="Or after this time, with one patch at least.")
     ] = 3600.0,
+    max_patches: Annotated[int, typer.Option("--max-patches", help="A round takes no more.")] = 1000,
+    proposer_seconds: Annotated[
+        float, typer.Option("--proposer-seconds", help="Until the next maintainer proposes.")
+    ] = 120.0,
+    verdict_seconds: Annotated[
+        float, typer.Option("--verdict-seconds", help="For verdicts; enough for people who are asked.")
+    ] = 600.0,
     planned_rounds: Annotated[
         int, typer.Option("--planned-rounds", help="The contributors' learning rate follows one schedule over so many.")
     ] = 0,
@@ -78,11 +91,12 @@ def create(
         raise InvalidInput(f"{checkpoint!r} is neither a folder here nor a hub id such as org/name.")
     try:
         limits = Limits(regression_tolerance=tolerance)
-        schedule = Schedule(min_patches=min_patches, open_seconds=open_seconds, planned_rounds=planned_rounds)
+        schedule = Schedule(min_patches, max_patches, open_seconds, proposer_seconds, verdict_seconds, planned_rounds)
     except ValueError as error:
         raise InvalidInput(f"The Manifest can't be made: {error}.") from None
     maintainers = tuple(PeerId(m) for m in maintainer or [folder.key.peer])
-    kinds = tuple(k if "@" in k else f"{k}@1" for k in kind or ["ia3"])
+    threshold = len(maintainers) // 2 + 1 if threshold is None else threshold
+    kinds = tuple(options.versioned(k) for k in kind or ["ia3"])
     decided = founding.Founding(
         name,
         maintainers,
@@ -99,6 +113,7 @@ def create(
         if source
         else founding.found(folder, local, decided)
     )
+    warn_of_minority(threshold, len(maintainers))
     emit(
         {"id": lineage.model, "name": name, "maintainers": maintainers, "threshold": threshold},
         f"model {lineage.model}\n{name}: {len(lineage.manifest.slots)} slots in {lineage.manifest.layers} layers, "
@@ -106,6 +121,15 @@ def create(
         f"host it with: p2pmodel join --model {short(lineage.model)}",
         json,
     )
+
+
+def warn_of_minority(threshold: int, maintainers: int) -> None:
+    if threshold <= maintainers // 2:
+        typer.echo(
+            f"p2pmodel: {threshold} of {maintainers} is not more than half: two versions of one round could both be "
+            "adopted.",
+            err=True,
+        )
 
 
 @app.command()
@@ -116,10 +140,8 @@ def show(
 ) -> None:
     """The Manifest: what a model is, and who decides."""
     from p2pmodel.node.lineages.branches import Family
-    from p2pmodel.node.lineages.discovery import local_lineage
-    from p2pmodel.store.home import Home
 
-    lineage = local_lineage(Home.open(home), model)
+    lineage = lineage_of(home, model)
     m = lineage.manifest
     weights = sum(f.blob.size for f in m.files if f.name.endswith(".safetensors"))
     lines = [
@@ -131,9 +153,13 @@ def show(
         *([f"begins with  {Family(lineage.home).describe(m.origin)}"] if m.origin else []),
         f"patches      {', '.join(m.kinds)}: {len(m.slots)} slots",
         f"merge        {m.merge.strategy} {dict(m.merge.parameters) or ''}".rstrip(),
-        f"rounds       close at {m.schedule.min_patches} patches, or after {m.schedule.open_seconds:.0f} s with one",
+        f"rounds       close at {m.schedule.min_patches} patches, or after {m.schedule.open_seconds:.0f} s with one; "
+        f"{m.schedule.max_patches} at most",
+        f"             {m.schedule.proposer_seconds:.0f} s for each proposer, "
+        f"{m.schedule.verdict_seconds:.0f} s for verdicts",
         *([f"planned      {m.schedule.planned_rounds} rounds"] if m.schedule.planned_rounds else []),
         f"tolerance    {m.limits.regression_tolerance:.2%} on any domain of the exam",
+        f"limits       {size(m.limits.max_patch_bytes)} a patch",
         f"exam         {short(m.exam.digest)}, {size(m.exam.size)}",
         f"licence      {m.licence or 'not stated'}",
         f"maintainers  {m.threshold} of {len(m.maintainers)}:",

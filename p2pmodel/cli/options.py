@@ -8,6 +8,7 @@ import typer
 
 from p2pmodel.domain.errors import UsageError
 
+PATCH_SUFFIX = ".p2patch"
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 Home = Annotated[
@@ -46,6 +47,8 @@ SwarmKey = Annotated[
     ),
 ]
 Version = Annotated[str, typer.Option("--version", help="Number (1.0.2), id, `base` or `head`.")]
+VersionArgument = Annotated[str, typer.Argument(metavar="VERSION", help="Number (1.0.2), tag, id, `base` or `head`.")]
+PatchArgument = Annotated[str, typer.Argument(metavar="PATCH", help="A patch file, or the id of a known patch.")]
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -55,6 +58,11 @@ def parse_address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{text[:64]!r} is no address to listen on.", "Write it as 9100, or 0.0.0.0:9100.")
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def versioned(name: str) -> str:
+    """The name of a patch kind or a merge strategy, whose version may be left out where it is the first."""
+    return name if "@" in name else f"{name}@1"
 
 
 def parse_size(text: str) -> int:

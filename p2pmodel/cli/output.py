@@ -43,7 +43,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def printable(text: str) -> str:
     """What somebody else wrote, without what would steer a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def size(count: float) -> str:

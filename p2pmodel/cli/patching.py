@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import interchange, options
-from p2pmodel.cli.interchange import PatchText
+from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, printable, size, table
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import NotFound, Rejected, UsageError
@@ -32,20 +32,19 @@ def publish(
     from p2pmodel.control.client import ControlClient
     from p2pmodel.node.lineages.intake import take_in
     from p2pmodel.node.lineages.lineage import Lineage
+    from p2pmodel.store import patchfile
     from p2pmodel.store.home import Home
-    from p2pmodel.wire.bundle import open_bundle
 
     folder = Home.open(home)
     with ControlClient.connect(folder.control_socket) as client:
-        raw = file.read_bytes()
-        record = take_in(Lineage(folder, open_bundle(raw).patch.model), raw)
+        record = take_in(Lineage(folder, patchfile.read(file).patch.model), file.read_bytes())
         client.publish(record.digest)
     emit({"id": record.digest}, f"patch {short(record.digest)} is announced; follow it with: p2pmodel patch list", json)
 
 
 @app.command()
 def show(
-    patch: PatchText,
+    patch: options.PatchArgument,
     recipe_only: Annotated[
         bool, typer.Option("--recipe", help="Print how it was trained, as TOML for: p2pmodel train --recipe")
     ] = False,
@@ -148,7 +147,7 @@ def _data(what: str, file: DataFile) -> str:
 
 @app.command()
 def audit(
-    patch: PatchText,
+    patch: options.PatchArgument,
     data: Annotated[list[Path], typer.Option("--data", help="What it was trained on; may be repeated.", exists=True)],
     segments: Annotated[int, typer.Option("--segments", help="To do again, of those between checkpoints.", min=1)] = 2,
     seed: Annotated[
@@ -165,10 +164,10 @@ def audit(
     json: options.Json = False,
 ) -> None:
     """Do some of a patch's training again, on its data, and compare; a difference ends with status 6."""
-    from p2pmodel.node.evidence import find_in, in_folder, in_home
     from p2pmodel.node.lineages.bases import find_base
     from p2pmodel.node.lineages.finding import SwarmFinder
     from p2pmodel.node.patches.auditing import audit as examine
+    from p2pmodel.node.patches.evidence import find_in, in_folder, in_home
     from p2pmodel.node.patches.patchbook import open_patch
     from p2pmodel.node.patches.savepoints import MAX_KEPT_BYTES
 
@@ -211,10 +210,34 @@ def _audited(patch: str, report: "Audit") -> str:
 
 
 @app.command()
-def verify(patch: PatchText, home: options.Home = None, json: options.Json = False) -> None:
-    """Check a patch as every peer does: signature, digests, parent, slots, shapes, values, limits."""
+def verify(
+    patch: Annotated[
+        str | None,
+        typer.Argument(metavar="PATCH", help="A patch file, or the id of a known patch.", show_default=False),
+    ] = None,
+    statement: Annotated[
+        Path | None,
+        typer.Option(
+            "--statement",
+            help="What `patch show --statement` printed, instead of a patch.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    home: options.Home = None,
+    json: options.Json = False,
+) -> None:
+    """Check a patch as every peer does: signature, digests, parent, slots, shapes, values, limits.
+
+    Of a statement: its signatures, and that it says what the contributor signed.
+    """
+    if (patch is None) == (statement is None):
+        raise UsageError("What is verified is a patch, or a statement about one.", "Name a PATCH, or --statement FILE.")
+    if statement is not None:
+        return _verify_statement(statement, json)
     from p2pmodel.node.patches.patchbook import verify_patch
 
+    assert patch is not None
     entry = verify_patch(home, patch)
     emit(
         {"id": entry.id, "valid": True},
@@ -224,14 +247,23 @@ def verify(patch: PatchText, home: options.Home = None, json: options.Json = Fal
     )
 
 
+def _verify_statement(file: Path, json: bool) -> None:
+    from p2pmodel.wire.statement import open_envelope
+
+    patch, noun, signers = open_envelope(file.read_bytes())
+    emit(
+        {"id": patch, "valid": True, "contributor": noun.contributor, "signers": signers},
+        f"the statement says of patch {patch} what {noun.contributor} signed; it is attested by {', '.join(signers)}",
+        json,
+    )
+
+
 @app.command("list")
 def list_patches(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
     """The patches that this home knows, and what became of them."""
-    from p2pmodel.node.lineages.discovery import local_lineage
     from p2pmodel.node.patches.patchbook import entries
-    from p2pmodel.store.home import Home
 
-    known = entries(local_lineage(Home.open(home), model))
+    known = entries(lineage_of(home, model))
     rows = [
         [
             short(e.id),

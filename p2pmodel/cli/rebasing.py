@@ -17,7 +17,7 @@ SHOWN_SLOTS = 8
 
 
 def rebase(
-    patch: Annotated[str, typer.Argument(metavar="PATCH", help="A patch file, or the id of a known patch.")],
+    patch: options.PatchArgument,
     onto: Annotated[
         str, typer.Option("--onto", metavar="VERSION", help="Number (1.0.2), tag, id, `base` or `head`.")
     ] = "head",
@@ -57,7 +57,7 @@ def rebase(
         new = find_base(folder, lineage, base)
         same = opened.lineage.model == lineage.model
         bases = (new if same else find_base(folder, opened.lineage, old_base), new)
-    path = output or Path(f"{short(opened.id)}-{number}.p2patch")
+    path = output or Path(f"{short(opened.id)}-{number}{options.PATCH_SUFFIX}")
     done = move(opened, lineage, version, path, texts=evaluate or (), bases=bases)
     how = (
         "both sides weighed the same, since not all patches of the version are here"

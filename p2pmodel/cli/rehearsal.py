@@ -22,6 +22,7 @@ from rich.console import Console
 
 from p2pmodel import starter
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
+from p2pmodel.cli.options import PATCH_SUFFIX
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.model import Schedule
 from p2pmodel.domain.swarm import Span
@@ -30,8 +31,8 @@ from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.intake import take_in
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.store import patchfile
 from p2pmodel.store.home import Home
-from p2pmodel.wire.bundle import open_bundle
 
 ADOPTION_SECONDS = 300.0
 TRAINING = ("--steps", "8", "--batch", "2", "--sequence", "256", "--learning-rate", "0.01", "--fisher-examples", "8")
@@ -174,10 +175,9 @@ def _rehearse(plan: Plan, swarm: LocalSwarm, progress: Progress) -> Report:
             client.refresh()
             answers.append(_ask(client, plan, progress))
     lineage.refresh()
-    scores = _accepting(lineage, versions[0].number)
     return Report(
         model=lineage.model,
-        base_exam={s.domain: s.base for s in scores},
+        base_exam={s.domain: s.base for s in lineage.versions[0].scores},
         versions=versions,
         answers=answers,
         spans={f"host-{i + 1}": str(s) for i, s in enumerate(spans)},
@@ -229,7 +229,6 @@ def _round(
     seconds["round"] = time.monotonic() - began
     lineage.refresh()
     version = next(v for v in lineage.versions if v.candidate.number == number)
-    scores = _accepting(lineage, str(number))
     left_out = {x.patch: x.reason for x in version.candidate.left_out}
     patches = [
         PatchReport(
@@ -247,8 +246,8 @@ def _round(
         number=str(number),
         id=version.id,
         alpha=version.candidate.alpha,
-        exam={s.domain: s.candidate for s in scores},
-        mean={s.domain: s.mean for s in scores if s.mean is not None},
+        exam={s.domain: s.candidate for s in version.scores},
+        mean={s.domain: s.mean for s in version.scores if s.mean is not None},
         patches=patches,
         seconds=seconds,
     )
@@ -266,7 +265,7 @@ def _train(homes: Path, domains: Sequence[str], number: VersionNumber) -> dict[s
             "--home",
             str(homes / domain),
             "--output",
-            str(homes / domain / f"for-{number}.p2patch"),
+            str(homes / domain / f"for-{number}{PATCH_SUFFIX}"),
             "--licence",
             "PSF-2.0",
             "--seed",
@@ -294,8 +293,7 @@ def _train(homes: Path, domains: Sequence[str], number: VersionNumber) -> dict[s
 
 def _publish(node: NodeProcess, file: Path) -> None:
     """As `p2pmodel patch publish` does, without loading torch once more."""
-    raw = file.read_bytes()
-    record = take_in(Lineage(Home.open(node.home), open_bundle(raw).patch.model), raw)
+    record = take_in(Lineage(Home.open(node.home), patchfile.read(file).patch.model), file.read_bytes())
     with node.control() as client:
         client.publish(record.digest)
 
@@ -307,11 +305,6 @@ def _result(process: subprocess.Popen[str], command: Sequence[str]) -> dict[str,
         raise P2PModelError(f"`{' '.join(command[1:5])}` ended with status {process.returncode}: {last}")
     result: dict[str, Any] = json.loads(out)
     return result
-
-
-def _accepting(lineage: Lineage, number: str) -> Sequence[Any]:
-    version = next(v for v in lineage.versions if str(v.candidate.number) == number)
-    return next(v for v in version.verdicts if v.accept).scores
 
 
 def _traffic(swarm: LocalSwarm) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from p2pmodel.cli.output import size, table
 from p2pmodel.cli.rehearsal import Report
+from p2pmodel.domain.ids import short
 
 
 def report_text(report: Report) -> str:
@@ -40,7 +41,7 @@ def _history(report: Report) -> str:
 
 def _patches(report: Report) -> str:
     rows = [
-        [v.number, p.domain, p.id[:10], size(p.bytes), f"{p.loss_before:.4f}", f"{p.loss_after:.4f}", p.state]
+        [v.number, p.domain, short(p.id), size(p.bytes), f"{p.loss_before:.4f}", f"{p.loss_after:.4f}", p.state]
         for v in report.versions
         for p in v.patches
     ]

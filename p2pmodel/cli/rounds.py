@@ -8,6 +8,7 @@ import typer
 from p2pmodel.cli import options
 from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, printable
+from p2pmodel.cli.versioning import score_table
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.domain.ids import short
 
@@ -80,7 +81,7 @@ def weigh(
     lineage = lineage_of(home, model)
     given = {lineage.find_patch(text): weight for text, weight in parse_weights(weights).items()}
     for patch, weight in given.items():
-        lineage.weigh(patch, weight)
+        lineage.notes.weigh(patch, weight)
     emit(
         {"weights": given},
         "\n".join(f"patch {short(patch)} counts {weight:g}" for patch, weight in given.items()),
@@ -90,7 +91,7 @@ def weigh(
 
 def _decide(text: str, model: str | None, home: options.Home, json: bool, accept: bool, reason: str) -> None:
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.rounds.amending import decide, find_candidate
+    from p2pmodel.node.rounds.deciding import decide, find_candidate
 
     lineage = lineage_of(home, model)
     version = find_candidate(lineage, text)
@@ -140,8 +141,18 @@ def _candidate_lines(candidate: "CandidateView") -> list[str]:
         f"candidate    {short(candidate.version)} of round {candidate.round}, by {candidate.proposer}",
         f"             {candidate.what}",
     ]
-    lines += [f"needs        {e.threshold} of {', '.join(e.maintainers)}" for e in candidate.electorates[1:]]
+    lines += [f"  merges     {short(patch)}  {contributor or 'not here'}" for patch, contributor in candidate.patches]
+    lines += [f"  left out   {short(entry.patch)}  {printable(entry.reason)}" for entry in candidate.left_out]
+    for electorate in candidate.electorates[1:]:
+        lines.append(f"needs        {electorate.threshold} of these as well")
+        lines += [f"             {peer}" for peer in electorate.maintainers]
     lines += [f"  accepts    {peer}" for peer in candidate.accepts]
     lines += [f"  rejects    {peer}: {printable(reason)}" for peer, reason in candidate.rejects]
     lines += [f"  silent     {peer}" for peer in candidate.silent]
-    return lines + ([f"this home    {candidate.decision}"] if candidate.decision else [])
+    left = candidate.until - time.time()
+    until = (
+        f"until {time.strftime('%H:%M:%S', time.localtime(candidate.until))}, {left:.0f} s more" if left > 0 else "over"
+    )
+    lines += [f"to decide    {until}"]
+    lines += [f"this home    {candidate.decision}"] if candidate.decision else []
+    return lines + (["", *score_table(candidate.scores, "then").splitlines()] if candidate.scores else [])

@@ -8,6 +8,7 @@ import typer
 from p2pmodel.cli import options
 from p2pmodel.cli.output import emit, plain, size, table
 from p2pmodel.domain.errors import Regressed, UsageError
+from p2pmodel.domain.ids import short
 
 if TYPE_CHECKING:  # it loads torch
     from p2pmodel.node.versions.testing import TaskReport
@@ -82,7 +83,7 @@ def examine(
         for result in report.sections
     ]
     title = f"{report.what} against {report.parent}, on {'the exam' if report.is_the_lineages else 'the suite'} "
-    title += f"{report.suite} ({report.digest[:10]}): nats per byte, or failed cases; lower is better"
+    title += f"{report.suite} ({short(report.digest)}): nats per byte, or failed cases; lower is better"
     body = table(title, ["section", "cases", "parent", "now", "change", "may", ""], rows)
     emit(
         {**plain(report), "regressions": report.regressions},

@@ -231,7 +231,7 @@ def train(
         if dry_run:
             return show_estimate(estimate(assignment, workplace), assignment, json)
         number = lineage.number(assignment.parent)
-        path = chosen.get("output") or Path(f"{assignment.files[0].stem}-{number}.p2patch")
+        path = chosen.get("output") or Path(f"{assignment.files[0].stem}-{number}{options.PATCH_SUFFIX}")
         demand_place(path)
         with TrainingDisplay(assignment.options.steps) as display:
             new = train_patch(assignment, path, display, workplace)

@@ -6,15 +6,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from p2pmodel.cli.options import versioned
 from p2pmodel.cli.output import emit, size
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.engine.checkpoint import read_checkpoint
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import LEARNING_RATES, KindOptions
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import round_mean
-from p2pmodel.node.patches.contributing import FOUR_BITS, Assignment, Estimate
+from p2pmodel.node.patches.contributing import Assignment, Estimate
+from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.patch_kind import Fit, KindOptions
 
 
 def assignment_of(lineage: Lineage, base: Path, chosen: Mapping[str, Any]) -> Assignment:
@@ -24,14 +26,13 @@ def assignment_of(lineage: Lineage, base: Path, chosen: Mapping[str, Any]) -> As
     values = {names.get(name, name): value for name, value in chosen.items()}
     values["fisher"] = "adam" if chosen.get("fisher") == "adam" else chosen.get("fisher_labels", "model")
 
-    kind = chosen.get("kind") or lineage.manifest.kinds[0]
-    kind = kind if "@" in kind else f"{kind}@1"
+    kind = versioned(chosen.get("kind") or lineage.manifest.kinds[0])
     if kind != modular.KIND and (chosen.get("expert") or chosen.get("router")):
         raise UsageError(f"--expert and --router are for modular experts, not for {kind}.", "Add --kind expert.")
     if kind == modular.KIND:
         values.setdefault("expert", modular.name_like(Path(chosen["data"][0]).stem))
-    if kind in LEARNING_RATES:
-        values.setdefault("learning_rate", LEARNING_RATES[kind])
+    known = get_kind(kind)
+    values.setdefault("learning_rate", known.learning_rate)
     values.setdefault("sequence", min(TrainingOptions.sequence, read_checkpoint(base).context))
     parent = lineage.find_version(chosen.get("version", "head"))
     values["round"], values["rounds"] = lineage.place_in_plan(parent)
@@ -56,7 +57,7 @@ def assignment_of(lineage: Lineage, base: Path, chosen: Mapping[str, Any]) -> As
         skip_broken=chosen.get("skip_broken", False),
         fresh=chosen.get("fresh", False),
         restart=chosen.get("restart", False),
-        bits=chosen.get("bits", 4 if kind in FOUR_BITS else 32),
+        bits=chosen.get("bits", 4 if known.fit is Fit.SLOTS else 32),
         mean=mean,
     )
 

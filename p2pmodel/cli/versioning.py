@@ -16,7 +16,9 @@ app = typer.Typer(no_args_is_help=True, help="Check versions, and write them for
 app.command("export")(interchange.export_version)
 
 SHOWN_SLOTS = 12
-VersionText = Annotated[str, typer.Argument(metavar="VERSION", help="Number (1.0.2), tag, id, `base` or `head`.")]
+VersionOrFolder = Annotated[
+    str, typer.Argument(metavar="VERSION|DIR", help="A version, or a folder that `checkout` wrote.")
+]
 
 
 def figure(section: str, score: float) -> str:
@@ -41,17 +43,20 @@ def score_table(scores: tuple[DomainScore, ...], number: str) -> str:
         ]
         for s in scores
     ]
-    return table("", ["exam, nats per byte", "base", "parent", number, "change", "plain mean"], rows)
+    return table("", ["exam: nats per byte, % failed", "base", "parent", number, "change", "plain mean"], rows)
 
 
 def show(
-    version: VersionText = "head", model: options.Model = None, home: options.Home = None, json: options.Json = False
+    version: options.VersionArgument = "head",
+    model: options.Model = None,
+    home: options.Home = None,
+    json: options.Json = False,
 ) -> None:
     """One version: where it comes from, what was merged and left out, who adopted it, and its exam."""
     lineage = lineage_of(home, model)
     chosen = lineage.find_version(version)
     manifest = lineage.manifest
-    tags = [name for name, target in lineage.tags.items() if target == chosen]
+    tags = [name for name, target in lineage.notes.tags.items() if target == chosen]
     lines = [
         f"version      {lineage.number(chosen)}{' (head)' if chosen == lineage.head else ''}",
         f"id           {chosen}",
@@ -68,14 +73,15 @@ def show(
             data["origin"] = plain(manifest.origin)
         emit(data, "\n".join(lines), json)
         return
+    from p2pmodel.node.rounds.roundview import describe
+
     known = lineage.version(chosen)
     candidate = known.candidate
     proposer = lineage.proposers[chosen][0]
     lines += [
         f"parent       {lineage.number(candidate.parent)} ({short(candidate.parent)})",
         f"round        {candidate.round}, proposed by {proposer}",
-        f"merge        {candidate.merge.strategy} {dict(candidate.merge.parameters) or ''}".rstrip()
-        + f", α {candidate.alpha:g}",
+        f"what         {describe(lineage, candidate)}",
         f"values       {size(candidate.result.size)}, SHA-256 {candidate.result.digest}"
         + ("" if lineage.home.objects.has(candidate.result.digest) else ", not on this machine"),
     ]
@@ -89,9 +95,8 @@ def show(
             lines.append(f"               trained on {printable(file.name)}, {size(file.size)}, {licence}")
     lines += [f"left out     {short(x.patch)}  {printable(x.reason)}" for x in candidate.left_out]
     lines += [f"adopted by   {verdict.maintainer}" for verdict in known.verdicts]
-    examined = next((verdict.scores for verdict in known.verdicts if verdict.scores), ())
-    if examined:
-        lines += ["", *score_table(examined, str(candidate.number)).splitlines()]
+    if known.scores:
+        lines += ["", *score_table(known.scores, str(candidate.number)).splitlines()]
     data = {
         "id": chosen,
         "number": str(candidate.number),
@@ -104,8 +109,8 @@ def show(
 
 
 def diff(
-    before: VersionText,
-    after: VersionText = "head",
+    before: options.VersionArgument,
+    after: options.VersionArgument = "head",
     everything: Annotated[bool, typer.Option("--all", help="Every slot that differs, not only the largest.")] = False,
     model: options.Model = None,
     home: options.Home = None,
@@ -140,12 +145,12 @@ def diff(
             ]
             for s in found.scores
         ]
-        parts.append(table("", ["exam, nats per byte", *numbers, "change"], scores))
+        parts.append(table("", ["exam: nats per byte, % failed", *numbers, "change"], scores))
     emit({"before": a, "after": b, **plain(found)}, "\n\n".join(parts), json)
 
 
 def checkout(
-    version: VersionText,
+    version: options.VersionArgument,
     output: Annotated[Path | None, typer.Option("--output", file_okay=False, show_default="<model>-<version>")] = None,
     with_base: Annotated[
         bool, typer.Option("--with-base", help="The base checkpoint's files too, as hard links where possible.")
@@ -173,9 +178,7 @@ def checkout(
 
 
 def deps(
-    version: Annotated[
-        str, typer.Argument(metavar="VERSION|DIR", help="A version, or a folder that `checkout` wrote.")
-    ] = "head",
+    version: VersionOrFolder = "head",
     model: options.Model = None,
     base: options.Base = None,
     home: options.Home = None,
@@ -197,7 +200,7 @@ def deps(
 
 def tag(
     name: Annotated[str | None, typer.Argument(help="Of the tag; without one, all tags are listed.")] = None,
-    version: VersionText = "head",
+    version: options.VersionArgument = "head",
     force: Annotated[bool, typer.Option("--force", help="Move a tag that is there.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Take the tag away.")] = False,
     model: options.Model = None,
@@ -209,7 +212,7 @@ def tag(
     if name is None:
         if force or delete:
             raise UsageError("--force and --delete need the name of a tag.", "Name it.")
-        tags = {tagged: target for tagged, target in lineage.tags.items()}
+        tags = lineage.notes.tags
         numbers = {v.id: str(v.candidate.number) for v in lineage.versions} | {lineage.model: str(BASE_NUMBER)}
         rows = [[tagged, numbers.get(target, "unknown"), short(target)] for tagged, target in tags.items()]
         emit(
@@ -219,16 +222,16 @@ def tag(
         )
         return
     if delete:
-        lineage.untag(name)
+        lineage.notes.untag(name)
         emit({"tag": name, "deleted": True}, f"tag {name} is deleted", json)
         return
     chosen = lineage.find_version(version)
-    lineage.tag(name, chosen, move=force)
+    lineage.notes.tag(name, chosen, move=force)
     emit({"tag": name, "id": chosen}, f"{name} is {lineage.manifest.name} {lineage.number(chosen)}", json)
 
 
 def rollback(
-    version: VersionText,
+    version: options.VersionArgument,
     agree: Annotated[
         bool, typer.Option("--agree", help="Only agree: another maintainer proposes it. Before the proposal.")
     ] = False,
@@ -238,13 +241,13 @@ def rollback(
 ) -> None:
     """Propose a new version with the values of an old one; maintainers adopt it who agreed to it."""
     from p2pmodel.control.client import ControlClient
-    from p2pmodel.node.versions.rollback import agree_to, propose
+    from p2pmodel.node.rounds.asides import agree_to_rollback, propose_rollback
 
     lineage = lineage_of(home, model)
     chosen = lineage.find_version(version)
     number, head = lineage.number(chosen), lineage.number(lineage.head)
     if agree:
-        agree_to(lineage, chosen)
+        agree_to_rollback(lineage, chosen)
         emit(
             {"agreed": chosen, "head": lineage.head},
             f"This home's maintainer accepts a rollback from {head} to {number}.",
@@ -252,7 +255,7 @@ def rollback(
         )
         return
     with ControlClient.connect(lineage.home.control_socket) as client:
-        record, proposed = propose(lineage, chosen)
+        record, proposed = propose_rollback(lineage, chosen)
         client.publish(record)
     emit(
         {"id": proposed, "restores": chosen},
@@ -263,9 +266,7 @@ def rollback(
 
 @app.command()
 def verify(
-    version: Annotated[
-        str, typer.Argument(metavar="VERSION|DIR", help="A version, or a folder that `checkout` wrote.")
-    ] = "head",
+    version: VersionOrFolder = "head",
     model: options.Model = None,
     home: options.Home = None,
     json: options.Json = False,
@@ -275,12 +276,15 @@ def verify(
 
     where = ""
     if Path(version).is_dir():
-        proven, here = verify_folder(Path(version)), None
+        (proven, files), here = verify_folder(Path(version)), None
+        values = "its values are those that were adopted"
+        values += f", and its {files} files are the base's" if files else ", and the base's files are not beside them"
         if origin := proven.manifest.origin:
             where = f"; it begins with {short(origin.model)} {origin.number}, by what its Manifest says"
     else:
         lineage = lineage_of(home, model)
         proven, here = verify_version(lineage, lineage.find_version(version))
+        values = f"the values of {here} of {len(proven.versions)} are here"
         if origin := proven.manifest.origin:
             from p2pmodel.node.lineages.branches import Family
             from p2pmodel.node.lineages.origins import proven_origins
@@ -289,11 +293,10 @@ def verify(
             here_too = "is proven too" if proven_origins(family, lineage) else "is not known here"
             where = f"; it begins with {family.describe(origin)}, which {here_too}"
     count = len(proven.versions)
-    values = "its values are those that were adopted" if here is None else f"the values of {here} of {count} are here"
     emit(
         {"id": proven.id, "number": proven.number, "model": proven.model, "versions": count, "values": here},
-        f"{proven.manifest.name} {proven.number} ({short(proven.id)}) is proven: {count} versions after the base, each "
-        f"accepted by {proven.manifest.threshold} of {len(proven.manifest.maintainers)} maintainers or more; {values}"
-        + where,
+        f"{proven.manifest.name} {proven.number} ({short(proven.id)}) is proven: {count} version{'s' * (count != 1)} "
+        f"after the base, each accepted by {proven.manifest.threshold} of {len(proven.manifest.maintainers)} "
+        f"maintainers or more; {values}" + where,
         json,
     )

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from p2pmodel.cli.output import duration
+from p2pmodel.cli.output import duration, printable
 from p2pmodel.control.client import ControlClient
 from p2pmodel.domain.errors import P2PModelError, UsageError
 from p2pmodel.domain.experts import describe
@@ -60,7 +60,7 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> list[RenderableType]
     experts: list[RenderableType] = [Text(""), _experts(reply, model)] if model.expert_leases else []
     return [
         Text.assemble(
-            (f"{_clean(model.name)} {model.head.number}", "bold"),
+            (f"{printable(model.name)} {model.head.number}", "bold"),
             f" ({short(model.id)})  ",
             (f"{'✓' if whole else '✗'} {covered} of {model.layers} layers served", "green" if whole else "bold red"),
             f"  {model.sessions} sessions here",
@@ -99,7 +99,7 @@ def _leases(reply: pb.StatusReply, model: pb.ModelStatus) -> Table:
             Text(row if model.layers <= 64 else "", "cyan"),
             f"…{lease.peer[-8:]}{'  this node' if lease.peer == reply.peer else ''}",
             ", ".join(version.number or short(version.id) for version in lease.versions),
-            Text(_clean(lease.dtype)),
+            Text(printable(lease.dtype)),
             f"{lease.layer_seconds * 1e3:.2f}",
             str(lease.queue),
         )
@@ -119,7 +119,7 @@ def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> Table:
             f"{lease.span.start}:{lease.span.end}",
             f"…{lease.peer[-8:]}{'  this node' if lease.peer == reply.peer else ''}",
             ", ".join(version.number or short(version.id) for version in lease.versions),
-            Text(_clean(lease.dtype)),
+            Text(printable(lease.dtype)),
             f"{lease.pair_seconds * 1e3:.2f}",
             f"{sum(lease.rows_per_second):.1f}" if lease.rows_per_second else "",
         )
@@ -127,9 +127,5 @@ def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> Table:
 
 
 def _peers(model: pb.ModelStatus) -> Text:
-    names = ", ".join(f"…{p.peer[-8:]} ({_clean(', '.join(p.roles))})" for p in model.presences)
+    names = ", ".join(f"…{p.peer[-8:]} ({printable(', '.join(p.roles))})" for p in model.presences)
     return Text(f"{len(model.presences)} peers: {names}")
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else "�" for c in text)

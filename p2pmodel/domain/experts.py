@@ -14,7 +14,7 @@ MAX_CALL_PAIRS = 1 << 16
 MAX_LOADS = 1024
 """Of a lease: a host of more experts does not say how often each is asked."""
 MAX_LOAD = 127
-MAX_EXCHANGED = 64
+MAX_SWAPPED = 64
 """Experts that a host takes for others at once."""
 
 
@@ -59,8 +59,8 @@ class ExpertLease:
             raise ValueError("an expert lease's loads are out of range")
         for some in filter(None, (self.coming, self.going)):
             check_experts(some)
-        if len(self.coming) > MAX_EXCHANGED or len(self.going) > MAX_EXCHANGED:
-            raise ValueError(f"an expert host exchanges at most {MAX_EXCHANGED} experts at once")
+        if len(self.coming) > MAX_SWAPPED or len(self.going) > MAX_SWAPPED:
+            raise ValueError(f"an expert host exchanges at most {MAX_SWAPPED} experts at once")
         if not set(self.going) <= set(self.experts) or set(self.coming) & set(self.experts):
             raise ValueError("an expert host gives up what it has, for what it has not")
 

@@ -18,6 +18,9 @@ PatchId = Digest
 VersionId = Digest
 """Digest of the canonical bytes of the `Candidate` that became the version; the model id for the base version."""
 
+LEAST_DIGITS = 4
+"""Of the beginning of an id that people may give in its place."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PEER = re.compile(r"12D3KooW[1-9A-HJ-NP-Za-km-z]{44}")
 
@@ -30,6 +33,11 @@ def check_digest(value: str, field: str) -> None:
 def check_peer(value: str, field: str) -> None:
     if not _PEER.fullmatch(value):
         raise ValueError(f"{field} is not the id of an Ed25519 peer")
+
+
+def abbreviates(text: str, digest: str) -> bool:
+    """Whether what people give is the digest, or enough of its beginning."""
+    return len(text) >= LEAST_DIGITS and digest.startswith(text)
 
 
 def short(digest: str) -> str:

@@ -106,6 +106,10 @@ class Schedule:
             raise ValueError("schedule: durations have to be positive and finite")
 
 
+MAX_PATCH_BYTES = 1 << 40
+MAX_HEADER_BYTES = 64 << 20
+
+
 @dataclass(frozen=True)
 class Limits:
     """What is refused before it costs memory, and how much worse than its parent (relative) a version may be on any
@@ -116,8 +120,12 @@ class Limits:
     regression_tolerance: float = 0.005
 
     def __post_init__(self) -> None:
-        if self.max_patch_bytes <= 0 or self.max_header_bytes <= 0 or not 0 <= self.regression_tolerance < 1:
-            raise ValueError("limits are out of range")
+        if not 0 < self.max_patch_bytes <= MAX_PATCH_BYTES or not 0 < self.max_header_bytes <= MAX_HEADER_BYTES:
+            raise ValueError(
+                f"limits: a patch has 1 to {MAX_PATCH_BYTES} bytes, and its record 1 to {MAX_HEADER_BYTES}"
+            )
+        if not 0 <= self.regression_tolerance < 1:
+            raise ValueError("limits: the tolerance is 0 or more, and less than 1")
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class Amendment:
             for field in fields(old):
                 was, now = getattr(old, field.name), getattr(new, field.name)
                 if was != now:
-                    found.append(f"{field.name.replace('_', ' ')} {was:g} to {now:g}")
+                    found.append(f"{field.name.replace('_', ' ')} {was} to {now}")
         return found
 
 
@@ -159,8 +167,10 @@ def check_name(name: str) -> None:
 def _check_maintainers(maintainers: tuple[PeerId, ...], threshold: int) -> None:
     if not maintainers or len(maintainers) > MAX_MAINTAINERS:
         raise ValueError(f"a model has 1 to {MAX_MAINTAINERS} maintainers")
-    if list(maintainers) != sorted(set(maintainers)):
-        raise ValueError("maintainers' keys have to be unique and sorted")
+    if len(set(maintainers)) != len(maintainers):
+        raise ValueError("a maintainer is named twice")
+    if list(maintainers) != sorted(maintainers):
+        raise ValueError("maintainers' keys have to be sorted")
     for peer in maintainers:
         check_peer(peer, "maintainer")
     if not 1 <= threshold <= len(maintainers):

@@ -45,6 +45,8 @@ AMEND = MergeSpec("amend@1")
 REMOVE = MergeSpec("remove@1")
 """Of a candidate that merges nothing, and has the values of its parent without those of some experts."""
 
+MAX_REASON = 256
+"""Characters, of a verdict or of leaving out a patch."""
 MAX_ROUND = 2**63 - 1
 """Where the integers of a home's index (SQLite) end; those of records (msgpack) do not."""
 
@@ -58,7 +60,7 @@ class LeftOut:
 
     def __post_init__(self) -> None:
         check_digest(self.patch, "patch")
-        if not self.reason or len(self.reason) > 256:
+        if not self.reason or len(self.reason) > MAX_REASON:
             raise ValueError("the reason for leaving out a patch is empty or too long")
 
 
@@ -90,11 +92,10 @@ class Candidate:
             raise ValueError("rounds count from 1, in 63 bits")
         if self.amends != (self.amendment is not None):
             raise ValueError("a candidate amends the Manifest when its merge says so, and only then")
-        merges = not (self.restores or self.amends or self.removes)
-        if not merges and (self.patches or self.left_out or self.control is not None):
+        if self.aside and (self.patches or self.left_out or self.control is not None):
             raise ValueError("a candidate that restores a version, removes or amends settles no patches")
         check_experts(self.experts)
-        if (merges and not self.patches) or list(self.patches) != sorted(set(self.patches)):
+        if (not self.aside and not self.patches) or list(self.patches) != sorted(set(self.patches)):
             raise ValueError("a candidate's patches have to be unique and sorted, at least one")
         for patch in self.patches:
             check_digest(patch, "candidate patch")
@@ -127,6 +128,11 @@ class Candidate:
     def removes(self) -> bool:
         return self.merge == REMOVE
 
+    @property
+    def aside(self) -> bool:
+        """It merges nothing, so people decide on it."""
+        return self.merge in (RESTORE, AMEND, REMOVE)
+
     def misfit(self, number: VersionNumber, experts: Experts) -> str:
         """What of its number and its experts does not follow a parent of that number and with those experts; empty
         when all does."""
@@ -135,7 +141,7 @@ class Candidate:
             return "removes no expert of its parent, or has others than its parent"
         if self.amends and own != before:
             return "amends the Manifest, and has other experts than its parent"
-        if not (self.removes or self.amends or self.restores) and not own >= before:
+        if not self.aside and not own >= before:
             return "lacks an expert of its parent, and says nothing of removing it"
         expected = number.after(experts, self.experts)
         return "" if self.number == expected else f"is numbered {self.number}, and has to be {expected}"
@@ -175,14 +181,19 @@ class Verdict:
         check_peer(self.maintainer, "maintainer")
         check_digest(self.model, "verdict model")
         check_digest(self.version, "verdict version")
-        if not 1 <= self.round <= MAX_ROUND or len(self.reason) > 256 or len(self.scores) > 64:
+        if not 1 <= self.round <= MAX_ROUND or len(self.reason) > MAX_REASON or len(self.scores) > 64:
             raise ValueError("verdict is out of range")
 
 
 @dataclass(frozen=True)
 class Version:
-    """An adopted candidate, with the verdicts that adopted it: its own proof, from the Manifest on."""
+    """An adopted candidate, with the accepting verdicts that adopted it: its own proof, from the Manifest on."""
 
     id: VersionId
     candidate: Candidate
     verdicts: tuple[Verdict, ...]
+
+    @property
+    def scores(self) -> tuple[DomainScore, ...]:
+        """Of the first of its verdicts that has any; empty when none has."""
+        return next((verdict.scores for verdict in self.verdicts if verdict.scores), ())

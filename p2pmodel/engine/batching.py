@@ -2,7 +2,7 @@
 
 Everything but attention sees the sessions' rows as one batch. Attention is computed session by session, by the family's
 own function over the session's own cache, so nothing is padded and nothing is copied (Orca's selective batching, Yu et
-al., 2022). Families that attend in ways of their own don't fit: `fits` finds that out by trying.
+al., 2022). Families that attend in ways of their own don't fit: `trial.can_batch` finds that out by trying.
 """
 
 import sys
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from p2pmodel.engine import family
 from p2pmodel.engine.cache import CountingCache, StageCache
 
 if TYPE_CHECKING:
@@ -23,13 +22,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from p2pmodel.engine.stage import Stage
-
 SESSION_BY_SESSION = "p2pmodel_sessions"
 """Not registered among the mask functions, so the family prepares no masks: every cached token may be attended to."""
-
-TOLERANCE = 1e-3
-"""Of what the layers add to the hidden states, relative: summing in another order changes the last bits."""
 
 _running: ContextVar["SessionsCache"] = ContextVar("the batch whose forward runs in this thread")
 
@@ -100,27 +94,3 @@ def _family_attention(module: nn.Module, implementation: str) -> Any:
 
 
 ALL_ATTENTION_FUNCTIONS.register(SESSION_BY_SESSION, attend_by_session)
-
-
-def fits(stage: "Stage") -> bool:
-    """Whether sessions of this family can share a forward: tries it on a few tokens, and compares."""
-    generator = torch.Generator().manual_seed(0)
-    lengths, rows = (3, 5, 4), [1, 2, 1]
-    prompts = [torch.randn(b, t, stage.width, generator=generator) for b, t in zip(rows, lengths, strict=True)]
-    tokens = torch.randn(sum(rows), 1, stage.width, generator=generator)
-    with torch.inference_mode():
-        together, alone = ([stage.new_cache(stage.span, 16) for _ in rows] for _ in range(2))
-        for caches in (together, alone):
-            for prompt, cache in zip(prompts, caches, strict=True):
-                stage.forward(prompt, cache, stage.span)
-        try:
-            batch = SessionsCache(together, rows, stage.base.config._attn_implementation)
-            output = stage.forward_sessions(tokens, batch, stage.span)
-        except (KeyError, *family.FAMILY_ERRORS):
-            return False
-        parts = zip(torch.split(tokens, rows), alone, strict=True)
-        expected = torch.cat([stage.forward(part, cache, stage.span) for part, cache in parts])
-    tokens = tokens.to(output)
-    error, size = (output - expected).float().norm(dim=-1), (expected - tokens).float().norm(dim=-1)
-    precision = torch.finfo(stage.dtype).eps / torch.finfo(torch.float32).eps
-    return bool((error <= min(0.1, TOLERANCE * precision**0.5) * size).all())

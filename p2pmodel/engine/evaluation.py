@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from p2pmodel.domain.errors import InvalidInput
-from p2pmodel.tensors.kinds import Applier, Runs
+from p2pmodel.tensors.patch_kind import Applier, Runs
 
 MAX_WINDOW = 1024
 BATCH_TOKENS = 4096

@@ -15,8 +15,7 @@ from p2pmodel.engine import family
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.expert_calls import Pairs
 from p2pmodel.engine.expert_layout import ExpertLayout, find_experts, shrink, skeleton
-from p2pmodel.tensors import weights
-from p2pmodel.tensors.ia3 import Applier, find_slots
+from p2pmodel.tensors import ia3, weights
 from p2pmodel.tensors.smear import is_expert
 
 PAIRS_AT_ONCE = 1024
@@ -107,7 +106,7 @@ class ExpertShard:
         self._places = torch.full((max(counts.values()),), -1)
         self._places[list(self.experts)] = torch.arange(len(self.experts))
         self._lock = threading.RLock()
-        self._applier = Applier(base, ())
+        self._applier = ia3.Applier(base, ())
         self._slots: frozenset[str] = frozenset()
         self._weights = weights.Places(base, ())
 
@@ -118,7 +117,7 @@ class ExpertShard:
     def slot_shapes(self) -> dict[str, tuple[int, ...]]:
         """As `Stage.slot_shapes`."""
         with self._lock:
-            return {slot.name: slot.shape for slot in find_slots(self.base)}
+            return {slot.name: slot.shape for slot in ia3.find_slots(self.base)}
 
     def prepare_slots(self, names: frozenset[str]) -> None:
         """As `Stage.prepare_slots`."""
@@ -126,7 +125,7 @@ class ExpertShard:
             if not names <= self._slots:
                 self._applier.remove()
                 self._slots |= names
-                self._applier = Applier(self.base, sorted(self._slots))
+                self._applier = ia3.Applier(self.base, sorted(self._slots))
 
     def prepare_weights(self, names: frozenset[str]) -> Mapping[str, Tensor]:
         """As `Stage.prepare_weights`."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.engine.evaluation import attached
-from p2pmodel.tensors.kinds import Runs
+from p2pmodel.tensors.patch_kind import Runs
 
 BATCH = 8
 SEED = 1234

@@ -289,7 +289,7 @@ def using_vectors(vectors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 class RemoteApplier:
-    """A `tensors.ia3.Applies` of models over the swarm, in the thread that uses it."""
+    """A `patch_kind.Applier` of models over the swarm, in the thread that uses it."""
 
     def use(self, state: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         return using_vectors(state or NO_VECTORS)

@@ -16,7 +16,7 @@ from p2pmodel.engine.expert_layout import experts_in, find_experts
 
 
 @dataclass(eq=False)
-class Traffic:
+class ForwardContext:
     """What one forward has asked of others. version: of the experts, None for the base; may_spread:
     whether policy may do without experts that nobody hosts, which gradients can't; spread [T]: how many gates of
     each row were spread over others because nobody hosts their experts, None for none."""
@@ -30,14 +30,14 @@ class Traffic:
         self.spread = gates if self.spread is None else self.spread + gates
 
 
-_traffic: ContextVar[Traffic | None] = ContextVar("of the forward that runs in this thread", default=None)
+_context: ContextVar[ForwardContext | None] = ContextVar("of the forward that runs in this thread", default=None)
 
 
 def _nothing() -> None:
     """There is nothing else to compute."""
 
 
-class Exchange(Protocol):
+class RemoteExperts(Protocol):
     """Brings rows to their experts. Shapes: T rows, K experts a row, H the width of the model."""
 
     def sums(
@@ -46,7 +46,7 @@ class Exchange(Protocol):
         rows: Tensor,
         experts: Tensor,
         gates: Tensor,
-        traffic: Traffic,
+        context: ForwardContext,
         meanwhile: Callable[[], object] = _nothing,
     ) -> Tensor:
         """rows [T, H], experts [T, K] int64, gates [T, K]: the sum of each row's parts [T, H], float32. A row that is
@@ -54,34 +54,34 @@ class Exchange(Protocol):
         Raises P2PModelError."""
 
     def gradients(
-        self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic
+        self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """Of rows [T, H] and gates [T, K], from those of the sum, outer [T, H]; float32. Raises P2PModelError."""
 
 
 @contextmanager
-def serving(version: VersionId | None, *, may_spread: bool = True) -> Iterator[Traffic]:
+def serving(version: VersionId | None, *, may_spread: bool = True) -> Iterator[ForwardContext]:
     """Forwards in this thread ask experts of this version meanwhile."""
-    traffic = Traffic(version, may_spread)
-    token = _traffic.set(traffic)
+    context = ForwardContext(version, may_spread)
+    token = _context.set(context)
     try:
-        yield traffic
+        yield context
     finally:
-        _traffic.reset(token)
+        _context.reset(token)
 
 
 @dataclass(eq=False)
 class Switchboard:
-    """Which exchange the modules of a trunk use: none while the trunk tries itself out, when experts give zeros."""
+    """What the modules of a trunk ask: nothing while the trunk tries itself out, when experts give zeros."""
 
-    exchange: Exchange | None = None
+    remote: RemoteExperts | None = None
     counts: dict[int, int] = field(default_factory=dict)
     """Layer -> how many experts it has elsewhere."""
     paths: list[str] = field(default_factory=list)
     """Of these modules, below the base model."""
 
 
-class RemoteExperts(nn.Module):
+class ExpertProxy(nn.Module):
     """In place of a module behind transformers' experts interface, and called as the interface says."""
 
     def __init__(self, like: nn.Module, layer: int, board: Switchboard) -> None:
@@ -94,19 +94,19 @@ class RemoteExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index and top_k_weights [T, K] -> [T, H]."""
-        exchange = self.board.exchange
-        if exchange is None:
+        remote = self.board.remote
+        if remote is None:
             if self.beside is not None:
                 self.beside.expect(hidden_states)
             return torch.zeros_like(hidden_states)
-        traffic = _traffic.get() or Traffic()
+        context = _context.get() or ForwardContext()
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             total: Tensor = _Differentiable.apply(  # type: ignore[no-untyped-call]
-                hidden_states, top_k_index, top_k_weights, exchange, self.layer, traffic
+                hidden_states, top_k_index, top_k_weights, remote, self.layer, context
             )
             return total
         meanwhile = partial(self.beside.compute, hidden_states) if self.beside else _nothing
-        sums = exchange.sums(self.layer, hidden_states, top_k_index, top_k_weights, traffic, meanwhile)
+        sums = remote.sums(self.layer, hidden_states, top_k_index, top_k_weights, context, meanwhile)
         return sums.to(hidden_states)
 
 
@@ -140,23 +140,23 @@ class Beside:
 
 
 def send_away(base: nn.Module, stack: str, layers: Any, board: Switchboard) -> None:
-    """Puts a RemoteExperts in place of the experts of every one of `layers`."""
+    """Puts an ExpertProxy in place of the experts of every one of `layers`."""
     for layer, path in find_experts(base, stack).items():
         if layer in layers:
             parent, _, leaf = path.rpartition(".")
             block = base.get_submodule(parent)
             board.paths.append(path)
-            setattr(block, leaf, RemoteExperts(block.get_submodule(leaf), layer, board))
+            setattr(block, leaf, ExpertProxy(block.get_submodule(leaf), layer, board))
 
 
 def overlap_shared(base: nn.Module) -> None:
     """Shared experts are computed while rows are under way, once weights are loaded."""
     for block in list(base.modules()):
         children = dict(block.named_children())
-        remote = next((child for child in children.values() if isinstance(child, RemoteExperts)), None)
+        proxy = next((child for child in children.values() if isinstance(child, ExpertProxy)), None)
         shared = [child for name, child in children.items() if name.startswith("shared") and not name.endswith("gate")]
-        if remote is not None and len(shared) == 1:
-            remote.beside = Beside(shared[0])
+        if proxy is not None and len(shared) == 1:
+            proxy.beside = Beside(shared[0])
 
 
 class _Differentiable(torch.autograd.Function):
@@ -164,15 +164,15 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, experts: Tensor, gates: Tensor, *how: Any) -> Tensor:
-        exchange, layer, traffic = how
+        remote, layer, context = how
         ctx.save_for_backward(rows, experts, gates)
         ctx.how = how
-        total: Tensor = exchange.sums(layer, rows, experts, gates, traffic)
+        total: Tensor = remote.sums(layer, rows, experts, gates, context)
         return total.to(rows)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
         rows, experts, gates = ctx.saved_tensors
-        exchange, layer, traffic = ctx.how
-        of_rows, of_gates = exchange.gradients(layer, rows, experts, gates, outer[0], traffic)
+        remote, layer, context = ctx.how
+        of_rows, of_gates = remote.gradients(layer, rows, experts, gates, outer[0], context)
         return of_rows.to(rows), None, of_gates.to(gates), None, None, None

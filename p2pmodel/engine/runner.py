@@ -13,13 +13,14 @@ from p2pmodel.domain.errors import Busy, NotFound, P2PModelError, PeerFailed, Re
 from p2pmodel.domain.ids import ModelId, VersionId
 from p2pmodel.domain.ports import Buffer, Noted
 from p2pmodel.domain.swarm import PREFIX_BLOCK, SessionRequest, Span
-from p2pmodel.engine import batching, family
+from p2pmodel.engine import family
 from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.prefixes import PrefixStore, Trail
 from p2pmodel.engine.remote_experts import serving
 from p2pmodel.engine.stage import Stage
 from p2pmodel.engine.steps import Note
+from p2pmodel.engine.trial import can_batch
 from p2pmodel.engine.tuning import TrainingSession, Tuner
 from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import State, VersionTable, stack_states, weights_key
@@ -33,7 +34,7 @@ MEASURED_STEPS = 12
 
 
 @dataclass(eq=False, slots=True)
-class StageSession:
+class InferenceSession:
     """The handle of one session. trail: None where nothing can be found again; mask [B, seen] bool: which tokens may be
     attended to, None for all of them; weights: those of the same have the same weights. A step that fails leaves its
     cache between two tokens: the session is broken then."""
@@ -61,13 +62,13 @@ class StageSession:
 class Work:
     """A step that fits its session: hidden [B, T, H]."""
 
-    session: StageSession
+    session: InferenceSession
     hidden: Tensor
     note: Note
     body: Buffer
 
 
-Handle = StageSession | TrainingSession
+Handle = InferenceSession | TrainingSession
 
 
 class Runner:
@@ -89,7 +90,7 @@ class Runner:
         self._max_cached_tokens = max_cached_tokens
         self._cached_tokens = 0
         self._lock = threading.Lock()
-        self._shares_forwards = batching.fits(stage)
+        self._shares_forwards = can_batch(stage)
         self._prefixes = PrefixStore()
         self._vectors = SessionVectors(stage)
         self._tuner = Tuner(stage, self._vectors, max_graph_bytes)
@@ -131,7 +132,7 @@ class Runner:
         if request.training:
             return self._tuner.open(request, codec, state)
         cache = stage.new_cache(request.span, request.max_tokens, request.rewinds)
-        session = StageSession(request.span, request.rows, codec, state, cache, weights=weights_key(state))
+        session = InferenceSession(request.span, request.rows, codec, state, cache, weights=weights_key(state))
         if stage.is_trunk:
             session.version = request.version
         with self._lock:
@@ -162,7 +163,7 @@ class Runner:
         # The mode belongs to the thread, and the thread to whoever calls.
         with torch.inference_mode():
             for index, (handle, position, meta, body) in enumerate(batch):
-                if isinstance(handle, StageSession):
+                if isinstance(handle, InferenceSession):
                     work = self._prepared(handle, position, meta, body)
                     if isinstance(work, Work):
                         works[index] = work
@@ -240,7 +241,7 @@ class Runner:
         for work in works:
             work.session.broken = True
         try:
-            with serving(works[0].session.version) as traffic:
+            with serving(works[0].session.version) as context:
                 outputs = self._shared(works) if len(works) > 1 else [self._single(works[0])]
         except P2PModelError as error:
             return [error] * len(works)
@@ -249,11 +250,11 @@ class Runner:
         for work, output in zip(works, outputs, strict=True):
             work.session.broken = False
             self._remember(work, output)
-        if traffic.spread is not None:
+        if context.spread is not None:
             for work in works:
                 if work.session.trail:  # others may find the missing experts again
                     self._forget(work.session)
-        return _noted(works, outputs, traffic.spread)
+        return _noted(works, outputs, context.spread)
 
     def _trained(self, session: TrainingSession, number: int, meta: bytes, body: Buffer) -> Buffer | Exception:
         try:
@@ -316,7 +317,7 @@ class Runner:
             output = output[:, -wanted:]
         return session.codec.encode(output.reshape(1, -1, output.shape[-1]))
 
-    def _prepared(self, session: StageSession, position: int, meta: bytes, body: Buffer) -> Work | Exception:
+    def _prepared(self, session: InferenceSession, position: int, meta: bytes, body: Buffer) -> Work | Exception:
         """Of a step that fits its session. Rejected("frame" | "finite" | …) of one that does not."""
         try:
             hidden = self._read(session, position, body)
@@ -328,7 +329,7 @@ class Runner:
             return error
         return Work(session, hidden, note, body)
 
-    def _read(self, session: StageSession, position: int, body: Buffer) -> Tensor:
+    def _read(self, session: InferenceSession, position: int, body: Buffer) -> Tensor:
         """[B, T, H] of the body."""
         width, size = self._stage.width, memoryview(body).nbytes
         count = size // session.codec.size(1, width)
@@ -342,7 +343,7 @@ class Runner:
             raise Rejected("finite", "The hidden states of a step are not finite.")
         return hidden.view(session.rows, tokens, width)
 
-    def _go_to(self, session: StageSession, position: int) -> None:
+    def _go_to(self, session: InferenceSession, position: int) -> None:
         cache = session.cache
         if session.trail and position < cache.seen:
             with self._lock:  # a session that opens may be reading what is about to be overwritten
@@ -359,7 +360,7 @@ class Runner:
         session.begun = True
         session.mask = None if session.mask is None else session.mask[:, :position]
 
-    def _forget(self, session: StageSession) -> None:
+    def _forget(self, session: InferenceSession) -> None:
         """What depends on a mask is not what its bytes say."""
         assert session.trail is not None
         with self._lock:

@@ -27,8 +27,7 @@ from p2pmodel.engine.cache import StageCache
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.expert_layout import ExpertLayout
 from p2pmodel.engine.trial import try_out
-from p2pmodel.tensors import weights
-from p2pmodel.tensors.ia3 import Applier, find_slots
+from p2pmodel.tensors import ia3, weights
 from p2pmodel.tensors.smear import Course, Pools, is_expert, pools
 from p2pmodel.tensors.smear_hooks import Hooks, Running, Together
 
@@ -48,7 +47,7 @@ def load_stage(
 ) -> "Stage":
     """Reads the tensors of `span` and no others, and runs a few tokens. scheme: how weights are stored in less than
     `dtype`, one of `quantisation.SCHEMES`, or empty; trunk: without the layers' experts, which are elsewhere: `board`
-    is then to be given an exchange. Raises InvalidInput when the checkpoint lacks the span or some of its weights, when
+    is then to be given remote ones. Raises InvalidInput when the checkpoint lacks the span or some of its weights, when
     models of its family cannot be split, and for a trunk of a family whose experts cannot be hosted apart."""
     if span.end > checkpoint.layers:
         raise InvalidInput(f"The model has {checkpoint.layers} layers, so it has no span {span}.")
@@ -115,7 +114,7 @@ class Stage:
         self._selected: Span | None = None
         self._view = _View(self._layers)
         self._edges: list[RemovableHandle] = []
-        self._applier = Applier(base, ())
+        self._applier = ia3.Applier(base, ())
         self._slots: frozenset[str] = frozenset()
         self._smear = Hooks(base, ())
         self._routed: frozenset[str] = frozenset()
@@ -149,7 +148,7 @@ class Stage:
     def slot_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all that a vector can be for, by name."""
         with self._lock:  # a forward has something else in the place of the layers' list
-            return {slot.name: slot.shape for slot in find_slots(self.base)}
+            return {slot.name: slot.shape for slot in ia3.find_slots(self.base)}
 
     def prepare_slots(self, names: frozenset[str]) -> None:
         """From now on, forwards apply vectors and experts of these names. Names of places that are not here are passed
@@ -165,7 +164,7 @@ class Stage:
                 return
             self._applier.remove()
             self._slots |= names
-            self._applier = Applier(self.base, sorted(self._slots))
+            self._applier = ia3.Applier(self.base, sorted(self._slots))
 
     def prepare_weights(self, names: frozenset[str]) -> Mapping[str, Tensor]:
         """From now on, forwards may be given other weights for slots of these names; returns those that are there, the
@@ -215,7 +214,7 @@ class Stage:
     def forward_sessions(
         self, hidden: Tensor, batch: SessionsCache, span: Span, *, vectors: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """One token of each row of several sessions, [B, 1, H] -> [B, 1, H]; see `batching.fits`."""
+        """One token of each row of several sessions, [B, 1, H] -> [B, 1, H]; see `trial.can_batch`."""
         arguments = {"position_ids": batch.positions().to(self.device)} if self._takes_positions else {}
         courses = [cache.course for cache in batch.caches]
         for cache in batch.caches:

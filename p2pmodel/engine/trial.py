@@ -16,6 +16,7 @@ from transformers.cache_utils import DummyLayer
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine import family
+from p2pmodel.engine.batching import SessionsCache
 from p2pmodel.engine.memory import held
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ TOKENS = (3, 1)
 """Of the two forwards of a trial: what a prompt is, and what follows it."""
 
 TOLERANCE = 1e-3
-"""Relative, in fp32: of the hidden states of one run over those of another in which other modules stand by."""
+"""Relative, in fp32: of the hidden states of one run over those of another in which other modules stand by, and of what
+the layers add to them where sessions share a forward."""
 
 
 def try_out(stage: "Stage") -> None:
@@ -53,6 +55,29 @@ def try_out(stage: "Stage") -> None:
     raise InvalidInput(f"Models of type {stage.checkpoint.architecture} cannot be split into stages: {detail}.")
 
 
+def can_batch(stage: "Stage") -> bool:
+    """Whether sessions of this family can share a forward, where their rows are summed in another order."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, rows = (3, 5, 4), [1, 2, 1]
+    prompts = [torch.randn(b, t, stage.width, generator=generator) for b, t in zip(rows, lengths, strict=True)]
+    tokens = torch.randn(sum(rows), 1, stage.width, generator=generator)
+    with torch.inference_mode():
+        together, alone = ([stage.new_cache(stage.span, 16) for _ in rows] for _ in range(2))
+        for caches in (together, alone):
+            for prompt, cache in zip(prompts, caches, strict=True):
+                stage.forward(prompt, cache, stage.span)
+        try:
+            batch = SessionsCache(together, rows, stage.base.config._attn_implementation)
+            output = stage.forward_sessions(tokens, batch, stage.span)
+        except (KeyError, *family.FAMILY_ERRORS):
+            return False
+        parts = zip(torch.split(tokens, rows), alone, strict=True)
+        expected = torch.cat([stage.forward(part, cache, stage.span) for part, cache in parts])
+    tokens = tokens.to(output)
+    error, size = (output - expected).float().norm(dim=-1), (expected - tokens).float().norm(dim=-1)
+    return bool((error <= _tolerance(stage) * size).all())
+
+
 @torch.inference_mode()
 def _run(stage: "Stage", spans: list[Span]) -> list[Tensor]:
     """The outputs of a prompt and of a token after it, through the spans one after the other."""
@@ -76,10 +101,8 @@ def _inputs(stage: "Stage") -> list[Tensor]:
 
 
 def _alike(stage: "Stage", ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    """In fp32 they have the same bits, or nearly; in less, families that keep a wider residual lose it at each edge.
-    What is not a number is like nothing, unless both are none in the same places: weights may overflow."""
-    precision = torch.finfo(stage.dtype).eps / torch.finfo(torch.float32).eps
-    tolerance = min(0.1, TOLERANCE * precision**0.5)
+    """What is not a number is like nothing, unless both are none in the same places: weights may overflow."""
+    tolerance = _tolerance(stage)
     for our, their in zip(ours, theirs, strict=True):
         if not torch.equal(our.isfinite(), their.isfinite()):
             return False
@@ -87,6 +110,12 @@ def _alike(stage: "Stage", ours: list[Tensor], theirs: list[Tensor]) -> bool:
         if gap.norm() > tolerance * our.float().nan_to_num(0, 0, 0).norm():
             return False
     return True
+
+
+def _tolerance(stage: "Stage") -> float:
+    """In fp32 runs have the same bits, or nearly; in less, families that keep a wider residual lose it at each edge."""
+    precision = torch.finfo(stage.dtype).eps / torch.finfo(torch.float32).eps
+    return float(min(0.1, TOLERANCE * precision**0.5))
 
 
 def _order_is_kept(stage: "Stage") -> bool:

@@ -1,4 +1,4 @@
-"""Which experts a node should host, and when it should exchange some: those that are asked most get more hosts.
+"""Which experts a node should host, and when it should swap some: those that are asked most get more hosts.
 
 An expert is as fast as its hosts together, and how often it is asked they say in their leases. Its heat is the one over
 the other: pairs a second that are asked of it, by pairs a second that it could be given. A peer's throughput is spread
@@ -8,12 +8,12 @@ hosts first: no other choice of as many leaves the heats of all, sorted, lower.
 A node that chose for itself goes on looking. What keeps nodes from running to and fro, and every expert hosted:
 
 - An expert is given up only where another peer has it, keeps it, and keeps up with the head (`keeping_up`).
-- One is exchanged only for another that is WORTH_MOVING times as hot as it will itself be. So the hotter of the two
-  becomes cooler; as long as demand stays the same, exchanges end, and none is ever taken back. Where hosts are hardly
-  busy, nothing is exchanged.
+- One is swapped only for another that is WORTH_MOVING times as hot as it will itself be. So the hotter of the two
+  becomes cooler; as long as demand stays the same, swaps end, and none is ever taken back. Where hosts are hardly
+  busy, nothing is swapped.
 - That has to have been so for PATIENCE_SECONDS, and the node has to have stayed for STAY_SECONDS; an expert that nobody
   hosts is taken sooner. Each node then waits for a time drawn from its id, so that they do not go together.
-- Whoever exchanges says so in its lease (`coming`, `going`), and looks again before it loads and when it has: of two
+- Whoever swaps says so in its lease (`coming`, `going`), and looks again before it loads and when it has: of two
   that decided at the same moment, the one whose draw is lower goes.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from math import inf, log2
 
 from p2pmodel.domain.errors import UsageError
-from p2pmodel.domain.experts import MAX_EXCHANGED, ExpertLease, describe, rate_at
+from p2pmodel.domain.experts import MAX_SWAPPED, ExpertLease, describe, rate_at
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.logic.keeping_up import Heads
 from p2pmodel.logic.placement import draw
@@ -46,7 +46,7 @@ reload: below, nobody waits for it, and how often it was asked lately is chance.
 class ExpertSupply:
     """What leases, one a peer, add up to for `count` experts of some layers. By expert: demand, in pairs a second and
     layer, where it is highest; rates, in pairs a second, and hosts, both where they are least; keepers: hosts that
-    have it now and do not give it up. A peer that exchanges counts as a host of what it takes."""
+    have it now and do not give it up. A peer that swaps counts as a host of what it takes."""
 
     def __init__(
         self, leases: Iterable[ExpertLease], layers: Sequence[int], count: int, without: Collection[PeerId] = ()
@@ -126,7 +126,7 @@ def choose_experts(
 @dataclass(frozen=True)
 class ExpertResidence:
     """A node with its experts. since: when it came to have these; empty_since: since when it sees experts that nobody
-    hosts and that it could take; hot_since: since when an exchange would have been worth it."""
+    hosts and that it could take; hot_since: since when a swap would have been worth it."""
 
     peer: PeerId
     experts: tuple[int, ...]
@@ -136,7 +136,7 @@ class ExpertResidence:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExpertSwap:
     """coming: as many as going, both sorted; and why: a sentence without its end."""
 
     coming: tuple[int, ...]
@@ -149,10 +149,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class ExpertOutlook:
-    """What comes of a look: the residence to look from the next time, and the exchange to make now, if any."""
+    """What comes of a look: the residence to look from the next time, and the swap to make now, if any."""
 
     residence: ExpertResidence
-    exchange: Exchange | None = None
+    swap: ExpertSwap | None = None
 
 
 def look(
@@ -185,24 +185,24 @@ def look(
 
 def still_good(
     residence: ExpertResidence,
-    exchange: Exchange,
+    swap: ExpertSwap,
     leases: Sequence[ExpertLease],
     layers: Sequence[int],
     count: int,
     heads: Heads | None = None,
 ) -> bool:
-    """Whether the node, which said that it makes the exchange, still should, now that others may have said the same. Of
+    """Whether the node, which said that it makes the swap, still should, now that others may have said the same. Of
     these it gives way to those whose draw is lower, and counts on the others to do so."""
-    mine = draw(f"{residence.peer} {exchange.coming}")
+    mine = draw(f"{residence.peer} {swap.coming}")
     settled = [
         replace(lease, coming=(), going=()) if draw(f"{lease.peer} {lease.coming}") > mine else lease
         for lease in leases
     ]
     others = ExpertSupply(settled, layers, count, {residence.peer, *_behind(leases, heads)})
-    if not all(others.keepers[expert] for expert in exchange.going):
+    if not all(others.keepers[expert] for expert in swap.going):
         return False
-    return any(not others.hosts[expert] for expert in exchange.coming) or _is_worth_it(
-        others, sorted(exchange.coming, key=others.heat, reverse=True), sorted(exchange.going, key=others.heat)
+    return any(not others.hosts[expert] for expert in swap.coming) or _is_worth_it(
+        others, sorted(swap.coming, key=others.heat, reverse=True), sorted(swap.going, key=others.heat)
     )
 
 
@@ -210,20 +210,20 @@ def _behind(leases: Iterable[ExpertLease], heads: Heads | None) -> set[PeerId]:
     return set() if heads is None else {lease.peer for lease in leases if not heads.keeps_up(lease)}
 
 
-def _fill(residence: ExpertResidence, others: ExpertSupply) -> Exchange | None:
+def _fill(residence: ExpertResidence, others: ExpertSupply) -> ExpertSwap | None:
     """Takes experts that nobody hosts for those that are needed least here."""
     empty = [expert for expert in others.unhosted if expert not in residence.experts]
     spare = _spare(residence, others)
-    size = min(len(empty), len(spare), MAX_EXCHANGED)
+    size = min(len(empty), len(spare), MAX_SWAPPED)
     if not size:
         return None
     first = int(draw(residence.peer) * len(empty))
     coming = [*empty[first:], *empty[:first]][:size]
     why = f"expert{'' if len(coming) == 1 else 's'} {describe(sorted(coming))} {_is_are(coming)} served by nobody"
-    return Exchange(tuple(sorted(coming)), tuple(sorted(spare[:size])), why)
+    return ExpertSwap(tuple(sorted(coming)), tuple(sorted(spare[:size])), why)
 
 
-def _cool(residence: ExpertResidence, others: ExpertSupply) -> Exchange | None:
+def _cool(residence: ExpertResidence, others: ExpertSupply) -> ExpertSwap | None:
     """Takes the hottest experts for the coolest, pair by pair as long as it is worth it."""
     wanted = sorted(
         (expert for expert in range(others.count) if expert not in residence.experts),
@@ -231,14 +231,14 @@ def _cool(residence: ExpertResidence, others: ExpertSupply) -> Exchange | None:
     )
     coming: list[int] = []
     going: list[int] = []
-    for come, go in zip(wanted[:MAX_EXCHANGED], _spare(residence, others), strict=False):
+    for come, go in zip(wanted[:MAX_SWAPPED], _spare(residence, others), strict=False):
         if others.heat(come) * others.layers < LEAST_BUSY or not _is_worth_it(others, (come,), (go,)):
             break
         coming.append(come)
         going.append(go)
     if not coming:
         return None
-    return Exchange(tuple(sorted(coming)), tuple(sorted(going)), _reason(others, coming))
+    return ExpertSwap(tuple(sorted(coming)), tuple(sorted(going)), _reason(others, coming))
 
 
 def _spare(residence: ExpertResidence, others: ExpertSupply) -> list[int]:
@@ -268,6 +268,6 @@ def _is_are(some: Sequence[int]) -> str:
     return "is" if len(some) == 1 else "are"
 
 
-def _slots(peer: PeerId, exchange: Exchange, rivals: float) -> float:
+def _slots(peer: PeerId, swap: ExpertSwap, rivals: float) -> float:
     """How many slots a peer waits, so that of `rivals` about one goes at once, and as many again in each slot."""
-    return log2(1 + draw(f"{peer} {exchange.coming}") * max(rivals, 1.0))
+    return log2(1 + draw(f"{peer} {swap.coming}") * max(rivals, 1.0))

@@ -88,27 +88,6 @@ def find_route(
     return Route(tuple(hops))
 
 
-def expected_seconds(
-    route: Route,
-    leases: Sequence[Lease],
-    version: VersionId,
-    *,
-    delays: Mapping[PeerId, float] | None = None,
-    default_delay: float = DEFAULT_DELAY,
-) -> float:
-    """What one token is expected to take on `route`. Raises Unreachable when the leases no longer bear it."""
-    offers = _offers(leases, route.hops[-1].span.end, version)
-    links = _Links(leases, offers, delays, default_delay)
-    total, before = 0.0, None
-    for hop in route.hops:
-        if any(hop.peer not in offers[layer] for layer in range(hop.span.start, hop.span.end)):
-            raise Unreachable(f"{hop.peer} no longer serves layers {hop.span} at version {short(version)}.")
-        total += links.client(hop.peer) if before is None else links.between(before, hop.peer)
-        total += sum(offers[layer][hop.peer] for layer in range(hop.span.start, hop.span.end))
-        before = hop.peer
-    return total + links.client(route.hops[-1].peer)
-
-
 def coverage(leases: Sequence[Lease], layers: int, version: VersionId | None = None) -> tuple[int, ...]:
     """How many peers serve each layer, at `version` or, without one, at any."""
     return tuple(len(offer) for offer in _offers(leases, layers, version))

@@ -218,7 +218,7 @@ async def _start(
         for part in (experts, hosting):
             if part:
                 await asyncio.to_thread(part.adopt, version)
-        home.refs.set(f"models/{lineage.model}/head", version)
+        lineage.note_served(version)
         say(f"adopted {lineage.manifest.name} {lineage.number(version)} ({short(version)})")
         await attendance.renew()
 
@@ -261,7 +261,7 @@ def _note_head(home: Home, lineage: Lineage) -> None:
     """What came while the node was away is served from the start."""
     result = lineage.result(lineage.head)
     if result is None or home.objects.has(result.digest):
-        home.refs.set(f"models/{lineage.model}/head", lineage.head)
+        lineage.note_served(lineage.head)
 
 
 def _base(home: Home, lineage: Lineage, options: NodeOptions, say: Callable[[str], None]) -> Path | None:

@@ -95,7 +95,7 @@ class Service:
                 alpha=version.candidate.alpha,
                 patches=version.candidate.patches,
                 left_out=[left.patch for left in version.candidate.left_out],
-                accepted_by=[verdict.maintainer for verdict in version.verdicts if verdict.accept],
+                accepted_by=[verdict.maintainer for verdict in version.verdicts],
             )
             for version in self._lineage.versions
         ]

@@ -192,13 +192,6 @@ class VirtualSwarm:
 
         self.clock.after(self.chance.expovariate(len(nodes) / mean_life_seconds), go)
 
-    def kill_hosts_of(self, span: Span) -> int:
-        """All nodes that serve a part of the span die at once; how many those are."""
-        hosts = [node for node in self.alive if node.span and node.span.start < span.end and span.start < node.span.end]
-        for node in hosts:
-            node.die()
-        return len(hosts)
-
     @property
     def alive(self) -> list[Node]:
         return [node for node in self.nodes if node.alive]

@@ -38,7 +38,7 @@ class ObjectStore:
 
     def put(self, raw: bytes) -> BlobRef:
         """Durable when this returns; putting the same bytes again mends a damaged copy. Raises StorageError."""
-        ref = BlobRef(canonical.digest(raw), len(raw))
+        ref = canonical.blob_ref(raw)
         path = self._path(ref.digest)
         try:
             known = self.verify(ref.digest)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import secrets
 import select
 import socket
 import threading
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from p2pmodel.domain.errors import NotRunning, P2PModelError, PeerFailed, Rejected
-from p2pmodel.domain.ids import ModelId, PeerId, VersionId
+from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import PREFIX_BLOCK, Route, SessionRequest
 from p2pmodel.swarm.chain_session import GRACE_SECONDS
 from p2pmodel.swarm.chain_session import ChainSession as ChainSession
@@ -40,12 +39,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Awaited:
-    """A session that waits for its last stage's stream; a byte on `bell` says that `sink` has come."""
+    """A session that waits for its last stage's stream; a byte from `ringer` to `bell` says that `sink` has come."""
 
-    last: PeerId
+    session: str
+    route: Route
     bell: socket.socket
+    ringer: socket.socket
     sink: socket.socket | None = None
     known: tuple[bytes, ...] = ()
+
+    @property
+    def last(self) -> PeerId:
+        return self.route.hops[-1].peer
 
 
 class ChainClient:
@@ -76,46 +81,31 @@ class ChainClient:
             stack.callback(listener.close)
 
     def open(
-        self,
-        route: Route,
-        model: ModelId,
-        version: VersionId,
-        codec: str,
-        max_tokens: int,
-        timeout: float = 15.0,
-        *,
-        rows: int = 1,
-        rewinds: bool = False,
-        prefix: tuple[bytes, ...] = (),
-        training: bool = False,
-        stopped: Callable[[], bool] = lambda: False,
+        self, route: Route, request: SessionRequest, timeout: float = 15.0, stopped: Callable[[], bool] = lambda: False
     ) -> ChainSession:
         """Returns when every stage of the route has opened the session; blocks, so not for the event loop's thread.
 
-        stopped: is asked now and then whether nobody wants the session any more; then PeerFailed is raised.
+        request: to the first stage, by a name of its own; stopped: is asked now and then whether nobody wants the
+        session any more; then PeerFailed is raised.
 
         Raises within `timeout` seconds, and within 4 where a peer of the route answers no pings: PeerFailed, with the
         peer to blame as best known and a stage's own error as its cause; the error that a stage named, where the
-        request was at fault; ValueError when the arguments are no valid request; Unreachable when this node's own
+        request was at fault; ValueError when the request does not fit the route; Unreachable when this node's own
         daemon is gone; Busy when the process is out of descriptors.
         """
         if self._listener is None:
             raise NotRunning("The chain client is not started.")
         began = time.monotonic()
-        first, rest = route.hops[0], route.hops[1:]
-        request = SessionRequest(
-            secrets.token_hex(16), model, version, codec, first.span, max_tokens, rows, rewinds, prefix, training
-        )
-        opening = Opening(request, rest, PeerId(self._host.peer))
-        bell, ringer = socket_pair()
-        awaited = _Awaited(route.hops[-1].peer, ringer)
+        first = route.hops[0].peer
+        opening = Opening(request, route.hops[1:], PeerId(self._host.peer))
+        awaited = _Awaited(request.session, route, *socket_pair())
         with self._lock:
             self._awaited[request.session] = awaited
         out: socket.socket | None = None
         try:
-            out = open_stream(self._host, first.peer, CHAIN, min(DIAL_SECONDS, timeout * MAX_OPEN_SHARE))
-            self._send_opening(out, first.peer, opening, timeout)
-            sink = self._await(awaited, bell, out, route, request.session, began, timeout, stopped)
+            out = open_stream(self._host, first, CHAIN, min(DIAL_SECONDS, timeout * MAX_OPEN_SHARE))
+            self._send_opening(out, first, opening, timeout)
+            sink = self._await(awaited, out, began, timeout, stopped)
         except BaseException:
             with self._lock:
                 self._awaited.pop(request.session, None)
@@ -124,8 +114,8 @@ class ChainClient:
                     stream.close()
             raise
         finally:
-            bell.close()
-            ringer.close()
+            awaited.bell.close()
+            awaited.ringer.close()
         session = ChainSession(
             request.session,
             route,
@@ -134,7 +124,7 @@ class ChainClient:
             lambda sent: Watch(self._host, route, request.session, sent),
             lambda waited: self._diagnose(route, waited, PROBE_SECONDS),
         )
-        session.known_tokens = min(len(awaited.known), len(prefix)) * PREFIX_BLOCK
+        session.known_tokens = min(len(awaited.known), len(request.prefix)) * PREFIX_BLOCK
         self._sessions.add(session)
         return session
 
@@ -153,42 +143,34 @@ class ChainClient:
             raise lost(peer) from None
 
     def _await(
-        self,
-        awaited: _Awaited,
-        bell: socket.socket,
-        out: socket.socket,
-        route: Route,
-        session: str,
-        began: float,
-        timeout: float,
-        stopped: Callable[[], bool],
+        self, awaited: _Awaited, out: socket.socket, began: float, timeout: float, stopped: Callable[[], bool]
     ) -> socket.socket:
         """The sink's stream, or the error that comes back on `out` instead."""
         patience, deadline = began + timeout * MAX_OPEN_SHARE, began + timeout
         poll = select.poll()
-        poll.register(bell, select.POLLIN)
+        poll.register(awaited.bell, select.POLLIN)
         poll.register(out, select.POLLIN)
         watch: Watch | None = None
         wake = min(patience, began + SILENCE_SECONDS)
         try:
             while (now := time.monotonic()) < patience:
                 if watch is None and now >= wake:
-                    watch, wake = Watch(self._host, route, session, None), patience
+                    watch, wake = Watch(self._host, awaited.route, awaited.session, None), patience
                     poll.register(watch.bell, select.POLLIN)
                 if stopped():
                     raise PeerFailed("The session is closed.")
                 happened = dict(poll.poll(min(wake - now, STOP_SECONDS) * 1000))
-                if bell.fileno() in happened:
+                if awaited.bell.fileno() in happened:
                     assert awaited.sink is not None
                     return awaited.sink
                 if out.fileno() in happened:
-                    raise self._refusal(out, route)
+                    raise self._refusal(out, awaited.route)
                 if watch is not None and watch.error is not None:
                     raise watch.error
         finally:
             if watch is not None:
                 watch.close()
-        raise self._diagnose(route, patience - began, max(GRACE_SECONDS, deadline - time.monotonic()))
+        raise self._diagnose(awaited.route, patience - began, max(GRACE_SECONDS, deadline - time.monotonic()))
 
     def _refusal(self, out: socket.socket, route: Route) -> P2PModelError:
         first = route.hops[0].peer
@@ -273,6 +255,6 @@ class ChainClient:
             if awaited is not None and awaited.last == peer:
                 del self._awaited[request.session]
                 awaited.sink, awaited.known = stream, request.prefix
-                awaited.bell.send(b"\0")
+                awaited.ringer.send(b"\0")
                 return
         stream.close()

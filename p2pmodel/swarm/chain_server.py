@@ -10,12 +10,11 @@ the end did not come, and that side's socket is kept until the other end has rea
 
 import contextlib
 import logging
-import queue
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +24,10 @@ from p2pmodel.domain.ports import Buffer, Noted, StageRunner
 from p2pmodel.logic.gathering import Gathering
 from p2pmodel.swarm import blame
 from p2pmodel.swarm.admission import Admission, Admitted, Outcomes
-from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
-from p2pmodel.swarm.lingering import Lingering
+from p2pmodel.swarm.framing import Frame, FrameReader
 from p2pmodel.swarm.opening import Failure, lost
 from p2pmodel.swarm.ping import PingResponder, State
+from p2pmodel.swarm.reactor import Reactor
 from p2pmodel.swarm.stage_session import ChainStats as ChainStats
 from p2pmodel.swarm.stage_session import Counts, StageSession
 from p2pmodel.swarm.streams import Host
@@ -37,19 +36,18 @@ from p2pmodel.wire.frames import Kind
 
 SHORT_TOKENS = 16
 """Of a step that is no prompt: a token, or those that a draft has guessed."""
-SWEEP_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
 
 
-class ChainServer:
+class ChainServer(Reactor[StageSession]):
     """`start` and `stop` once each; every method may be called from any thread."""
 
     def __init__(
         self, host: Host, runner: StageRunner, *, max_sessions: int = 256, idle_seconds: float = 120.0
     ) -> None:
+        super().__init__(PeerId(host.peer), "chain-compute")
         self._runner, self._idle_seconds = runner, idle_seconds
-        self._peer = PeerId(host.peer)
         self._seats = threading.Semaphore(max_sessions)
         self._admission = Admission(
             host,
@@ -62,27 +60,14 @@ class ChainServer:
             ),
         )
         self._pings = PingResponder(host, self._state)
-        self._selector = selectors.DefaultSelector()
-        self._wake, self._waker = socket.socketpair()
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._sessions: set[StageSession] = set()
         self._by_name: dict[str, tuple[StageSession, ...]] = {}
-        self._ready: dict[StageSession, None] = {}
-        self._lingering = Lingering(self._selector, self._scratch)
         self._counts = Counts()
         self._gathering = Gathering()
-        self._patience = self._blind_since = 0.0
+        self._blind_since = 0.0
         self._step_began: float | None = None
-        self._leaving = False
-        self._next_sweep = 0.0
-        self._thread = threading.Thread(target=self._serve, name="chain-compute", daemon=True)
 
     def start(self) -> None:
         """Raises Unreachable when the daemon is gone, or another server of this peer has the protocol."""
-        for end in (self._wake, self._waker):
-            end.setblocking(False)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._run_calls)
         self._thread.start()
         try:
             self._admission.start()
@@ -94,70 +79,29 @@ class ChainServer:
     def stop(self) -> None:
         """Every session's neighbours hear that this peer leaves. Blocks for seconds at most; not for the event loop."""
         with contextlib.ExitStack() as stack:  # each of them, whatever the others raise
-            stack.callback(self._end_thread)
+            stack.callback(self._finish)
             stack.callback(self._pings.stop)
             stack.callback(self._admission.stop)
 
-    def _end_thread(self) -> None:
-        if self._thread.is_alive():
-            self._call(self._leave)
-            self._thread.join()
-
     @property
     def sessions(self) -> int:
-        return len(self._sessions)
+        return len(self._members)
 
     def stats(self) -> ChainStats:
-        return ChainStats(sessions=len(self._sessions), **vars(self._counts))
+        return ChainStats(sessions=len(self._members), **vars(self._counts))
 
     def _state(self, name: str) -> State:
         """For the ping thread, which may find things a moment old."""
         began, now = self._step_began, time.monotonic()
         progress = tuple(session.progress(now) for session in self._by_name.get(name, ()))
-        return State(0.0 if began is None else now - began, len(self._sessions), progress)
-
-    def _call(self, what: Callable[[], None]) -> None:
-        """Has the compute thread do it."""
-        self._calls.put(what)
-        with contextlib.suppress(BlockingIOError):  # then it is being woken already
-            self._waker.send(b"\0")
+        return State(0.0 if began is None else now - began, len(self._members), progress)
 
     # ---- all below runs in the compute thread
-
-    def _serve(self) -> None:
-        while not (self._leaving and not self._lingering):
-            try:
-                self._turn()
-            except Exception:
-                log.exception("the compute thread failed; its sessions end")
-                self._end_all(PeerFailed("This peer failed.", self._peer))
-        self._selector.close()
-        self._wake.close()
-        self._waker.close()
-
-    def _turn(self) -> None:
-        idle = None if not (self._sessions or self._lingering) else SWEEP_SECONDS
-        for key, events in self._selector.select(self._patience if self._ready else idle):
-            key.data(events)
-        self._blind_since = 0.0
-        now = time.monotonic()
-        if now >= self._next_sweep:  # after what came in during the last step, before the next one
-            self._next_sweep = now + SWEEP_SECONDS
-            self._sweep(now)
-        if self._ready:
-            self._patience = self._gathering.patience(now)
-            if not self._patience:
-                self._compute()
-
-    def _run_calls(self, _events: int) -> None:
-        self._wake.recv(4096)
-        while not self._calls.empty():
-            self._calls.get()()
 
     def _join(self, admitted: Admitted) -> None:
         session = StageSession(admitted, time.monotonic())
         self._watch(session)
-        self._sessions.add(session)
+        self._members[session] = None
         same = (*self._by_name.get(session.name, ()), session)  # a peer can be several hops of a route
         self._by_name[session.name] = tuple(sorted(same, key=lambda one: one.start))
         self._counts.opened += 1
@@ -168,12 +112,7 @@ class ChainServer:
             if wanted == watching:
                 continue
             session.watching[stream] = wanted
-            if not wanted:
-                self._selector.unregister(stream)
-            elif watching:
-                self._selector.modify(stream, wanted, partial(happened, session))
-            else:
-                self._selector.register(stream, wanted, partial(happened, session))
+            self._listen(stream, watching, wanted, partial(happened, session))
 
     def _from_before(self, session: StageSession, events: int) -> None:
         if not session.open:
@@ -239,7 +178,14 @@ class ChainServer:
         session.active = time.monotonic()
         return arrived
 
-    def _compute(self) -> None:
+    def _compute(self, now: float) -> None:
+        self._blind_since = 0.0
+        if self._ready:
+            self._patience = self._gathering.patience(now)
+            if not self._patience:
+                self._take_up()
+
+    def _take_up(self) -> None:
         """Everything short that is ready as one batch, and one prompt or micro-batch, so that answers under way are not
         kept waiting by those that begin."""
         self._blind_since = time.monotonic()
@@ -371,7 +317,7 @@ class ChainServer:
             return
         session.open = False
         self._gathering.ended(session)
-        self._sessions.discard(session)
+        del self._members[session]
         self._forget_name(session)
         self._ready.pop(session, None)
         failure = Failure.of(why, self._peer) if isinstance(why, P2PModelError) else why
@@ -401,7 +347,7 @@ class ChainServer:
             del self._by_name[session.name]
 
     def _end_all(self, why: P2PModelError) -> None:
-        for session in list(self._sessions):
+        for session in list(self._members):
             try:
                 self._end(session, why)
             except Exception:
@@ -422,16 +368,8 @@ class ChainServer:
     def _refuse(self, stream: socket.socket, error: P2PModelError) -> None:
         self._counts.failed += 1
         log.info("a session was refused: %r", error.message)
-        stream.setblocking(False)
-        outbox = Outbox()
-        outbox.put(Failure.of(error, self._peer).frame())
-        self._lingering.add(stream, outbox, quiet=False)
+        self._turn_away(stream, error)
 
     def _sweep(self, now: float) -> None:
-        for session in [s for s in self._sessions if s.active + self._idle_seconds < now]:
+        for session in [s for s in self._members if s.active + self._idle_seconds < now]:
             self._end(session, PeerFailed(f"It closed a session idle for {self._idle_seconds:g} s.", self._peer))
-        self._lingering.sweep(now)
-
-    def _leave(self) -> None:
-        self._leaving = True
-        self._end_all(PeerFailed("It leaves the swarm.", self._peer))

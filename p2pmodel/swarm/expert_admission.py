@@ -53,15 +53,14 @@ class ExpertAdmission:
         self._thread = threading.Thread(target=self._accept, args=(self._listener,), name="expert-accept", daemon=True)
         self._thread.start()
 
-    def stop(self) -> bool:
-        """Returns when no admission is under way any more, after seconds at most. Whether there was one to stop."""
+    def stop(self) -> None:
+        """Returns when no admission is under way any more, after seconds at most."""
         listener, self._listener = self._listener, None
         if listener is None:
-            return False
+            return
         listener.close()
         self._thread.join()
         self._pool.shutdown()
-        return True
 
     def _accept(self, listener: Listener) -> None:
         while True:

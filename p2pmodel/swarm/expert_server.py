@@ -5,15 +5,12 @@ for the same experts share a forward. A call that is wrong is answered with an E
 trunk has others to ask.
 """
 
-import contextlib
 import logging
-import queue
 import selectors
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,9 +20,9 @@ from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.ports import ExpertRunner
 from p2pmodel.swarm.expert_admission import ExpertAdmission, Outcomes
 from p2pmodel.swarm.expert_streams import IDLE_SECONDS
-from p2pmodel.swarm.framing import SCRATCH_BYTES, Frame, FrameReader, Outbox
-from p2pmodel.swarm.lingering import Lingering
+from p2pmodel.swarm.framing import Frame, FrameReader, Outbox
 from p2pmodel.swarm.opening import Failure
+from p2pmodel.swarm.reactor import Reactor
 from p2pmodel.swarm.streams import Host
 from p2pmodel.wire.frames import Kind
 
@@ -38,7 +35,6 @@ MAX_HELD_BYTES = 512 << 20
 """Of calls and answers that wait, or are on their way, in all streams. Beyond that the one with most of them ends."""
 SHORT = 16
 """A call this many times smaller than the largest is short; of others, one at a time is computed."""
-SWEEP_SECONDS = 0.5
 BUSY_SECONDS = 5.0
 STUCK_SECONDS = 60.0
 """Without a byte of a call that has begun to come, or of an answer that waits to be read."""
@@ -97,17 +93,12 @@ class ExpertStats:
     bytes_out: int
 
 
-class ExpertServer:
+class ExpertServer(Reactor[_Trunk]):
     """`start` and `stop` once each; every public method may be called from any thread."""
 
     def __init__(self, host: Host, runner: ExpertRunner) -> None:
-        self._host, self._runner = host, runner
-        self._peer = PeerId(host.peer)
-        self._selector = selectors.DefaultSelector()
-        self._wake, self._waker = socket.socketpair()
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._lingering = Lingering(self._selector, self._scratch)
+        super().__init__(PeerId(host.peer), "expert-compute")
+        self._runner = runner
         self._seats = threading.Semaphore(MAX_TRUNKS)
         self._admission = ExpertAdmission(
             host,
@@ -118,89 +109,46 @@ class ExpertServer:
                 refused=lambda stream, error: self._call(partial(self._refuse, stream, error)),
             ),
         )
-        self._trunks: dict[_Trunk, None] = {}
-        self._ready: dict[_Trunk, None] = {}
         self._held = 0
-        self._thread = threading.Thread(target=self._serve, name="expert-compute", daemon=True)
-        self._leaving = False
-        self._calls = self._batches = self._failed = self._bytes_in = self._bytes_out = 0
-        self._next_sweep = 0.0
+        self._answered = self._batches = self._failed = self._bytes_in = self._bytes_out = 0
 
     def start(self) -> None:
         """Raises Unreachable when the daemon is gone, or another server of this peer has the protocol."""
-        for end in (self._wake, self._waker):
-            end.setblocking(False)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._run_tasks)
         self._admission.start()
         self._thread.start()
 
     def stop(self) -> None:
         """Trunks hear that this peer leaves. Blocks for seconds at most; not for the event loop. A second
         call does nothing."""
-        if self._admission.stop():
-            self._call(self._leave)
-            self._thread.join()
+        self._admission.stop()
+        self._finish()
 
     @property
     def stats(self) -> ExpertStats:
         since = time.monotonic() - BUSY_SECONDS
-        trunks = list(self._trunks)
+        trunks = list(self._members)
         return ExpertStats(
             len(trunks),
             sum(trunk.asked >= since for trunk in trunks),
-            self._calls,
+            self._answered,
             self._batches,
             self._failed,
             self._bytes_in,
             self._bytes_out,
         )
 
-    def _call(self, what: Callable[[], None]) -> None:
-        self._tasks.put(what)
-        with contextlib.suppress(BlockingIOError):  # then it is being woken already
-            self._waker.send(b"\0")
-
     # ---- all below runs in the compute thread
-
-    def _serve(self) -> None:
-        while not (self._leaving and not self._lingering):
-            try:
-                self._turn()
-            except Exception:
-                log.exception("the thread that computes experts failed; its streams end")
-                for trunk in list(self._trunks):
-                    self._end(trunk, PeerFailed("This peer failed.", self._peer))
-        self._selector.close()
-        self._wake.close()
-        self._waker.close()
-
-    def _turn(self) -> None:
-        idle = None if not (self._trunks or self._lingering) else SWEEP_SECONDS
-        for key, events in self._selector.select(0.0 if self._ready else idle):
-            key.data(events)
-        now = time.monotonic()
-        if now >= self._next_sweep:
-            self._next_sweep = now + SWEEP_SECONDS
-            self._lingering.sweep(now)
-            for trunk in [trunk for trunk in self._trunks if trunk.is_over(now)]:
-                self._end(trunk, PeerFailed("It closed a stream that was idle, or stuck.", self._peer))
-        self._compute()
-
-    def _run_tasks(self, _events: int) -> None:
-        self._wake.recv(4096)
-        while not self._tasks.empty():
-            self._tasks.get()()
 
     def _join(self, stream: socket.socket, peer: PeerId, handle: Any) -> None:
         if self._leaving:
             stream.close()
             self._seats.release()
             return
-        earlier = [trunk for trunk in self._trunks if trunk.peer == peer]
+        earlier = [trunk for trunk in self._members if trunk.peer == peer]
         for trunk in earlier[: max(0, len(earlier) + 1 - MAX_STREAMS_OF_PEER)]:
             self._end(trunk, Busy("Newer streams of the same peer have taken its place."))
         joined = _Trunk(stream, peer, handle, time.monotonic(), FrameReader(self._runner.max_body(handle)))
-        self._trunks[joined] = None
+        self._members[joined] = None
         self._watch(joined)
 
     def _watch(self, trunk: _Trunk) -> None:
@@ -213,20 +161,14 @@ class ExpertServer:
         if wanted == trunk.watching:
             return
         before, trunk.watching = trunk.watching, wanted
-        happened = partial(self._happened, trunk)
-        if not wanted:
-            self._selector.unregister(trunk.stream)
-        elif before:
-            self._selector.modify(trunk.stream, wanted, happened)
-        else:
-            self._selector.register(trunk.stream, wanted, happened)
+        self._listen(trunk.stream, before, wanted, partial(self._happened, trunk))
 
     def _count_held(self, trunk: _Trunk) -> None:
         held = trunk.held
         self._held += held - trunk.counted
         trunk.counted = held
         while self._held > MAX_HELD_BYTES:
-            most = max(self._trunks, key=lambda one: one.counted)
+            most = max(self._members, key=lambda one: one.counted)
             self._end(most, Busy("This peer has too much to keep in memory.", "Try another peer."))
 
     def _happened(self, trunk: _Trunk, events: int) -> None:
@@ -275,7 +217,7 @@ class ExpertServer:
                 self._ready[trunk] = None  # behind the others
         return batch
 
-    def _compute(self) -> None:
+    def _compute(self, now: float) -> None:
         batch = self._batch()
         if not batch:
             return
@@ -293,7 +235,7 @@ class ExpertServer:
                 failed = answer if isinstance(answer, P2PModelError) else PeerFailed("This peer failed.", self._peer)
                 self._end(trunk, failed)
                 continue
-            self._calls += 1
+            self._answered += 1
             trunk.asked = now
             trunk.outbox.put_data(answer, frame.position, frame.tokens, b"")
             self._flush(trunk)
@@ -311,7 +253,7 @@ class ExpertServer:
         if not trunk.open:
             return
         trunk.open = False
-        del self._trunks[trunk]
+        del self._members[trunk]
         self._ready.pop(trunk, None)
         self._held -= trunk.counted
         self._seats.release()
@@ -328,12 +270,12 @@ class ExpertServer:
     def _refuse(self, stream: socket.socket, error: P2PModelError) -> None:
         self._failed += 1
         log.info("a trunk was refused: %r", error.message)
-        stream.setblocking(False)
-        outbox = Outbox()
-        outbox.put(Failure.of(error, self._peer).frame())
-        self._lingering.add(stream, outbox, quiet=False)
+        self._turn_away(stream, error)
 
-    def _leave(self) -> None:
-        self._leaving = True
-        for trunk in list(self._trunks):
-            self._end(trunk, PeerFailed("It leaves the swarm.", self._peer))
+    def _sweep(self, now: float) -> None:
+        for trunk in [trunk for trunk in self._members if trunk.is_over(now)]:
+            self._end(trunk, PeerFailed("It closed a stream that was idle, or stuck.", self._peer))
+
+    def _end_all(self, why: P2PModelError) -> None:
+        for trunk in list(self._members):
+            self._end(trunk, why)

@@ -158,7 +158,7 @@ def _read_key(path: str) -> Key:
     try:
         return Key.from_libp2p(Path(path).read_bytes())
     except OSError as error:
-        hint = "Make one with `p2pmodel init`."
+        hint = "`p2pmodel id show` makes a home's key, and says which file it is."
         raise NotFound(f"The key file {path} cannot be read: {error.strerror}.", hint) from None
 
 

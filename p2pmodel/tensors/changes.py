@@ -79,10 +79,10 @@ class Sparse(Lazy):
         self, shapes: Mapping[str, Shape], indices: Mapping[str, Tensor], values: Mapping[str, Tensor], elsewhere: float
     ) -> None:
         super().__init__(shapes)
-        self._indices, self._values, self._elsewhere = indices, values, elsewhere
+        self.indices, self._values, self._elsewhere = indices, values, elsewhere
 
     def part(self, name: str, low: int, high: int) -> Tensor:
-        index = self._indices[name]
+        index = self.indices[name]
         begin, end = torch.searchsorted(index, torch.tensor([low, high], dtype=index.dtype)).tolist()
         flat = torch.full((high - low,), self._elsewhere)
         flat[index[begin:end].long() - low] = self._values[name][begin:end]
@@ -90,7 +90,7 @@ class Sparse(Lazy):
 
     def alike(self, values: Mapping[str, Tensor], elsewhere: float) -> "Sparse":
         """With other values at the same indices."""
-        return Sparse(self._shapes, self._indices, values, elsewhere)
+        return Sparse(self._shapes, self.indices, values, elsewhere)
 
 
 class _ByRows(Lazy):
@@ -112,16 +112,21 @@ class Product(_ByRows):
 
     def __init__(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float) -> None:
         super().__init__({name: (left[name].shape[0], right[name].shape[1]) for name in left})
-        self._left, self._right, self._scale = left, right, scale
+        self.left, self.right, self.scale = left, right, scale
+
+    @property
+    def rank(self) -> int:
+        """The largest of them."""
+        return max(len(factor) for factor in self.right.values())
 
     def rows(self, name: str, low: int, high: int) -> Tensor:
-        left, right = self._left[name][low:high].double(), self._right[name].double()
+        left, right = self.left[name][low:high].double(), self.right[name].double()
         total = torch.zeros(high - low, right.shape[1], dtype=torch.float64)
         few = max(1, _CACHED_ELEMENTS // right.shape[1])
         for factors, sums in zip(left.split(few), total.split(few), strict=True):  # type: ignore[no-untyped-call]
             for rank in range(right.shape[0]):
                 sums += factors[:, rank, None] * right[rank]
-            sums *= self._scale
+            sums *= self.scale
         return total
 
 

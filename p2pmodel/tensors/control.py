@@ -14,8 +14,6 @@ from p2pmodel.tensors import blob, fourbit
 from p2pmodel.tensors.blob import Tensors
 from p2pmodel.tensors.changes import Change, Places
 
-CONTINUED = ("ia3@1", "fish@1", "dense@1")
-"""Kinds whose parameters mean the same in the next round; LoRA begins with new factors."""
 LARGEST = torch.finfo(torch.bfloat16).max
 """Of any value: the mean of a round's control variates is written in bfloat16."""
 

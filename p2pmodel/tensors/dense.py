@@ -10,7 +10,8 @@ from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob, fourbit
 from p2pmodel.tensors.changes import Change, factored_places, factors, slot_places
-from p2pmodel.tensors.weights import Ground, WeightTrainee, leaf
+from p2pmodel.tensors.patch_kind import Fit, Lesson
+from p2pmodel.tensors.weights import FactoredKind, Ground, WeightTrainee, leaf
 
 
 class Trainee(WeightTrainee):
@@ -39,6 +40,23 @@ def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
     return Change(values, True, tuple(places))
 
 
-def fisher_of(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the Fisher blob keeps of values by parameter that stand for a Fisher."""
-    return {name: part for slot, moment in moments.items() for name, part in factors(slot, moment).items()}
+class Kind(FactoredKind):
+    """See `patch_kind.PatchKind`."""
+
+    name, bytes_each, learning_rate = "dense@1", 6, 5e-4
+    options: tuple[str, ...] = ()
+    fit, continued = Fit.SLOTS, True
+
+    def trainee(self, lesson: Lesson) -> Trainee:
+        return Trainee(Ground(lesson.base, lesson.parent))
+
+    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        return read(adapter, slots, limit)
+
+    def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: part for slot, moment in moments.items() for name, part in factors(slot, moment).items()}
+
+    def adapter_of(
+        self, updates: Mapping[str, Tensor], parent: Mapping[str, Tensor], rank: int, like: Change | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        return {slot: update.float() for slot, update in updates.items()}, 1.0

@@ -6,16 +6,16 @@ routers. Where only one patch holds a slot, it goes in as it is; two that hold t
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from p2pmodel.domain.errors import Rejected
+from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.domain.modular import (
     DOWN,
     GATE,
+    KIND,
     PARTS,
     PREFIX,
     ROUTER,
@@ -24,16 +24,19 @@ from p2pmodel.domain.modular import (
     Expert,
     Experts,
     experts_in,
+    is_name,
     max_rank,
     place_of,
     pool_slot,
     slots_of_expert,
 )
-from p2pmodel.tensors import blob
+from p2pmodel.tensors import blob, compact, patch_kind
 from p2pmodel.tensors.changes import Change
+from p2pmodel.tensors.gates import fit_gates, gate_slots
 from p2pmodel.tensors.ia3 import layers_path
 from p2pmodel.tensors.merging.contributions import Contribution
 from p2pmodel.tensors.merging.fisher import FisherMean
+from p2pmodel.tensors.patch_kind import Fit, Lesson
 from p2pmodel.tensors.smear import beginning
 from p2pmodel.tensors.smear_hooks import Applier
 
@@ -146,21 +149,8 @@ def new_adapter(pools: Sequence[Slot], expert: Expert) -> dict[str, Tensor]:
     return values
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A row of one layer's router: row [H], scale and bias. See `smear`."""
-
-    row: Tensor
-    scale: float
-    bias: float
-
-    def slots(self, layer: str, expert: str) -> dict[str, Tensor]:
-        pool = f"{PREFIX}{layer}.experts.{expert}"
-        return {f"{pool}.{ROUTER}": self.row, f"{pool}.{GATE}": torch.tensor([self.scale, self.bias])}
-
-
 class Trainee:
-    """See `kinds.Trainee`. What is trained is some slots; what else the patch brings stays as it is."""
+    """See `patch_kind.Trainee`. What is trained is some slots; what else the patch brings stays as it is."""
 
     def __init__(
         self,
@@ -213,13 +203,81 @@ def routing_slots(names: Sequence[str]) -> list[str]:
     return [name for name, place in places.items() if place is not None and place.part in ROUTING]
 
 
-def fisher_of(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the rows of routers that an adapter comes with."""
-    found = dict(moments)
-    for name, moment in moments.items():
-        place = place_of(name)
-        if place is not None and place.part == DOWN:
-            stem = name.removesuffix(DOWN)
-            found.setdefault(stem + ROUTER, torch.full((moment.shape[1],), ROUTING_FISHER))
-            found.setdefault(stem + GATE, torch.full((2,), ROUTING_FISHER))
-    return dict(sorted(found.items()))
+class Kind:
+    """See `patch_kind.PatchKind`. Its slots are pools, which say what experts a version may have; see
+    `domain.modular`."""
+
+    name, prefix, bytes_each, learning_rate = KIND, PREFIX, 6, 2e-3
+    options = ("rank", "router")
+    fit, relative, continued = Fit.NONE, False, False
+
+    def find_slots(self, base: nn.Module) -> tuple[Slot, ...]:
+        return find_pools(base)
+
+    def initial(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        return {}
+
+    def applier(self, base: nn.Module, slots: Sequence[str]) -> patch_kind.Applier:
+        return Applier(base, slots)
+
+    def trainee(self, lesson: Lesson) -> Trainee:
+        """A new expert is trained behind a row that is found first; one that is there keeps its row."""
+        state, options = lesson.parent, lesson.options
+        known = {expert.name for expert in experts_in({name: tuple(t.shape) for name, t in state.items()})}
+        brought: dict[str, Tensor] = {}
+        if options.router:
+            trained = {name: state[name] for name in routing_slots(list(state))}
+            if not trained:
+                raise InvalidInput("The version has no experts whose rows could be trained.", "Train an expert first.")
+        elif options.expert in known:
+            places = {name: place_of(name) for name in state}
+            own = [n for n, place in places.items() if place is not None and place.expert == options.expert]
+            trained = {name: state[name] for name in own if name not in routing_slots(own)}
+        else:
+            trained, brought = _new_expert(lesson)
+        return Trainee(lesson.base, state, trained, brought, lesson.device)
+
+    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        return read(adapter, slots, limit)
+
+    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+        return compact.decode(fisher, change.fisher_places, limit)
+
+    def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With the rows of routers that an adapter comes with."""
+        found = dict(moments)
+        for name, moment in moments.items():
+            place = place_of(name)
+            if place is not None and place.part == DOWN:
+                stem = name.removesuffix(DOWN)
+                found.setdefault(stem + ROUTER, torch.full((moment.shape[1],), ROUTING_FISHER))
+                found.setdefault(stem + GATE, torch.full((2,), ROUTING_FISHER))
+        return dict(sorted(found.items()))
+
+    def adapter_of(
+        self, updates: Mapping[str, Tensor], parent: Mapping[str, Tensor], rank: int, like: Change | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        return {slot: (parent[slot].double() + update.double()).float() for slot, update in updates.items()}, 1.0
+
+    def reduced(self, slot: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
+        return {slot: mass}
+
+
+def _new_expert(lesson: Lesson) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({slot: values} of its adapter, of its rows)."""
+    options = lesson.options
+    if not is_name(options.expert):
+        raise InvalidInput(
+            f"{options.expert[:64]!r} is no name for an expert.",
+            "Use 1 to 32 small letters, digits, '-' and '_': --expert NAME",
+        )
+    pools = find_pools(lesson.base)
+    if options.rank > max_rank(pools[0]):
+        raise InvalidInput(
+            f"An expert of rank {options.rank} is larger than the model takes.",
+            f"Use --rank {max_rank(pools[0])} or less.",
+        )
+    layers = [pool.name.removeprefix(PREFIX).removesuffix(".experts") for pool in pools]
+    with lesson.at_parent():
+        rows = gate_slots(fit_gates(lesson.model, lesson.ids, layers, lesson.seed), options.expert)
+    return new_adapter(pools, Expert(options.expert, options.rank)), rows

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
-from p2pmodel.tensors import blob
+from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.changes import NOT_HELD, Change, Sparse
-from p2pmodel.tensors.weights import Ground, WeightTrainee, leaf
+from p2pmodel.tensors.patch_kind import Fit, Lesson
+from p2pmodel.tensors.weights import Ground, WeightKind, WeightTrainee, leaf
 
 INDEX, VALUE = "#index", "#value"
 
@@ -95,3 +96,48 @@ def masses(change: Change, fisher: Mapping[str, Tensor]) -> Mapping[str, Tensor]
     """fisher: {slot#value: [k]}. -> by slot, with NOT_HELD outside of the mask."""
     assert isinstance(change.values, Sparse)
     return change.values.alike({slot: fisher[slot + VALUE] for slot in change.values}, NOT_HELD)
+
+
+class Kind(WeightKind):
+    """See `patch_kind.PatchKind`."""
+
+    name, bytes_each, learning_rate = "fish@1", 1, 2e-3
+    options = ("density", "mask_examples")
+    fit, continued = Fit.ANY, True
+
+    def trainee(self, lesson: Lesson) -> Trainee:
+        ground, generator = Ground(lesson.base, lesson.parent), torch.Generator().manual_seed(lesson.seed)
+        drawn = torch.randperm(len(lesson.ids), generator=generator)[: lesson.options.mask_examples]
+        fisher = {slot: torch.zeros_like(weight) for slot, weight in ground.weights.items()}
+        with lesson.at_parent():
+            for gradients in ground.gradients(ground.weights, lambda part: lesson.losses(drawn[part]), len(drawn)):
+                for slot in fisher:
+                    fisher[slot] += gradients.pop(slot).square()
+        return Trainee(ground, choose(fisher, lesson.options.density))
+
+    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        return read(adapter, slots, limit)
+
+    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+        return masses(change, compact.decode(fisher, change.fisher_places, limit))
+
+    def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(moments)
+
+    def adapter_of(
+        self, updates: Mapping[str, Tensor], parent: Mapping[str, Tensor], rank: int, like: Change | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        """The mask is that of what was trained, or of all that is not zero."""
+        flat = {slot: update.reshape(-1) for slot, update in updates.items()}
+        if like is None:
+            places = {slot: update.nonzero().view(-1) for slot, update in flat.items()}
+            indices = {slot: index.to(torch.int32) for slot, index in places.items() if len(index)}
+        else:
+            assert isinstance(like.values, Sparse)
+            indices = {slot: like.values.indices[slot] for slot in flat}
+        values = {slot + VALUE: flat[slot][index.long()].float() for slot, index in indices.items()}
+        return {slot + INDEX: index for slot, index in indices.items()} | values, 1.0
+
+    def reduced(self, slot: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
+        index = update.reshape(-1).nonzero().view(-1)
+        return {slot + VALUE: mass.reshape(-1)[index]} if len(index) else {}

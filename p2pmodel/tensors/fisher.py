@@ -1,8 +1,9 @@
 """Labels for the diagonal Fisher information: the mean over examples of squared per-example gradients.
 
 It is never the square of a batch's mean gradient, which is smaller by about the batch size and measures something else;
-`kinds.Trainee.squared_gradients` gives those of every example alone. For merging, labels are sampled from the model
-itself (Matena & Raffel, 2022, arXiv:2111.09832, section 2); for FISH masks they are the data's (Sung et al., 2021).
+`patch_kind.Trainee.squared_gradients` gives those of every example alone. For merging, labels are sampled from the
+model itself (Matena & Raffel, 2022, arXiv:2111.09832, section 2); for FISH masks they are the data's (Sung et al.,
+2021).
 """
 
 import torch

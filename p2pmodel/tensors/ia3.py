@@ -18,14 +18,17 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.domain.model import Slot
+from p2pmodel.tensors import blob, compact, fourbit, patch_kind
+from p2pmodel.tensors.changes import Change, slot_places
+from p2pmodel.tensors.patch_kind import Fit, Lesson
 
 PREFIX, OUT, IN = "ia3:", "ia3:out:", "ia3:in:"
 
@@ -199,18 +202,10 @@ class Applier:
         self._wrap(experts, "forward", by_row)
 
 
-class Applies(Protocol):
-    """Runs a model with vectors in its slots, wherever its layers are. See `kinds.Applier`."""
-
-    def use(self, state: Mapping[str, Tensor] | None) -> AbstractContextManager[None]: ...
-
-    def remove(self) -> None: ...
-
-
 class Trainee:
-    """The vectors of a patch, from those of its parent on. See `kinds.Trainee`."""
+    """The vectors of a patch, from those of its parent on. See `patch_kind.Trainee`."""
 
-    def __init__(self, applier: "Applies", parent: Mapping[str, Tensor], device: torch.device | str) -> None:
+    def __init__(self, applier: patch_kind.Applier, parent: Mapping[str, Tensor], device: torch.device | str) -> None:
         """parent: {slot: [D]}; device: of the parameters. The applier is this trainee's from now on."""
         self.parameters: Mapping[str, Tensor] = {
             name: vector.detach().to(device, torch.float32, copy=True).requires_grad_(True)
@@ -240,6 +235,50 @@ class Trainee:
 
     def remove(self) -> None:
         self._applier.remove()
+
+
+class Kind:
+    """See `patch_kind.PatchKind`. A blob holds the vectors, by slot, or all of them against the parent's in four
+    bits."""
+
+    name, prefix, bytes_each, learning_rate = "ia3@1", PREFIX, 6, 5e-3
+    options: tuple[str, ...] = ()
+    fit, relative, continued = Fit.SLOTS, False, True
+
+    def find_slots(self, base: nn.Module) -> tuple[Slot, ...]:
+        return find_slots(base)
+
+    def initial(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        return initial(slots)
+
+    def applier(self, base: nn.Module, slots: Sequence[str]) -> patch_kind.Applier:
+        return Applier(base, slots)
+
+    def trainee(self, lesson: Lesson) -> Trainee:
+        return Trainee(self.applier(lesson.base, sorted(lesson.parent)), lesson.parent, lesson.device)
+
+    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        if fourbit.holds(adapter):
+            places = slot_places(slots)
+            return Change(fourbit.decode(adapter, places, limit), True, places)
+        values = blob.unpack(adapter, slots, limit)
+        if not values:
+            raise Rejected("shape", "The patch changes nothing.")
+        return Change(values, False, tuple((name, tuple(vector.shape)) for name, vector in sorted(values.items())))
+
+    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+        return compact.decode(fisher, change.fisher_places, limit)
+
+    def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(moments)
+
+    def adapter_of(
+        self, updates: Mapping[str, Tensor], parent: Mapping[str, Tensor], rank: int, like: Change | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        return {slot: (parent[slot].double() + update.double()).float() for slot, update in updates.items()}, 1.0
+
+    def reduced(self, slot: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
+        return {slot: mass}
 
 
 def _scaled(t: Tensor, vector: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.changes import Change, Product, factored_places, factors
 from p2pmodel.tensors.ia3 import widths
-from p2pmodel.tensors.weights import PREFIX, Ground, WeightTrainee, leaf
+from p2pmodel.tensors.patch_kind import MAX_SCALE, Fit, Lesson
+from p2pmodel.tensors.weights import PREFIX, FactoredKind, Ground, WeightTrainee, leaf
 
 A, B, SCALE = "#a", "#b", "scale"
 _SKIPPED = {"gate", "router"}
-MAX_SCALE = 1e4
 MAX_UPDATE = 1e30
 """Of any value of a product, far from where a float32 overflows."""
 
@@ -108,3 +108,63 @@ def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
             raise Rejected("finite", f"The factors of {slot[:64]!r} are too large to be multiplied.")
     places = sorted(place for slot in left for place in factored_places(slot, known[slot]))
     return Change(Product(left, right, float(scale)), True, tuple(places))
+
+
+def factored(updates: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
+    """(what a LoRA blob holds of the best approximations of that rank, the share of the updates' squared norm that
+    these keep). updates: matrices by slot."""
+    held: dict[str, Tensor] = {SCALE: torch.ones(1, dtype=torch.float64)}
+    whole = kept = 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for slot, update in updates.items():
+            some = min(rank, *update.shape)
+            u, s, v = torch.svd_lowrank(update.double(), q=min(some + 8, *update.shape), niter=8)
+            root = s[:some].sqrt()
+            held[slot + B] = (u[:, :some] * root).float().contiguous()
+            held[slot + A] = (v[:, :some] * root).T.float().contiguous()
+            whole += float(update.double().square().sum())
+            kept += float(s[:some].square().sum())
+    return held, min(1.0, kept / whole) if whole else 1.0
+
+
+class Kind(FactoredKind):
+    """See `patch_kind.PatchKind`."""
+
+    name, bytes_each, learning_rate = "lora@1", 1, 2e-3
+    options = ("alpha", "rank")
+    fit, continued = Fit.PART, False  # it begins with new factors in each round
+
+    def trainee(self, lesson: Lesson) -> Trainee:
+        inputs_last, options = targets(lesson.base, list(lesson.parent)), lesson.options
+        return Trainee(Ground(lesson.base, lesson.parent), inputs_last, options.rank, options.alpha, lesson.seed)
+
+    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+        return read(adapter, slots, limit)
+
+    def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise InvalidInput(
+            "The second moments of LoRA's factors say nothing of its product's Fisher.",
+            "Use --fisher-labels model or data.",
+        )
+
+    def adapter_of(
+        self, updates: Mapping[str, Tensor], parent: Mapping[str, Tensor], rank: int, like: Change | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        """Of matrices only. What stays as it was trained keeps its factors."""
+        matrices = {slot: update for slot, update in updates.items() if update.ndim == 2}
+        if not matrices:
+            raise InvalidInput("Only matrices can be merged into factors, and none has changed.")
+        if like is None:
+            return factored(matrices, rank)
+        trained = like.values
+        assert isinstance(trained, Product)
+        if not all(torch.equal(update.float(), trained[slot]) for slot, update in matrices.items()):
+            return factored(matrices, max(len(trained.right[slot]) for slot in matrices))
+        held = {SCALE: torch.tensor([trained.scale], dtype=torch.float64)}
+        for slot in matrices:
+            held |= {slot + A: trained.right[slot], slot + B: trained.left[slot]}
+        return held, 1.0
+
+    def reduced(self, slot: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
+        return super().reduced(slot, mass, update) if update.ndim == 2 else {}

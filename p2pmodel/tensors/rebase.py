@@ -9,12 +9,9 @@ Two models are merged, the parent with the patch and the newer version, each wei
 where the version is the parent still, and nothing of it was trained since, the patch stays as it is.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from p2pmodel.tensors import lora
 from p2pmodel.tensors.changes import NOT_HELD
 
 
@@ -29,21 +26,3 @@ def moved(update: Tensor, shift: Tensor, mass: Tensor, version_mass: Tensor | No
     if version_mass is not None:
         weight = torch.where((others == 0) & (shift == 0), 1.0, weight)
     return torch.where(held, weight * (update.double() - shift.double()), 0.0)
-
-
-def factored(updates: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], float]:
-    """(what a LoRA blob holds of the best approximations of that rank, the share of the updates' squared norm that
-    these keep). updates: matrices by slot."""
-    held: dict[str, Tensor] = {lora.SCALE: torch.ones(1, dtype=torch.float64)}
-    whole = kept = 0.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for slot, update in updates.items():
-            some = min(rank, *update.shape)
-            u, s, v = torch.svd_lowrank(update.double(), q=min(some + 8, *update.shape), niter=8)
-            root = s[:some].sqrt()
-            held[slot + lora.B] = (u[:, :some] * root).float().contiguous()
-            held[slot + lora.A] = (v[:, :some] * root).T.float().contiguous()
-            whole += float(update.double().square().sum())
-            kept += float(s[:some].square().sum())
-    return held, min(1.0, kept / whole) if whole else 1.0

@@ -92,8 +92,8 @@ class Together:
 
 
 class Applier:
-    """A `kinds.Applier` of a whole model: a forward without a cache is an example of its own; with one, the example
-    goes on where the cache ends."""
+    """A `patch_kind.Applier` of a whole model: a forward without a cache is an example of its own; with one, the
+    example goes on where the cache ends."""
 
     def __init__(self, base: nn.Module, slots: Sequence[str], decide: Decide = softmax) -> None:
         places = [place_of(slot) for slot in slots]

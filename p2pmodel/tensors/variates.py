@@ -4,9 +4,9 @@ cᵢ is the mean gradient of a contributor's training; the next one takes steps 
 one's own data want does not pull everybody apart (SCAFFOLD: Karimireddy et al., 2020, arXiv:1910.06378).
 
 A cᵢ can lie as an update can: its norm is clipped at a multiple of the median norm. The mean is taken by the same
-arithmetic as the merge, so that every peer gets the same bits, over the patches of one kind that have a control variate
-whose parameters are slots: those of (IA)³ and of dense patches. Masks differ from patch to patch, so FISH patches have
-no common mean. The blob holds it in bfloat16, by slot: in four bits, as the cᵢ are, what rounding leaves of
+arithmetic as the merge, so that every peer gets the same bits, over the patches of kinds whose trained parameters are
+slots (`Fit.SLOTS`): those of (IA)³ and of dense patches. Masks differ from patch to patch, so FISH patches have no
+common mean. The blob holds it in bfloat16, by slot: in four bits, as the cᵢ are, what rounding leaves of
 Σ (mean(c) - cᵢ) would pull all contributors the same way.
 """
 
@@ -24,10 +24,9 @@ from p2pmodel.tensors import blob
 from p2pmodel.tensors.kinds import get_kind, slots_of
 from p2pmodel.tensors.merging import Contribution
 from p2pmodel.tensors.merging.mean import PlainMean
+from p2pmodel.tensors.patch_kind import Fit
 
 NORM_CLIP = 3.0
-KINDS = ("ia3@1", "dense@1")
-"""Whose trained parameters are the slots themselves. They share no slot with each other."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,13 @@ def write_mean(variates: Callable[[], Iterable[Variate]], kinds: Sequence[str], 
     whenever it is called. kinds, slots: the lineage's. Raises Rejected."""
     weights: dict[str, float] = {}
     for variate in variates():
-        weights[variate.kind] = weights.get(variate.kind, 0.0) + variate.weight
+        prefix = get_kind(variate.kind).prefix
+        weights[prefix] = weights.get(prefix, 0.0) + variate.weight
     mean: dict[str, Tensor] = {}
-    for kind in KINDS:
-        if kind in kinds and weights.get(kind):
-            zero = {slot.name: torch.zeros(slot.shape) for slot in slots_of(get_kind(kind), slots)}
-            found = PlainMean().combine(zero, partial(_of_kind, variates, kind), {"norm_clip": NORM_CLIP})
+    for prefix, own in _slots(kinds, slots).items():
+        if weights.get(prefix):
+            zero = {slot.name: torch.zeros(slot.shape) for slot in own}
+            found = PlainMean().combine(zero, partial(_of_prefix, variates, prefix), {"norm_clip": NORM_CLIP})
             mean |= {name: tensor.to(torch.float32).to(torch.bfloat16) for name, tensor in found.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in mean.values()):
         raise Rejected("finite", "The control variates are too large for their mean to be written.")
@@ -60,16 +60,27 @@ def write_mean(variates: Callable[[], Iterable[Variate]], kinds: Sequence[str], 
 def read_mean(raw: bytes, kinds: Sequence[str], slots: Sequence[Slot], limit: int) -> dict[str, Tensor]:
     """By slot, float32: of all slots of the kinds that any patch of the round had a control variate of. Raises
     Rejected."""
-    own = {kind: slots_of(get_kind(kind), slots) for kind in KINDS if kind in kinds}
-    expected = [replace(slot, dtype="bfloat16") for slots_of_kind in own.values() for slot in slots_of_kind]
+    own = _slots(kinds, slots)
+    expected = [replace(slot, dtype="bfloat16") for slots_of_prefix in own.values() for slot in slots_of_prefix]
     found = blob.unpack(raw, expected, limit)
-    missing = [{slot.name for slot in slots_of_kind} - found.keys() for slots_of_kind in own.values()]
+    missing = [{slot.name for slot in slots_of_prefix} - found.keys() for slots_of_prefix in own.values()]
     if not found or any(few and len(few) < len(all_) for few, all_ in zip(missing, own.values(), strict=True)):
         raise Rejected("shape", "A mean of control variates has to hold all slots of a kind.")
     return {name: tensor.to(torch.float32) for name, tensor in found.items()}
 
 
-def _of_kind(variates: Callable[[], Iterable[Variate]], kind: str) -> Iterator[Contribution]:
+def has_mean(kind: str) -> bool:
+    """Raises NotFound."""
+    return get_kind(kind).fit is Fit.SLOTS
+
+
+def _slots(kinds: Sequence[str], slots: Sequence[Slot]) -> dict[str, tuple[Slot, ...]]:
+    """By the prefix of kinds."""
+    known = [get_kind(kind) for kind in kinds if has_mean(kind)]
+    return {kind.prefix: slots_of(kind, slots) for kind in known}
+
+
+def _of_prefix(variates: Callable[[], Iterable[Variate]], prefix: str) -> Iterator[Contribution]:
     for variate in variates():
-        if variate.kind == kind:
+        if get_kind(variate.kind).prefix == prefix:
             yield Contribution(variate.patch, variate.gradient, {}, variate.weight, relative=True)

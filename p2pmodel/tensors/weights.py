@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.model import Slot
+from p2pmodel.tensors import compact
+from p2pmodel.tensors.changes import Change, Factored, factors
 from p2pmodel.tensors.ia3 import layers_path
 
 PREFIX = "weight:"
@@ -82,7 +84,7 @@ class Places:
 
 
 class Applier:
-    """See `kinds.Applier`: the state is the sum of the updates since the base. One row's weights are every row's."""
+    """See `patch_kind.Applier`: the state is the sum of the updates since the base, the same for every row."""
 
     def __init__(self, base: nn.Module, slots: Sequence[str]) -> None:
         self._places = Places(base, slots)
@@ -116,7 +118,7 @@ class Applier:
             return folded(weight, update)
         known = self._folded.get(slot)
         if known is None or known[0] is not update:
-            known = self._folded[slot] = update, folded(weight, update)
+            known = self._folded[slot] = update, folded(weight, update) if bool(update.any()) else weight
         return known[1]
 
 
@@ -161,7 +163,7 @@ class Ground:
 
 
 class WeightTrainee(ABC):
-    """Base of the trainees of the kinds that change weights. See `kinds.Trainee`."""
+    """Base of the trainees of the kinds that change weights. See `patch_kind.Trainee`."""
 
     parameters: Mapping[str, Tensor]
 
@@ -198,3 +200,29 @@ class WeightTrainee(ABC):
 
 def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(True)
+
+
+class WeightKind:
+    """Base of the kinds that change weights. See `patch_kind.PatchKind`."""
+
+    prefix, relative = PREFIX, True
+
+    def find_slots(self, base: nn.Module) -> tuple[Slot, ...]:
+        return find_slots(base)
+
+    def initial(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        return initial(slots)
+
+    def applier(self, base: nn.Module, slots: Sequence[str]) -> Applier:
+        return Applier(base, slots)
+
+
+class FactoredKind(WeightKind):
+    """Of those whose Fisher is kept as means of rows and columns."""
+
+    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+        shapes = {slot: change.shape(slot) for slot in change.values}
+        return Factored(shapes, compact.decode(fisher, change.fisher_places, limit))
+
+    def reduced(self, slot: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
+        return factors(slot, mass)

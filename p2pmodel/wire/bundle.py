@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId
-from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch
 from p2pmodel.wire import canonical, records
 
 MAX_BUNDLE_BYTES = 4 << 30
-SUFFIX = ".p2patch"
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,6 @@ def open_bundle(raw: bytes, limit: int = MAX_BUNDLE_BYTES) -> OpenBundle:
     if (bundle.control is None) != (patch.control is None):
         raise Rejected("digest", "The file has a control variate that its signed header does not name, or lacks it.")
     for name, blob, ref in zip(("adapter", "Fisher", "control variate"), bundle.blobs, patch.blobs, strict=False):
-        if BlobRef(canonical.digest(blob), len(blob)) != ref:
+        if canonical.blob_ref(blob) != ref:
             raise Rejected("digest", f"The file's {name} is not the one that its signed header names.")
     return OpenBundle(canonical.digest(bundle.header), patch, bundle)

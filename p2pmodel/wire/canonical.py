@@ -12,6 +12,7 @@ import msgspec
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import Digest
+from p2pmodel.domain.model import BlobRef
 
 T = TypeVar("T")
 
@@ -51,3 +52,7 @@ def _spell_out(value: Any) -> None:
 
 def digest(raw: bytes | bytearray | memoryview) -> Digest:
     return Digest(hashlib.sha256(raw).hexdigest())
+
+
+def blob_ref(raw: bytes) -> BlobRef:
+    return BlobRef(digest(raw), len(raw))

@@ -70,7 +70,7 @@ class Chain:
         self._stages = [load_stage(checkpoint, span) for span in STAGES]
         tokenizer = AutoTokenizer.from_pretrained(starter.MODEL)
         texts = [text for domain in Suite.load(starter.EXAM).domains for text in (*domain.test, *domain.tune)]
-        self._texts = [torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]]) for text in texts]
+        self._texts = [torch.tensor([tokenizer(text).input_ids]) for text in texts]
 
     @torch.inference_mode()
     def perplexity(self, codec: Codec) -> float:

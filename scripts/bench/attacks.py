@@ -38,13 +38,14 @@ from p2pmodel.engine.exams import Examiner, Suite
 from p2pmodel.engine.exams.screening import screen
 from p2pmodel.engine.training.loop import train
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.logic.copies import copies
 from p2pmodel.logic.judgement import mean
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.tensors.merging import BUILT_IN, Contribution, apply_update, get_strategy
 from p2pmodel.tensors.merging.likeness import Sketches
+from p2pmodel.tensors.patch_kind import KindOptions
 
 State = Mapping[str, Tensor]
 CONTRIBUTORS = 10

@@ -26,7 +26,7 @@ from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.training.auditing import replay_segment
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
@@ -35,6 +35,7 @@ from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
+from p2pmodel.tensors.patch_kind import KindOptions
 from p2pmodel.wire import canonical
 
 DRAWN = (1, 2, 4)

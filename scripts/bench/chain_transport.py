@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
 import socket
 import statistics
 import subprocess
@@ -167,7 +168,8 @@ def measure(client: ChainClient, host: Host, told: Sequence[dict[str, Any]], opt
         receive(ours, answer)
 
     hops = [Hop(stage["peer"], Span(n, n + 1)) for n, stage in enumerate(told)]
-    sessions = [client.open(Route(tuple(hops[:n])), MODEL, MODEL, "none", 1) for n in range(1, len(hops) + 1)]
+    request = partial(SessionRequest, model=MODEL, version=MODEL, codec="none", span=hops[0].span, max_tokens=1)
+    sessions = [client.open(Route(tuple(hops[:n])), request(secrets.token_hex(16))) for n in range(1, len(hops) + 1)]
     names = ["socket pair", *(f"{n} stage{'s' * (n > 1)}" for n in range(1, len(hops) + 1))]
     steps: list[Callable[[], object]] = [pair, *(partial(session.step, body, 0, 1) for session in sessions)]
     used = [[os.getpid(), echoing.pid]] + [

@@ -50,12 +50,13 @@ from p2pmodel.engine.training.loop import Run, frozen
 from p2pmodel.engine.training.optimising import Optimiser
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.logic.judgement import why_leave_out, why_reject
 from p2pmodel.tensors import blob, compact, control, fourbit, variates
 from p2pmodel.tensors.changes import end_to_end, taken_apart
-from p2pmodel.tensors.kinds import Kinds, Trainee, get_kind
+from p2pmodel.tensors.kinds import Kinds, get_kind
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
+from p2pmodel.tensors.patch_kind import KindOptions, Trainee
 
 State = dict[str, Tensor]
 Point = tuple[int, float, float]

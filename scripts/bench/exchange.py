@@ -23,7 +23,6 @@ import wan
 
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.domain.ids import Digest
-from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch, Provenance, Recipe
 from p2pmodel.node.lineages.intake import take_in
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
@@ -43,7 +42,7 @@ def new_patch(lineage: Lineage, seed: int) -> bytes:
     state = version_state(lineage, lineage.head)
     adapter = blob.pack({n: t + 0.01 * torch.randn(t.shape, generator=chance) for n, t in state.items()})
     fisher = blob.pack(compact.encode({n: torch.rand(t.shape, generator=chance) for n, t in state.items()}))
-    refs = (BlobRef(canonical.digest(adapter), len(adapter)), BlobRef(canonical.digest(fisher), len(fisher)))
+    refs = (canonical.blob_ref(adapter), canonical.blob_ref(fisher))
     patch = Patch(
         key.peer, lineage.model, lineage.head, "ia3@1", *refs, 1, 1.0, 1.0, "", Provenance((), RECIPE, (), 1, ())
     )

@@ -29,7 +29,7 @@ from p2pmodel.domain.experts import ExpertLease, ExpertOpening
 from p2pmodel.domain.ids import ModelId
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
-from p2pmodel.engine.remote_experts import Traffic
+from p2pmodel.engine.remote_experts import ForwardContext
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.node.hosting.dispatching import Dispatcher
 from p2pmodel.swarm.directory import Directory
@@ -56,7 +56,7 @@ class Result:
 
 
 class Counting:
-    """An exchange that notes the least number of rows that the experts' places allow."""
+    """Remote experts that note the least number of rows that the experts' places allow."""
 
     def __init__(self, dispatcher: Dispatcher, owners: list[int]) -> None:
         self._dispatcher, self._owners = dispatcher, torch.tensor(owners)
@@ -68,16 +68,16 @@ class Counting:
         rows: Tensor,
         experts: Tensor,
         gates: Tensor,
-        traffic: Traffic,
+        context: ForwardContext,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> Tensor:
         self.rows += sum(len(set(peers)) for peers in self._owners[experts].tolist())
-        return self._dispatcher.sums(layer, rows, experts, gates, traffic, meanwhile)
+        return self._dispatcher.sums(layer, rows, experts, gates, context, meanwhile)
 
     def gradients(
-        self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic
+        self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        return self._dispatcher.gradients(layer, rows, experts, gates, outer, traffic)
+        return self._dispatcher.gradients(layer, rows, experts, gates, outer, context)
 
 
 def random_model(folder: Path) -> Path:
@@ -149,7 +149,7 @@ async def measure(checkpoint: Checkpoint, hosts: int, asked: argparse.Namespace)
     gap = 0.0
     with tempfile.TemporaryDirectory() as folder:
         async with connected(Path(folder), checkpoint.path, hosts, asked.codec) as (dispatcher, owners):
-            counting = trunk.board.exchange = Counting(dispatcher, owners)
+            counting = trunk.board.remote = Counting(dispatcher, owners)
             for turn in range(asked.turns + 1):
                 local, expected = await asyncio.to_thread(decode, whole, states)
                 remote, found = await asyncio.to_thread(decode, trunk, states)

@@ -32,9 +32,8 @@ from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.stage import load_stage
-from p2pmodel.engine.training import gates
 from p2pmodel.engine.training.losses import row_nats
-from p2pmodel.tensors import smear
+from p2pmodel.tensors import gates, smear
 from p2pmodel.tensors.experts import find_pools, new_adapter
 from p2pmodel.tensors.smear import Adapter, Course, Decide, softmax
 from p2pmodel.tensors.smear_hooks import Applier
@@ -186,7 +185,7 @@ class Bench:
 
     def gates(self, domain: str) -> State:
         """As a contributor finds them."""
-        return gates.gate_slots(gates.fit_gates(self.model, self.train[domain], self.layers, self.seed), domain)
+        return gates.gate_slots(gates.fit_gates(self.model, self.train[domain].ids, self.layers, self.seed), domain)
 
 
 class Mixing(Course):

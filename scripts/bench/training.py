@@ -38,10 +38,11 @@ from p2pmodel.engine.training.loop import train
 from p2pmodel.engine.training.losses import row_nats
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.node.asking.client import SwarmClient
 from p2pmodel.tensors import blob, compact, fish, ia3, weights
-from p2pmodel.tensors.kinds import Kinds, Trainee, get_kind
+from p2pmodel.tensors.kinds import Kinds, get_kind
+from p2pmodel.tensors.patch_kind import KindOptions, Trainee
 
 ROWS, TOKENS = 8, 128
 TOLERANCE = 1e-5

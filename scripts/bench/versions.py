@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from p2pmodel.store.home import Home
-from tests.lineages import begin, grow
+from tests.support.lineages import begin, grow
 
 
 def main() -> None:

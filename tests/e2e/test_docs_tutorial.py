@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.documents import DOCS, ELLIPSIS, Block, blocks
+from tests.support.documents import DOCS, ELLIPSIS, Block, blocks
 
 pytestmark = pytest.mark.timeout(600)
 

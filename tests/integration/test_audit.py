@@ -16,22 +16,24 @@ from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError
 from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.patch import MAX_COUNT, MAX_STEPS, Patch
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.node.evidence import in_folder
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.patches import continuity
 from p2pmodel.node.patches.auditing import MISSING, NEAR, OTHER, SAME, Audit, audit
-from p2pmodel.node.patches.contributing import FOUR_BITS, Assignment, rounded, train_patch
+from p2pmodel.node.patches.contributing import Assignment, rounded, train_patch
+from p2pmodel.node.patches.evidence import in_folder
 from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical
-from tests.training_support import PROSE, byte_tokenizer, small_model
+from tests.support.training import PROSE, byte_tokenizer, small_model
 
 OPTIONS = TrainingOptions(
     steps=12, batch=2, sequence=32, learning_rate=0.05, weight_decay=0.1, fisher_examples=4, checkpoint_every=3
 )
+
+FOUR_BITS = ("ia3@1", "dense@1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,10 +22,10 @@ from p2pmodel.swarm.blobs import BlobFetcher, BlobHeader, BlobRequest, BlobServe
 from p2pmodel.swarm.rpc import Channel, Service
 from p2pmodel.wire import bundle, canonical, records
 from p2pmodel.wire.signing import Key
-from tests.factories import manifest
-from tests.factories import patch as any_patch
-from tests.integration.swarm_support import Members, swarm
-from tests.lineages import begin
+from tests.support.factories import manifest
+from tests.support.factories import patch as any_patch
+from tests.support.lineages import begin
+from tests.support.swarm import Members, swarm
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 ANNOUNCED = BlobRef(canonical.digest(b"what was announced"), 1 << 20)
@@ -83,7 +83,7 @@ async def test_a_transfer_goes_on_with_the_one_source_that_breaks_off(members: M
     service, home = Service(members[1][1], blobs.PROTOCOL, break_off), Home.open(tmp_path / "home")
     await service.start()
     fetcher = BlobFetcher(members[0][1], home.objects.sink)
-    ref = BlobRef(canonical.digest(content), len(content))
+    ref = canonical.blob_ref(content)
     assert await fetcher.describe(ref.digest, 1 << 20, [members[1][1].peer]) == ref
     with pytest.raises(Rejected, match="at most 10 are taken"):
         await fetcher.describe(ref.digest, 10, [members[1][1].peer])
@@ -130,7 +130,7 @@ async def test_nothing_is_decompressed(tmp_path: Path) -> None:
         with pytest.raises(P2PModelError):
             verify_folder(tmp_path / name)
 
-        ref = BlobRef(canonical.digest(raw), len(raw))
+        ref = canonical.blob_ref(raw)
         noun = replace(any_patch(key, lineage.model, lineage.head), adapter=ref, fisher=ref)
         with pytest.raises(Rejected) as refused:
             take_in(lineage, bundle.pack(key.sign("patch", noun), raw, raw))

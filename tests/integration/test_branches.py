@@ -39,9 +39,9 @@ from p2pmodel.tensors.changes import factors
 from p2pmodel.tensors.kinds import Kinds
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
-from tests import factories
-from tests.lineages import add_patch, add_patch_of, adopt, exam_of
-from tests.training_support import byte_tokenizer, small_model
+from tests.support import factories
+from tests.support.lineages import add_patch, add_patch_of, adopt, exam_of
+from tests.support.training import byte_tokenizer, small_model
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs away. " * 3
 State = Mapping[str, Tensor]

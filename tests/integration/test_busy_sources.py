@@ -21,10 +21,10 @@ from p2pmodel.swarm.blobs import BlobFetcher, BlobServer
 from p2pmodel.swarm.rpc import open_channel
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.factories import candidate
-from tests.integration.swarm_support import Members, swarm
-from tests.lineages import add_patch, begin
-from tests.waiting import soon
+from tests.support.factories import candidate
+from tests.support.lineages import add_patch, begin
+from tests.support.swarm import Members, swarm
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 STREAMS_PER_PEER = 8

@@ -40,7 +40,7 @@ from p2pmodel.swarm.streams import Listener, open_stream
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
 from p2pmodel.wire.signing import Key
-from tests.waiting import until
+from tests.support.waiting import until
 
 MODEL = canonical.digest(b"model")
 PATIENCE = 10.0
@@ -156,10 +156,10 @@ class Swarm:
     chain: ChainClient
 
     def open(self, *names: str, codec: str = "fp32", max_tokens: int = 1 << 16, timeout: float = 15.0) -> ChainSession:
-        return self.chain.open(self.route(*names), MODEL, MODEL, codec, max_tokens, timeout)
+        return self.chain.open(self.route(*names), new_request(codec, max_tokens), timeout)
 
     def open_training(self, *names: str) -> ChainSession:
-        return self.chain.open(self.route(*names), MODEL, MODEL, "fp32", 1 << 10, training=True)
+        return self.chain.open(self.route(*names), new_request(max_tokens=1 << 10, training=True))
 
     def route(self, *names: str) -> Route:
         return route(*(self.hosts[name].peer for name in names))
@@ -398,7 +398,7 @@ def test_a_peer_that_cannot_be_reached_is_named(swarm: Swarm) -> None:
     nobody = Key.generate().peer
     for hops in ((nobody,), (swarm.hosts["a"].peer, nobody)):
         with pytest.raises(PeerFailed) as failed:
-            swarm.chain.open(route(*hops), MODEL, MODEL, "fp32", 10)
+            swarm.chain.open(route(*hops), new_request())
         assert failed.value.peer == nobody
     with pytest.raises(PeerFailed) as failed:
         swarm.open("a", "spare")
@@ -447,7 +447,7 @@ def test_a_session_that_nobody_wants_any_more_is_not_opened(swarm: Swarm) -> Non
     try:
         began = time.monotonic()
         with pytest.raises(PeerFailed, match="is closed"):
-            swarm.chain.open(swarm.route("spare"), MODEL, MODEL, "fp32", 10, stopped=lambda: True)
+            swarm.chain.open(swarm.route("spare"), new_request(), stopped=lambda: True)
         assert time.monotonic() - began < NOTICED_SECONDS
     finally:
         silent.close()
@@ -790,6 +790,11 @@ def route(*peers: PeerId) -> Route:
     return Route(tuple(Hop(peer, Span(n, n + 1)) for n, peer in enumerate(peers)))
 
 
+def new_request(codec: str = "fp32", max_tokens: int = 1 << 16, training: bool = False) -> SessionRequest:
+    """To the first stage of such a route."""
+    return SessionRequest(os.urandom(16).hex(), MODEL, MODEL, codec, Span(0, 1), max_tokens, training=training)
+
+
 def add_up(session: ChainSession, position: int = 0) -> float:
     """What the stages of the session add to a zero."""
     _, body = session.step(ZEROS, position, 1)
@@ -799,8 +804,7 @@ def add_up(session: ChainSession, position: int = 0) -> float:
 def raw_session(swarm: Swarm, opener: Host, *names: str, training: bool = False) -> tuple[Any, Any]:
     """A session's two ends as sockets; the sink is the spare peer's, and this is its only session."""
     hops = swarm.route(*names).hops
-    name = os.urandom(16).hex()
-    request = SessionRequest(name, MODEL, MODEL, "fp32", hops[0].span, 1 << 16, training=training)
+    request = new_request(training=training)
     listener = Listener(swarm.spare, SINK)
     stream = open_stream(opener, hops[0].peer, CHAIN)
     stream.sendall(Opening(request, hops[1:], swarm.spare.peer).frame())

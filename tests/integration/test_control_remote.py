@@ -22,6 +22,7 @@ from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, UsageError
 from p2pmodel.node.machine.remote_control import remote_control
 from p2pmodel.wire.v1 import control_pb2 as pb
 from p2pmodel.wire.v1 import control_pb2_grpc as rpc
+from scripts.generate import outdated
 from tests.integration.test_control import Service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,7 +168,4 @@ def test_what_is_made_is_for_its_owner_alone_and_never_overwritten(tls: Path) ->
 
 
 def test_the_documentation_is_what_the_proto_says() -> None:
-    checked = subprocess.run(
-        [sys.executable, "scripts/control_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 0, checked.stderr
+    assert not [*outdated("control")]

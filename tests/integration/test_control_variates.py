@@ -19,7 +19,7 @@ from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import control
 from p2pmodel.wire import canonical
-from tests.lineages import begin
+from tests.support.lineages import begin
 
 TEXT = (starter.DOMAINS / "xml.txt").read_text()[:3000]
 OPTIONS = {"steps": 6, "batch": 4, "sequence": 64, "fisher_examples": 2, "learning_rate": 0.02, "checkpoint_every": 6}

@@ -23,7 +23,7 @@ from p2pmodel.node.lineages.states import patch_file_state
 from p2pmodel.node.patches.apprentice import ThroughSwarm
 from p2pmodel.node.patches.contributing import ALONE, Assignment, estimate, train_patch
 from p2pmodel.tensors.kinds import get_kind
-from tests.waiting import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -95,7 +95,7 @@ def test_a_draft_and_a_long_prompt_leave_the_answer_as_it_is(model: Any, whole: 
 
 
 def test_a_prompt_that_the_stages_know_is_not_computed_again(peers: list[str], tmp_path: Path) -> None:
-    text = (starter.MODEL / "README.md").read_text()[:900]
+    text = (starter.DRAFT / "README.md").read_text()[:900]
     answers, alone = [], "import os\n"
     with SwarmClient.connect(tmp_path, tuple(peers), None, None) as client:
         for prompt in (text, alone, text, text + "\n\ndef f(x):"):

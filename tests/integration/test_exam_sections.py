@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from p2pmodel.domain.errors import InvalidInput, Rejected
@@ -27,11 +27,12 @@ State = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
+    """One token a byte, after the one that begins a text."""
     vocabulary = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 256)])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=inner, eos_token="<end>", bos_token="<end>"
     )
@@ -65,7 +66,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def learn(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
-    ids = torch.tensor([[256, *tokenizer(text)["input_ids"], 256]])
+    ids = torch.tensor([[*tokenizer(text)["input_ids"], 256]])
     loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 
@@ -107,7 +108,7 @@ def test_a_continuation_is_scored_by_its_own_tokens(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with torch.no_grad():
-        ids = torch.tensor([[256, *tokenizer("The sky is blue.")["input_ids"]]])
+        ids = torch.tensor([tokenizer("The sky is blue.")["input_ids"]])
         losses = torch.nn.functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="none")
     pairs = [Continuation("The sky is", " blue."), Continuation("The sky is ", "blue."), Continuation("", "The")]
     scorer = Scorer(model, tokenizer, pairs)

@@ -19,9 +19,9 @@ from p2pmodel.domain.swarm import Span
 from p2pmodel.engine import experts as expert_shards
 from p2pmodel.engine.checkpoint import read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs, encode_call
-from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
 from p2pmodel.engine.experts import load_experts
-from p2pmodel.engine.remote_experts import Traffic
+from p2pmodel.engine.remote_experts import ForwardContext
+from p2pmodel.engine.shard_runner import HostedExperts, ShardRunner
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.hosting import forwarding
 from p2pmodel.node.hosting.dispatching import Dispatcher
@@ -32,8 +32,8 @@ from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import MAX_META_BYTES, Kind
 from p2pmodel.wire.signing import Key
-from tests.expert_support import EXPERTS, save_experts
-from tests.waiting import until
+from tests.support.experts import EXPERTS, save_experts
+from tests.support.waiting import until
 
 MODEL = canonical.digest(b"model")
 LAYER, ROWS, CHOSEN = 1, 6, 4
@@ -44,14 +44,14 @@ Answer = Callable[[Frame], bytes]
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> ExpertRunner:
+def runner(tmp_path_factory: pytest.TempPathFactory) -> ShardRunner:
     folder = tmp_path_factory.mktemp("experts")
     save_experts("qwen3_moe", folder)
     checkpoint = read_checkpoint(folder)
     shard = load_experts(checkpoint, Span(0, checkpoint.layers), range(EXPERTS))
     table = VersionTable(shard)
     table.put(MODEL, {})
-    return ExpertRunner(HostedExperts(shard, table), MODEL)
+    return ShardRunner(HostedExperts(shard, table), MODEL)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Peers:
     """A trunk's dispatcher and its hosts, all of which have all experts. ends: the hosts' sockets; failed: whom the
     dispatcher blamed."""
 
-    runner: ExpertRunner
+    runner: ShardRunner
     ends: dict[PeerId, socket.socket] = field(default_factory=dict)
     failed: list[PeerId] = field(default_factory=list)
 
@@ -98,10 +98,10 @@ class Peers:
             stream.close()
 
     def ask(self, rows: Tensor, experts: Tensor, gates: Tensor, meanwhile: Callable[[], object] = int) -> Tensor:
-        return self.dispatcher.sums(LAYER, rows, experts, gates, Traffic(), meanwhile)
+        return self.dispatcher.sums(LAYER, rows, experts, gates, ForwardContext(), meanwhile)
 
     def gradients(self, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-        return self.dispatcher.gradients(LAYER, rows, experts, gates, outer, Traffic())
+        return self.dispatcher.gradients(LAYER, rows, experts, gates, outer, ForwardContext())
 
     def expected(self, rows: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         row = torch.arange(len(rows)).repeat_interleave(CHOSEN)
@@ -120,7 +120,7 @@ class Peers:
 
 
 @pytest.fixture
-def peers(runner: ExpertRunner) -> Iterator[Peers]:
+def peers(runner: ShardRunner) -> Iterator[Peers]:
     found = Peers(runner)
     yield found
     found.dispatcher.close()
@@ -330,7 +330,7 @@ class TestDeadlines:
         assert not peers.failed
 
 
-def test_calls_of_many_rows_share_no_forward(runner: ExpertRunner) -> None:
+def test_calls_of_many_rows_share_no_forward(runner: ShardRunner) -> None:
     width = runner._hosted[0].shard.width
 
     def call(count: int) -> tuple[Any, bytes, bytes]:

@@ -11,9 +11,9 @@ from p2pmodel.logic.experts import hosts_of
 from p2pmodel.node.hosting.expert_hosting import ExpertHosting
 from p2pmodel.node.machine.device import SCHEMES, Device
 from p2pmodel.node.node import NodeOptions, run
-from tests.expert_support import save_experts
-from tests.integration.swarm_support import swarm
-from tests.lineages import begin
+from tests.support.experts import save_experts
+from tests.support.lineages import begin
+from tests.support.swarm import swarm
 
 
 async def test_a_lease_is_of_layers_that_have_experts(tmp_path: Path) -> None:

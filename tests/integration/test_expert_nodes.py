@@ -15,8 +15,8 @@ from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.domain.errors import P2PModelError, Unreachable
 from p2pmodel.engine.checkpoint import load_whole
 from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
-from tests.expert_support import save_experts
-from tests.waiting import until
+from tests.support.experts import save_experts
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(400)
 TOKENS = 16

@@ -1,31 +1,12 @@
 """The experts' part of the status page in headless Chromium, where this machine has one."""
 
-import os
-import shutil
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
-from tests.gateway_support import HOSTILE, Parrot, gateway, peer, sample_status
+from tests.support.gateway import HOSTILE, Parrot, gateway, peer, sample_status
 
-playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-    pytest.mark.asyncio(loop_scope="module"),
-]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Any]:
-    async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        await browser.close()
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def hosted() -> dict[str, Any]:

@@ -13,12 +13,12 @@ from p2pmodel.cli.app import app
 from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.evaluation import attached
-from p2pmodel.engine.training.trainees import KindOptions
 from p2pmodel.node.lineages.expert_shares import noted_shares
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.kinds import Kinds
-from tests.modular_support import KINDS, begin, contribute, small_trainings, write_domains
+from p2pmodel.tensors.patch_kind import KindOptions
+from tests.support.modular import KINDS, begin, contribute, small_trainings, write_domains
 
 pytestmark = pytest.mark.timeout(400)
 TOKENS = 12

@@ -17,8 +17,8 @@ from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs, encode_call
-from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
 from p2pmodel.engine.experts import load_experts
+from p2pmodel.engine.shard_runner import HostedExperts, ShardRunner
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.swarm import expert_admission, expert_server
 from p2pmodel.swarm.expert_link import ExpertLink, Switch
@@ -29,10 +29,10 @@ from p2pmodel.swarm.streams import open_stream
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
-from tests.expert_support import EXPERTS as MANY
-from tests.expert_support import save_experts
-from tests.integration.swarm_support import swarm
-from tests.waiting import soon
+from tests.support.experts import EXPERTS as MANY
+from tests.support.experts import save_experts
+from tests.support.swarm import swarm
+from tests.support.waiting import soon
 
 MODEL = canonical.digest(b"model")
 CODEC = get_codec("fp32")
@@ -42,7 +42,7 @@ CODEC = get_codec("fp32")
 class Serving:
     host: PeerHost
     server: ExpertServer
-    runner: ExpertRunner
+    runner: ShardRunner
 
     @property
     def most(self) -> int:
@@ -91,7 +91,7 @@ async def serving(tmp_path: Path) -> AsyncIterator[Serving]:
     shard = load_experts(checkpoint, Span(0, checkpoint.layers), range(MANY))
     table = VersionTable(shard)
     table.put(MODEL, {})
-    runner = ExpertRunner(HostedExperts(shard, table), MODEL)
+    runner = ShardRunner(HostedExperts(shard, table), MODEL)
     async with swarm(tmp_path, 1) as [(_, host)]:
         server = ExpertServer(host, runner)
         await asyncio.to_thread(server.start)

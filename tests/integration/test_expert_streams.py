@@ -21,9 +21,9 @@ from p2pmodel.domain.ids import ModelId, PeerId
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint, read_checkpoint
 from p2pmodel.engine.expert_calls import Pairs, encode_call
-from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
 from p2pmodel.engine.experts import ExpertShard, load_experts
-from p2pmodel.engine.remote_experts import Traffic
+from p2pmodel.engine.remote_experts import ForwardContext
+from p2pmodel.engine.shard_runner import HostedExperts, ShardRunner
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.hosting import forwarding
 from p2pmodel.node.hosting.dispatching import Dispatcher
@@ -36,8 +36,8 @@ from p2pmodel.swarm.streams import Listener
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
-from tests.expert_support import save_experts
-from tests.integration.swarm_support import swarm
+from tests.support.experts import save_experts
+from tests.support.swarm import swarm
 
 pytestmark = pytest.mark.timeout(120)
 MODEL = canonical.digest(b"model")
@@ -53,7 +53,7 @@ class Setting:
     trunk: PeerHost
     hosts: list[PeerHost]
     servers: list[ExpertServer]
-    runners: list[ExpertRunner]
+    runners: list[ShardRunner]
     whole: ExpertShard
     failed: list[PeerId] = field(default_factory=list)
 
@@ -97,7 +97,7 @@ async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
             shard = load_experts(checkpoint, everything, share)
             table = VersionTable(shard)
             table.put(MODEL, {})
-            runners.append(ExpertRunner(HostedExperts(shard, table), MODEL))
+            runners.append(ShardRunner(HostedExperts(shard, table), MODEL))
             servers.append(ExpertServer(host, runners[-1]))
             await asyncio.to_thread(servers[-1].start)
         whole = load_experts(checkpoint, everything, range(8))
@@ -105,9 +105,9 @@ async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in servers))
 
 
-async def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, gates: Tensor, traffic: Any = None) -> Tensor:
+async def ask(dispatcher: Dispatcher, rows: Tensor, experts: Tensor, gates: Tensor, context: Any = None) -> Tensor:
     def work() -> Tensor:
-        return dispatcher.sums(LAYER, rows, experts, gates, traffic or Traffic())
+        return dispatcher.sums(LAYER, rows, experts, gates, context or ForwardContext())
 
     return await asyncio.to_thread(work)
 
@@ -166,7 +166,8 @@ async def test_gradients_are_those_of_one_peer_that_has_all(setting: Setting) ->
     dispatcher = setting.dispatcher(0, 1, 2, 3)
     rows, experts, gates = setting.work()
     outer = torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
-    of_rows, of_gates = await asyncio.to_thread(dispatcher.gradients, LAYER, rows, experts, gates, outer, Traffic())
+    context = ForwardContext()
+    of_rows, of_gates = await asyncio.to_thread(dispatcher.gradients, LAYER, rows, experts, gates, outer, context)
     row = torch.arange(ROWS).repeat_interleave(4)
     expected = setting.whole.gradients(LAYER, rows, Pairs(row, experts.reshape(-1), gates.reshape(-1)), outer)
     assert close(of_rows, expected[0])
@@ -261,14 +262,14 @@ async def test_an_expert_without_a_host_is_named(setting: Setting, monkeypatch: 
 async def test_by_policy_its_weight_is_spread(setting: Setting) -> None:
     dispatcher = setting.dispatcher(0, 1, spread=True)
     rows, experts, gates = setting.work()
-    traffic = Traffic()
-    found = await ask(dispatcher, rows, experts, gates, traffic)
+    context = ForwardContext()
+    found = await ask(dispatcher, rows, experts, gates, context)
     lost = experts >= 6
     left = gates.masked_fill(lost, 0.0)
     left = left * (gates.sum(1) / left.sum(1)).unsqueeze(1)
     assert close(found, setting.expected(rows, experts, left))
-    assert traffic.spread is not None
-    assert torch.equal(traffic.spread, lost.sum(1))
+    assert context.spread is not None
+    assert torch.equal(context.spread, lost.sum(1))
     dispatcher.close()
 
 
@@ -292,7 +293,7 @@ def test_experts_that_are_exchanged_are_computed_until_they_are_dropped(tmp_path
         return HostedExperts(shard, table)
 
     before, after, whole = hosted(range(4)), hosted(range(2, 6)), hosted(range(8)).shard
-    runner, codec = ExpertRunner(before, MODEL), get_codec("fp32")
+    runner, codec = ShardRunner(before, MODEL), get_codec("fp32")
     rows = torch.randn(1, checkpoint.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def asked(expert: int) -> bool:

@@ -17,8 +17,8 @@ from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import Presence, Span
 from p2pmodel.engine.checkpoint import read_checkpoint
-from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
 from p2pmodel.engine.experts import load_experts
+from p2pmodel.engine.shard_runner import HostedExperts, ShardRunner
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.hosting import trunk as trunks
 from p2pmodel.node.hosting.trunk import Trunk
@@ -29,10 +29,10 @@ from p2pmodel.swarm.expert_streams import EXPERTS
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.swarm.streams import Listener
 from p2pmodel.wire import canonical
-from tests.expert_support import EXPERTS as MANY
-from tests.expert_support import save_experts
-from tests.integration.swarm_support import presence, swarm
-from tests.waiting import soon
+from tests.support.experts import EXPERTS as MANY
+from tests.support.experts import save_experts
+from tests.support.swarm import presence, swarm
+from tests.support.waiting import soon
 
 MODEL = canonical.digest(b"model")
 
@@ -75,7 +75,7 @@ class Setting:
     async def end_stream(self) -> None:
         """As the host does with one that is idle."""
         await soon(lambda: self.server.stats.trunks)
-        for stream in list(self.server._trunks):
+        for stream in list(self.server._members):
             self.server._call(partial(self.server._end, stream, PeerFailed("It closed a stream that was idle.")))
 
 
@@ -92,7 +92,7 @@ async def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     table.put(MODEL, {})
     async with swarm(tmp_path, 2) as members:
         (_, host), (_, silent) = members
-        server = ExpertServer(host, ExpertRunner(HostedExperts(shard, table), MODEL))
+        server = ExpertServer(host, ShardRunner(HostedExperts(shard, table), MODEL))
         await asyncio.to_thread(server.start)
         listener = Listener(silent, EXPERTS)
         leases = [

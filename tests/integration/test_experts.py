@@ -27,9 +27,9 @@ from p2pmodel.tensors import ia3, weights
 from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.wire import canonical
-from tests.expert_support import EXPERTS, LocalExchange, load_shards, save_experts
-from tests.families import save_small
-from tests.stage_checks import StageChain, tokens
+from tests.support.experts import EXPERTS, LocalExperts, load_shards, save_experts
+from tests.support.families import save_small
+from tests.support.stage_checks import StageChain, tokens
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss")
 NEW_TOKENS = 24
@@ -67,13 +67,13 @@ def test_the_tokens_are_those_of_the_whole_model(family: tuple[Checkpoint, Any])
     head, expected = load_head(checkpoint, StageChain(stages)), greedy(whole)
     ids = tokens(3, 9)
     for peers in (2, 3, 4):
-        exchange = LocalExchange(load_shards(checkpoint, peers))
+        remote = LocalExperts(load_shards(checkpoint, peers))
         for stage in stages:
-            stage.board.exchange = exchange
+            stage.board.remote = remote
         assert greedy(head) == expected
         gap = (head(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max()
         assert gap < 1e-5 * max(1.0, float(whole(input_ids=ids).logits.abs().max()))
-        assert all(exchange.rows)
+        assert all(remote.rows)
 
 
 def test_only_what_is_hosted_is_loaded(family: tuple[Checkpoint, Any]) -> None:
@@ -96,7 +96,7 @@ def test_gradients_run_through_experts_that_are_elsewhere(family: tuple[Checkpoi
     checkpoint, _ = family
     (last,) = [load_stage(checkpoint, Span(checkpoint.layers - 2, checkpoint.layers), trunk=True)]
     whole = load_stage(checkpoint, last.span)
-    last.board.exchange = LocalExchange(load_shards(checkpoint, 3))
+    last.board.remote = LocalExperts(load_shards(checkpoint, 3))
     hidden = torch.randn(2, 5, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
     outer = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     found = []
@@ -153,7 +153,7 @@ def test_versions_that_change_experts_are_served_in_parts(tmp_path: Path) -> Non
     of_shards = [VersionTable(shard) for shard in shards]
     for table, shard in zip(of_shards, shards, strict=True):
         table.put(VERSION, shard.own_part(state))
-    trunk.board.exchange = LocalExchange(shards, [table.get(VERSION) for table in of_shards])
+    trunk.board.remote = LocalExperts(shards, [table.get(VERSION) for table in of_shards])
     hidden = torch.randn(1, 6, checkpoint.hidden_size, generator=generator)
     ours = trunk.forward(hidden, None, everything, vectors=tables[1].get(VERSION))
     theirs = whole.forward(hidden, None, everything, vectors=tables[0].get(VERSION))
@@ -171,7 +171,7 @@ def test_lower_precision_is_as_near_as_that_of_the_whole_model(family: tuple[Che
     everything, low = Span(0, checkpoint.layers), torch.bfloat16
     trunk = load_stage(checkpoint, everything, low, trunk=True)
     shares = ((0, 1, 5), (2, 3, 4, 6, 7))
-    trunk.board.exchange = LocalExchange([load_experts(checkpoint, everything, share, low) for share in shares])
+    trunk.board.remote = LocalExperts([load_experts(checkpoint, everything, share, low) for share in shares])
     hidden = torch.randn(1, 6, checkpoint.hidden_size, generator=torch.Generator().manual_seed(1))
     exact = load_stage(checkpoint, everything).forward(hidden, None, everything)
     ours = trunk.forward(hidden, None, everything)
@@ -195,7 +195,7 @@ def test_sessions_train_through_a_trunk(tmp_path: Path) -> None:
         table.put(VERSION, {})
         runner = Runner(stage, VERSION, table, max_cached_tokens=64)
         if stage is trunk:
-            stage.board.exchange = LocalExchange(load_shards(checkpoint, 2))
+            stage.board.remote = LocalExperts(load_shards(checkpoint, 2))
         request = SessionRequest("0" * 32, VERSION, VERSION, "fp32", everything, 4, rows=2, training=True)
         handle = runner.open(request)
         runner.load(handle, vectors)

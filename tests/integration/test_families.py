@@ -3,7 +3,6 @@
 `scripts/sweep_families.py` does this with every type that transformers has, and writes docs/models.md.
 """
 
-from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,16 +18,10 @@ from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.head import load_head
 from p2pmodel.engine.memory import measure_cache
 from p2pmodel.engine.stage import load_stage
-from tests import stage_checks as checks
-from tests.families import REQUIRED, save_small
+from tests.support import stage_checks as checks
+from tests.support.families import REQUIRED, save_small
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

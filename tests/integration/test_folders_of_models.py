@@ -14,8 +14,8 @@ from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobServer
 from p2pmodel.swarm.sync import SyncServer
-from tests.integration.swarm_support import Members, swarm
-from tests.training_support import byte_tokenizer, small_model
+from tests.support.swarm import Members, swarm
+from tests.support.training import byte_tokenizer, small_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,7 +20,7 @@ from p2pmodel.node.lineages.retention import DAY, collect_garbage
 from p2pmodel.node.lineages.states import patch_state, round_mean, version_state
 from p2pmodel.node.patches.continuity import bequeath, inherited
 from p2pmodel.node.patches.savepoints import Savepoints
-from p2pmodel.node.rounds import amending
+from p2pmodel.node.rounds import asides
 from p2pmodel.node.versions.checkout import verify_version
 from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
@@ -28,9 +28,9 @@ from p2pmodel.swarm.blobs import BlobServer
 from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.integration.swarm_support import swarm
-from tests.lineages import accept, add_patch, adopt, begin, exam_of, grow
-from tests.waiting import soon
+from tests.support.lineages import accept, add_patch, adopt, begin, exam_of, grow
+from tests.support.swarm import swarm
+from tests.support.waiting import soon
 
 
 def age(lineage: Lineage, days: float) -> None:
@@ -119,7 +119,7 @@ def amend(lineage: Lineage, folder: Path, text: str, *, adopted: bool = True) ->
     """An amendment that brings an exam of this text: the exam's digest."""
     folder.mkdir()
     exam = lineage.home.objects.put(Suite.load(exam_of(folder, text)).pack())
-    _, version = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, exam=exam))
+    _, version = asides.propose_amendment(lineage, dataclasses.replace(lineage.manifest.amendment, exam=exam))
     if adopted:
         accept(lineage, lineage.candidates[version])
     return exam.digest

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from p2pmodel import starter
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.engine.checkpoint import load_whole
-from tests.waiting import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 PROMPT = "def read_lines(path):\n    "

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, PeerFailed, Unreachable, UsageError
 from p2pmodel.gateway import api, server
 from p2pmodel.gateway.access import Keys
-from tests import gateway_support
-from tests.gateway_support import WORDS, Parrot, gateway, sample_status
+from tests.support.gateway import WORDS, Parrot, gateway, sample_status
+from tests.support.waiting import soon
 
 KEY = "a-key-of-this-test-0001"
 COMPLETION: dict[str, Any] = {"model": "parrot", "prompt": "hi"}
@@ -30,14 +30,6 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 def client(url: str, key: str = "none") -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("it did not happen")
 
 
 async def test_openais_own_client_is_content() -> None:
@@ -114,12 +106,12 @@ async def test_a_client_that_hangs_up_ends_its_answer(http: aiohttp.ClientSessio
     parrot.step = gate.acquire
     async with gateway(parrot, places=1) as running:
         asking = asyncio.create_task(http.post(f"{running.url}/v1/completions", json={**COMPLETION, "stream": stream}))
-        await until(lambda: parrot.open == 1 and gate.locked())
+        await soon(lambda: parrot.open == 1 and gate.locked())
         if stream:
             (await asking).close()
         asking.cancel()
         await asyncio.wait({asking})
-        await until(lambda: parrot.open == 0)
+        await soon(lambda: parrot.open == 0)
         parrot.step = lambda: asyncio.sleep(0)
         async with http.post(f"{running.url}/v1/completions", json=COMPLETION) as reply:
             assert reply.status == 200
@@ -225,15 +217,15 @@ async def test_a_body_that_never_comes_is_not_waited_for(monkeypatch: pytest.Mon
 
 async def test_a_client_that_does_not_read_ends_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "WRITE_SECONDS", 0.2)
-    monkeypatch.setattr(gateway_support, "WORDS", ("x" * (1 << 20),) * 64)  # more than the kernel keeps for it
+    monkeypatch.setattr("tests.support.gateway.WORDS", ("x" * (1 << 20),) * 64)  # more than the kernel keeps for it
     parrot = Parrot()
     async with gateway(parrot) as running:
         _, writer = await asyncio.open_connection("127.0.0.1", int(running.url.rpartition(":")[2]), limit=1024)
         body = json.dumps({**COMPLETION, "stream": True}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        await until(lambda: parrot.open == 1)
-        await until(lambda: parrot.open == 0)
+        await soon(lambda: parrot.open == 1)
+        await soon(lambda: parrot.open == 0)
         writer.close()
 
 

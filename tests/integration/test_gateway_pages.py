@@ -1,4 +1,4 @@
-"""The pages in headless Chromium, where this machine has one: CHROMIUM names it, or it is on the path.
+"""The pages in headless Chromium, where this machine has one.
 
 axe-core (npm) looks at them too where AXE_CORE names its axe.min.js, or the environment has it (scripts/ci-packages),
 or npm's global folder.
@@ -6,22 +6,16 @@ or npm's global folder.
 
 import asyncio
 import os
-import shutil
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from p2pmodel.gateway import feed
 from p2pmodel.gateway.access import Keys
-from tests.gateway_support import HOSTILE, WORDS, Parrot, gateway, peer, sample_status
+from tests.support.gateway import HOSTILE, WORDS, Parrot, gateway, peer, sample_status
 
-playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 AXE = [
     Path(os.environ.get("AXE_CORE", "/none")),
     *(
@@ -32,18 +26,7 @@ AXE = [
 PHONE = {"width": 360, "height": 740}
 KEY = "a-key-of-this-test-0001"
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-    pytest.mark.asyncio(loop_scope="module"),
-]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Any]:
-    async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        await browser.close()
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def opened(browser: Any, url: str, **options: Any) -> tuple[Any, list[str]]:

@@ -21,8 +21,8 @@ from p2pmodel.gossip import frames
 from p2pmodel.gossip.link import GossipLink
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.factories import blob
-from tests.waiting import soon
+from tests.support.factories import blob
+from tests.support.waiting import soon
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL: ModelId = canonical.digest(b"model")

@@ -13,7 +13,7 @@ from p2pmodel.cli.app import app
 from p2pmodel.domain.errors import InvalidInput, Regressed, UsageError
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin
+from tests.support.lineages import add_patch, adopt, begin
 
 TASK = """
 task: tiny_lines

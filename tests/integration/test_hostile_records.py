@@ -19,9 +19,9 @@ from p2pmodel.swarm.blobs import BlobServer
 from p2pmodel.swarm.sync import SyncServer
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.integration.swarm_support import Members, swarm
-from tests.lineages import add_patch, adopt, begin
-from tests.waiting import soon
+from tests.support.lineages import add_patch, adopt, begin
+from tests.support.swarm import Members, swarm
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

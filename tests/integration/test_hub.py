@@ -24,7 +24,7 @@ from p2pmodel import starter
 from p2pmodel.cli.localswarm import LocalSwarm
 from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import read_checkpoint
-from tests.waiting import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 FIRST, MOVED = "a" * 40, "b" * 40

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTC
 from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput, Rejected, StorageError
 from p2pmodel.domain.ids import VersionId
-from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import Patch, Provenance, Recipe
 from p2pmodel.engine.checkpoint import load_whole
+from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.interchange import adapters
 from p2pmodel.engine.interchange.folding import fold
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.intake import check_tensors
 from p2pmodel.node.lineages.lineage import Lineage
@@ -30,10 +30,11 @@ from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, lora
 from p2pmodel.tensors.kinds import Kinds
+from p2pmodel.tensors.patch_kind import KindOptions
 from p2pmodel.wire import bundle, canonical
-from tests.families import save_small
-from tests.lineages import add_patch_of, adopt
-from tests.training_support import PROSE, byte_tokenizer, small_model
+from tests.support.families import save_small
+from tests.support.lineages import add_patch_of, adopt
+from tests.support.training import PROSE, byte_tokenizer, small_model
 
 TOKENS = torch.arange(3, 27)[None] * 7 % 257
 KINDS = ("ia3@1", "lora@1", "fish@1")
@@ -94,14 +95,14 @@ def new_patch(lineage: Lineage, kind: str, parent: VersionId) -> OpenedPatch:
 
     model = AutoModelForCausalLM.from_pretrained(lineage.home.path.parent / "base")
     state = version_state(lineage, parent)
-    trainee = new_trainee(model, kind, state, None, KindOptions(rank=3, alpha=5.0), 0)  # type: ignore[arg-type]
+    trainee = new_trainee(model, kind, state, Blocks.of_ids(TOKENS), KindOptions(rank=3, alpha=5.0), 0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainee.parameters.values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     raw = blob.pack(trainee.adapter())
     trainee.remove()
-    ref = BlobRef(canonical.digest(raw), len(raw))
+    ref = canonical.blob_ref(raw)
     recipe = Recipe(seed=0, steps=1, batch=1, sequence=8, optimizer="none", learning_rate=0.0, fisher_examples=1)
     key = lineage.home.key
     patch = Patch(

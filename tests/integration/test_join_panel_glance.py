@@ -15,7 +15,7 @@ from p2pmodel.logic.round_state import Phase
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.watching.glance import Glance, Glancer
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin
+from tests.support.lineages import add_patch, adopt, begin
 
 
 @dataclass

@@ -26,8 +26,8 @@ from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.store.home import Home
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch_of, begin, grow
-from tests.waiting import until
+from tests.support.lineages import add_patch_of, begin, grow
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from p2pmodel import starter
 from p2pmodel.domain.errors import NotFound, NotRunning, Rejected
 from p2pmodel.domain.ids import VersionId
-from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.model import MergeSpec
 from p2pmodel.domain.version import LeftOut
 from p2pmodel.engine.exams import Suite
 from p2pmodel.engine.exams.screening import Screened
@@ -22,12 +22,12 @@ from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.merging import merge, stored
 from p2pmodel.node.lineages.states import patch_state, version_state
-from p2pmodel.node.rounds import amending, maintaining
+from p2pmodel.node.rounds import asides, maintaining
 from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.lineages import accept, add_patch, add_patch_of, adopt, begin
+from tests.support.lineages import accept, add_patch, add_patch_of, adopt, begin
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_plain_mean_without_scores_says_nothing_against_a_candidate(small: Lin
         parent=small.head,
         number=before.number.next_patch(),
         patches=tuple(patches),
-        result=BlobRef(canonical.digest(result), len(result)),
+        result=canonical.blob_ref(result),
     )
     verdict = Maintainer(small, small.home.key.peer, starter.MODEL, lambda seconds: None).examine(version)
     assert verdict.accept, verdict.reason
@@ -248,7 +248,7 @@ def test_momentum_goes_on_from_the_steps_of_the_versions_before(tmp_path: Path) 
             torch.testing.assert_close(merged.update[name], total + 0.5 * count * velocity[name], rtol=1e-4, atol=1e-5)
         adopt(lineage, patches, state=merged.at(alpha / count), alpha=alpha / count)
         limits = replace(lineage.manifest.limits, regression_tolerance=0.1 + 0.01 * number)
-        _, amended = amending.propose(lineage, replace(lineage.manifest.amendment, limits=limits))
+        _, amended = asides.propose_amendment(lineage, replace(lineage.manifest.amendment, limits=limits))
         accept(lineage, lineage.candidates[amended])
 
 

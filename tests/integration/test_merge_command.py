@@ -16,7 +16,7 @@ from p2pmodel.node.lineages.states import patch_file_state, patch_state, version
 from p2pmodel.tensors.merging import BUILT_IN
 from p2pmodel.wire import bundle
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin
+from tests.support.lineages import add_patch, adopt, begin
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_influence_of_a_patch_is_what_its_absence_changes(lineage: Lineage, 
 
 def test_the_scale_is_found_on_the_exam(lineage: Lineage, tmp_path: Path) -> None:
     adopt(lineage, [add_patch(lineage, Key.generate(), 1, size=0.3)])
-    from tests.lineages import add_patch_of
+    from tests.support.lineages import add_patch_of
 
     back = add_patch_of(lineage, Key.generate(), version_state(lineage, lineage.model))
     result = run(lineage, back, "--output", str(tmp_path / "merged.p2patch"))
@@ -101,6 +101,11 @@ def test_what_does_not_fit_together_is_refused(lineage: Lineage, tmp_path: Path)
         run(lineage, old, "--lambda", "abcdef=1", *output)
     with pytest.raises(NotFound):
         run(lineage, "0123456789", *output)
+    with pytest.raises(UsageError, match="scale nan"):
+        run(lineage, old, "--alpha", "nan", *output[2:])
+    (tmp_path / "broken.p2patch").write_bytes(b"no patch")
+    with pytest.raises(Rejected, match=r"broken\.p2patch is no patch file"):
+        run(lineage, str(tmp_path / "broken.p2patch"), *output)
     with pytest.raises(Rejected, match="weights"):
         run(lineage, old, "--lambda", f"{old}=0", *output)
     adopt(lineage, [old])

@@ -22,7 +22,7 @@ from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
 from p2pmodel.engine.training.losses import row_nats
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.engine.vectors import SessionVectors
 from p2pmodel.engine.versions import VersionTable
 from p2pmodel.node.asking.private import demand_vectors, private_vectors
@@ -31,20 +31,21 @@ from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_change, patch_file_state, version_state
 from p2pmodel.node.patches.blending import blend
 from p2pmodel.node.patches.patchbook import open_patch
-from p2pmodel.node.patches.pool import experts_of
 from p2pmodel.node.patches.rebasing import rebase
-from p2pmodel.node.rounds import removing
+from p2pmodel.node.rounds.asides import propose_removal
 from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.node.versions.checkout import prove, verify_proof
 from p2pmodel.node.versions.comparing import compare
+from p2pmodel.node.versions.modular_experts import experts_of
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.tensors.experts import check_parent, read
 from p2pmodel.tensors.kinds import Kinds
+from p2pmodel.tensors.patch_kind import KindOptions
 from p2pmodel.tensors.smear import LEAD
 from p2pmodel.wire import bundle
-from tests.modular_support import KINDS, begin, contribute, small_trainings, write_domains
+from tests.support.modular import KINDS, begin, contribute, small_trainings, write_domains
 
 CODEC = get_codec("fp32")
 
@@ -233,11 +234,11 @@ def test_an_update_is_a_patch_and_removing_gives_back_every_bit(
     assert {place.expert for place in places if place} == {"prose"}
 
     with pytest.raises(NotFound, match="has no expert 'law'"):
-        removing.propose(lineage, ["law"])
-    _, version = removing.propose(lineage, ["prose"])
+        propose_removal(lineage, ["law"])
+    _, version = propose_removal(lineage, ["prose"])
     accept(lineage, maintainer, version)
     assert str(lineage.number(lineage.head)) == "1.2.0"
-    _, version = removing.propose(lineage, ["table"])
+    _, version = propose_removal(lineage, ["table"])
     accept(lineage, maintainer, version)
     assert str(lineage.number(lineage.head)) == "1.3.0"
     assert maintainer._examiner.score(version_state(lineage, lineage.head), "test") == base

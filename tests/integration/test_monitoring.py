@@ -23,8 +23,8 @@ from p2pmodel.cli import localswarm
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.telemetry import stack
 from p2pmodel.telemetry.stack import Stack, StackOptions
-from tests import lineages
-from tests.waiting import until
+from tests.support import lineages
+from tests.support.waiting import until
 
 pytestmark = [
     pytest.mark.timeout(180),

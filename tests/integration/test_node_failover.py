@@ -27,7 +27,7 @@ from p2pmodel.engine.head import RemoteApplier, load_head
 from p2pmodel.node.asking import connecting, inference
 from p2pmodel.node.asking.client import Answer, Sampling, SwarmClient
 from p2pmodel.tensors.kinds import get_kind
-from tests.waiting import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 PROMPT = "def read_lines(path):\n    "

@@ -1,6 +1,7 @@
 """A node that chose its layers itself goes where it is needed, and those that it serves do not notice."""
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -12,8 +13,8 @@ import torch
 
 from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.domain.errors import P2PModelError
-from p2pmodel.domain.ids import ModelId, PeerId
-from p2pmodel.domain.swarm import LEASE_SECONDS, Hop, Route, Span
+from p2pmodel.domain.ids import ModelId, PeerId, VersionId
+from p2pmodel.domain.swarm import LEASE_SECONDS, Hop, Route, SessionRequest, Span
 from p2pmodel.engine.checkpoint import read_checkpoint
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.node.asking.client import Sampling, SwarmClient
@@ -80,7 +81,8 @@ async def test_a_node_takes_the_place_of_one_that_died_and_its_sessions_go_on(tm
             expected = stage.forward(hidden, stage.new_cache(at_first, TOKENS), at_first)
 
         async with chain_client(auto.address) as chain:
-            session = await asyncio.to_thread(chain.open, Route((Hop(peer, at_first),)), model, model, "fp32", TOKENS)
+            route = Route((Hop(peer, at_first),))
+            session = await asyncio.to_thread(chain.open, route, request_to(model, at_first))
             await asyncio.to_thread(session.step, codec.encode(hidden[:, :-1]), 0, TOKENS - 1)
             addresses = (stays.address, auto.address)
             client = await asyncio.to_thread(SwarmClient.connect, tmp_path / "client", addresses, None, None)
@@ -92,10 +94,14 @@ async def test_a_node_takes_the_place_of_one_that_died_and_its_sessions_go_on(tm
             _, body = await asyncio.to_thread(session.step, codec.encode(hidden[:, -1:]), TOKENS - 1, 1)
             await asyncio.to_thread(session.close)
             with pytest.raises(P2PModelError, match=f"serves layers {needed}, not {at_first}"):
-                await asyncio.to_thread(chain.open, Route((Hop(peer, at_first),)), model, model, "fp32", TOKENS)
+                await asyncio.to_thread(chain.open, route, request_to(model, at_first))
         torch.testing.assert_close(codec.decode(body, 1, stage.width), expected[:, -1:], atol=1e-4, rtol=1e-4)
         assert after == before
         assert f"moving from layers {at_first} to layers {needed}: layers {needed} are served by nobody" in auto.lines
+
+
+def request_to(model: ModelId, span: Span) -> SessionRequest:
+    return SessionRequest(secrets.token_hex(16), model, VersionId(model), "fp32", span, TOKENS)
 
 
 def ask(client: SwarmClient) -> str:

@@ -23,7 +23,7 @@ from p2pmodel.store.home import Home
 from p2pmodel.swarm.blobs import BlobServer
 from p2pmodel.swarm.host import PeerHost
 from p2pmodel.wire.statement import open_envelope
-from tests.training_support import PROSE, byte_tokenizer, small_model
+from tests.support.training import PROSE, byte_tokenizer, small_model
 
 TRAINING = ("--steps", "8", "--checkpoint-every", "2", "--sequence", "32", "--fisher-examples", "4", "--threads", "1")
 
@@ -65,6 +65,13 @@ def test_what_a_patch_says_of_its_training(folder: Path) -> None:
     patch, noun, signers = open_envelope(envelope.encode())
     assert patch == read(folder, "patch", "show", folder / "a.p2patch")["id"]
     assert signers == (noun.contributor,)
+    (folder / "statement.json").write_text(envelope)
+    told = read(folder, "patch", "verify", "--statement", folder / "statement.json")
+    assert told == {"id": patch, "valid": True, "contributor": noun.contributor, "signers": [noun.contributor]}
+    (folder / "statement.json").write_text(envelope.replace('"sig":"', '"sig":"AAAA'))
+    run(folder, "patch", "verify", "--statement", folder / "statement.json", code=6)
+    run(folder, "patch", "verify", "--statement", folder / "statement.json", folder / "a.p2patch", code=2)
+    run(folder, "patch", "verify", code=2)
     described = json.loads(run(folder, "patch", "show", folder / "a.p2patch", "--croissant"))
     assert described["distribution"][0]["name"] == "prose.txt"
     run(folder, "patch", "show", folder / "a.p2patch", "--statement", "--recipe", code=2)

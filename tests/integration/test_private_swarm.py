@@ -34,8 +34,8 @@ from p2pmodel.wire.signing import Key
 from p2pmodel.wire.swarm_key import SwarmKey
 from p2pmodel.wire.v1 import control_pb2 as pb
 from p2pmodel.wire.v1 import control_pb2_grpc as rpc
-from tests.integration.swarm_support import lease
-from tests.waiting import soon
+from tests.support.swarm import lease
+from tests.support.waiting import soon
 
 pytestmark = pytest.mark.timeout(240)
 STRANGERS = ("no key", "another key")

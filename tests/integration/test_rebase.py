@@ -9,7 +9,6 @@ from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.intake import check_patch_file, take_in
 from p2pmodel.node.lineages.lineage import Lineage
@@ -19,9 +18,11 @@ from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.node.patches.rebasing import rebase
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.changes import NOT_HELD
-from p2pmodel.tensors.rebase import factored, moved
-from tests.lineages import adopt
-from tests.training_support import PROSE, byte_tokenizer, small_model
+from p2pmodel.tensors.lora import factored
+from p2pmodel.tensors.patch_kind import KindOptions
+from p2pmodel.tensors.rebase import moved
+from tests.support.lineages import adopt
+from tests.support.training import PROSE, byte_tokenizer, small_model
 
 KINDS = ("ia3@1", "fish@1", "lora@1", "dense@1")
 OPTIONS = TrainingOptions(steps=30, batch=4, sequence=32, learning_rate=0.02, fisher_examples=8, checkpoint_every=10)

@@ -16,12 +16,12 @@ from p2pmodel.domain.version import RESTORE
 from p2pmodel.node.lineages.intake import needed_blobs
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.rounds.asides import agree_to_rollback, propose_rollback
 from p2pmodel.node.rounds.maintaining import Maintainer
-from p2pmodel.node.versions.rollback import agree_to, propose
 from p2pmodel.store.home import Home
 from p2pmodel.wire.signing import Key
-from tests.factories import candidate as some_candidate
-from tests.lineages import add_patch, begin, grow
+from tests.support.factories import candidate as some_candidate
+from tests.support.lineages import accept, add_patch, begin, grow
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def lineage(tmp_path: Path) -> Lineage:
 
 def test_a_rollback_costs_no_storage_and_is_accepted_by_who_agreed(lineage: Lineage) -> None:
     old, head = lineage.versions[0], lineage.head
-    _, version = propose(lineage, old.id)
+    _, version = propose_rollback(lineage, old.id)
     candidate = lineage.candidates[version]
     assert candidate.restores
     assert candidate.parent == head
@@ -51,22 +51,28 @@ def test_a_rollback_costs_no_storage_and_is_accepted_by_who_agreed(lineage: Line
 
 
 def test_the_base_can_be_restored(lineage: Lineage) -> None:
-    _, version = propose(lineage, lineage.model)
-    assert lineage.restored_by(lineage.candidates[version]) == lineage.model
+    _, version = propose_rollback(lineage, lineage.model)
+    candidate = lineage.candidates[version]
+    assert lineage.restored_by(candidate) == lineage.model
+    accept(lineage, candidate)
+    assert lineage.head == version
+    for command in ("log", "show"):
+        said = CliRunner().invoke(app, [command, "--home", str(lineage.home.path)]).stdout
+        assert "restores 1.0.0" in said
 
 
 def test_agreement_is_to_one_step(lineage: Lineage) -> None:
-    agree_to(lineage, lineage.model)
-    _, version = propose(lineage, lineage.versions[0].id)
+    agree_to_rollback(lineage, lineage.model)
+    _, version = propose_rollback(lineage, lineage.versions[0].id)
     candidate = lineage.candidates[version]
-    assert lineage.agrees(candidate)
-    agree_to(lineage, lineage.model)
-    assert not lineage.agrees(candidate)
+    assert lineage.agrees_to(candidate)
+    agree_to_rollback(lineage, lineage.model)
+    assert not lineage.agrees_to(candidate)
 
 
 def test_only_values_of_older_versions_can_be_restored(lineage: Lineage) -> None:
     add_patch(lineage, Key.generate(), 77)
-    _, version = propose(lineage, lineage.versions[0].id)
+    _, version = propose_rollback(lineage, lineage.versions[0].id)
     good = lineage.candidates[version]
     for result in (lineage.versions[1].candidate.result, next(iter(lineage.patches.values())).fisher):
         record = lineage.home.key.sign("candidate", dataclasses.replace(good, result=result))
@@ -77,11 +83,11 @@ def test_only_values_of_older_versions_can_be_restored(lineage: Lineage) -> None
 
 def test_only_maintainers_go_back_and_only_to_something_else(lineage: Lineage, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already"):
-        propose(lineage, lineage.head)
+        propose_rollback(lineage, lineage.head)
     stranger = Home.open(tmp_path / "stranger")
     stranger.objects.put(lineage.home.objects.load(lineage.model))
     with pytest.raises(Rejected, match="none of the maintainers"):
-        agree_to(Lineage(stranger, lineage.model), lineage.model)
+        agree_to_rollback(Lineage(stranger, lineage.model), lineage.model)
 
 
 def test_a_rollback_settles_no_patches() -> None:

@@ -13,7 +13,7 @@ from p2pmodel.cli.localswarm import LocalSwarm, NodeProcess
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.store.home import Home
 from tests.integration.test_maintainers import PLAIN, Council
-from tests.waiting import until
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.domain.ports import Buffer, Noted
 from p2pmodel.domain.swarm import Span
-from p2pmodel.engine import batching
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import load_whole, read_checkpoint
 from p2pmodel.engine.head import RemoteCache, load_head
 from p2pmodel.engine.prefixes import prefix_keys
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.steps import Note
+from p2pmodel.engine.trial import can_batch
 from p2pmodel.tensors import ia3
 from p2pmodel.tensors.blob import pack
 from tests.integration.test_stages import (
@@ -27,14 +27,15 @@ from tests.integration.test_stages import (
     WIDTH,
     chain_of,
     folders,
-    one_thread,
     prompt,
     request,
     runner_of,
     saved,
 )
 
-__all__ = ["folders", "one_thread"]
+__all__ = ["folders"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PADDED = ("llama", "mistral", "gpt2", "opt", "bloom", "gemma3_text", "qwen3_moe")
 SHARING = {name: True for name in ("llama", "mistral", "gemma2", "gpt2", "mixtral")} | {"bloom": False, "mamba": False}
@@ -130,7 +131,7 @@ def test_sessions_of_different_lengths_rows_and_versions_share_a_forward(
 ) -> None:
     checkpoint = read_checkpoint(saved(family, folders))
     stage = load_stage(checkpoint, Span(0, LAYERS))
-    assert batching.fits(stage) is SHARING[family]
+    assert can_batch(stage) is SHARING[family]
     state = {} if family == "mamba" else {s.name: torch.full(s.shape, 1.5) for s in ia3.find_slots(stage.base)}
     runner = runner_of(stage, state)
     shared: list[int] = []

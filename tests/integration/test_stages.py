@@ -3,7 +3,7 @@
 The chain runs in this process, but through the runners' bytes: what a stream would carry is what is computed with.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from p2pmodel.domain.ids import Digest
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import Checkpoint, load_whole, read_checkpoint
 from p2pmodel.engine.head import NO_VECTORS, RemoteCache, RemoteTape, load_head, using_vectors
-from p2pmodel.engine.runner import Runner, StageSession
+from p2pmodel.engine.runner import InferenceSession, Runner
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
 from p2pmodel.engine.versions import VersionTable, slot_layer
@@ -91,12 +91,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TUNABLE = ("llama", "gemma2", "gpt_neox", "gpt2", "opt", "falcon", "bloom", "mixtral")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +151,7 @@ class LocalChain:
 @dataclass
 class LocalSession:
     chain: LocalChain
-    handles: list[StageSession]
+    handles: list[InferenceSession]
     rows: int
 
     def forward(self, hidden: Tensor, position: int, note: Note) -> Tensor:

@@ -15,7 +15,7 @@ from p2pmodel.domain.errors import InvalidInput, NotFound, Regressed, Rejected
 from p2pmodel.engine.exams import Suite
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin
+from tests.support.lineages import add_patch, adopt, begin
 
 SUITE = """
 name = "mine"

@@ -19,8 +19,8 @@ from p2pmodel.swarm import blobs, rpc, sync
 from p2pmodel.swarm.blobs import BlobFetcher, BlobHeader, BlobRequest, BlobServer
 from p2pmodel.swarm.rpc import Channel, Refused, Service, open_channel
 from p2pmodel.wire import canonical
-from tests.factories import blob
-from tests.integration.swarm_support import Members, swarm
+from tests.support.factories import blob
+from tests.support.swarm import Members, swarm
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 MODEL = canonical.digest(b"model")

@@ -23,7 +23,7 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.swarm.validator import RecordValidator, dht_key
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.integration.swarm_support import Members, lease, presence, swarm
+from tests.support.swarm import Members, lease, presence, swarm
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

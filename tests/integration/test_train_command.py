@@ -33,7 +33,8 @@ from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, control
 from p2pmodel.wire import bundle, canonical
-from tests.training_support import CHAT_TEMPLATE, PROSE, byte_tokenizer, small_model
+from tests.support.lineages import begin, grow
+from tests.support.training import CHAT_TEMPLATE, PROSE, byte_tokenizer, small_model
 
 SHORT = ("--steps", "6", "--checkpoint-every", "3", "--sequence", "32", "--fisher-examples", "4")
 
@@ -322,12 +323,10 @@ def test_a_training_again_on_the_same_version_begins_as_the_first_did(
     assert (tmp_path / "a.p2patch").read_bytes() == (tmp_path / "b.p2patch").read_bytes()
 
 
-def test_the_optimiser_is_inherited_by_later_versions_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lineage = lineage_of(home)
+def test_the_optimiser_is_inherited_by_later_versions_only(tmp_path: Path) -> None:
+    lineage = begin(tmp_path)
     layout, other = canonical.digest(b"layout"), canonical.digest(b"other")
-    one, two = canonical.digest(b"1"), canonical.digest(b"2")
-    ancestors = {two: (one, lineage.model), one: (lineage.model,), lineage.model: ()}
-    monkeypatch.setattr(continuity, "_ancestors", lambda lineage, version: iter(ancestors[version]))
+    one, two = grow(lineage, 2)
     gradient = {"w": torch.ones(3)}
     continuity.bequeath(lineage, "ia3@1", lineage.model, layout, b"base", gradient, {"w": torch.zeros(3)})
     continuity.bequeath(lineage, "lora@1", lineage.model, layout, b"base", None, None)

@@ -16,11 +16,12 @@ from p2pmodel.engine.training.loop import Step, Trained
 from p2pmodel.engine.training.pace import measure
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.resuming import MemoryKeeper, Progress
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.patch_kind import KindOptions
 from p2pmodel.wire import canonical
-from tests.training_support import byte_tokenizer, prose_parts, small_model, trained_patch
+from tests.support.training import byte_tokenizer, prose_parts, small_model, trained_patch
 
 KIND = get_kind("ia3@1")
 OPTIONS = TrainingOptions(steps=12, batch=4, sequence=32, learning_rate=0.1, fisher_examples=8, checkpoint_every=5)

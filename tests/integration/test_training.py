@@ -17,7 +17,7 @@ from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
 from p2pmodel.wire import canonical
-from tests.training_support import PROSE, byte_tokenizer, prose_parts, small_model, trained_patch
+from tests.support.training import PROSE, byte_tokenizer, prose_parts, small_model, trained_patch
 
 KIND = get_kind("ia3@1")
 OPTIONS = TrainingOptions(steps=12, batch=4, sequence=32, learning_rate=0.1, fisher_examples=8, checkpoint_every=5)

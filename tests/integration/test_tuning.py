@@ -25,7 +25,7 @@ from p2pmodel.tensors import ia3
 from p2pmodel.tensors.blob import pack
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.tensors.kinds import get_kind
-from tests.families import LAYERS, REQUIRED, VOCABULARY, save_small
+from tests.support.families import LAYERS, REQUIRED, VOCABULARY, save_small
 
 MODEL = ModelId(Digest("aa" * 32))
 ROWS, TOKENS = 3, 9

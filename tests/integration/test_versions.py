@@ -20,7 +20,7 @@ from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin
+from tests.support.lineages import add_patch, adopt, begin
 
 Names = tuple[Path, list[VersionId]]
 
@@ -161,12 +161,34 @@ def test_a_changed_checkout_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(Rejected, match="not those that the version names"):
         run("version", "verify", folder, home=home)
     (folder / "state.safetensors").write_bytes(state)
+    description = json.loads((folder / "version.json").read_text())
+    for changed in ("{", "[]", json.dumps(description | {"number": "9.9.9"}), json.dumps({**description, "kinds": []})):
+        (folder / "version.json").write_text(changed)
+        with pytest.raises(Rejected, match=r"version\.json"):
+            run("version", "verify", folder, home=home)
+    (folder / "version.json").write_text(json.dumps(description))
     for at in range(100, len(proof), len(proof) // 40):
         (folder / "proof.msgpack").write_bytes(proof[:at] + bytes([proof[at] ^ 1]) + proof[at + 1 :])
         with pytest.raises(Rejected):
             run("version", "verify", folder, home=home)
     (folder / "proof.msgpack").unlink()
     with pytest.raises(InvalidInput, match=r"proof\.msgpack can't be read"):
+        run("version", "verify", folder, home=home)
+
+
+def test_a_changed_base_is_refused(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    run("checkout", "base", "--output", folder, "--with-base", home=home)
+    run("version", "verify", folder, home=home)
+    state = (folder / "state.safetensors").read_bytes()
+    (folder / "state.safetensors").write_bytes(state[:-1] + bytes([state[-1] ^ 1]))
+    with pytest.raises(Rejected, match="not those that the version names"):
+        run("version", "verify", folder, home=home)
+    (folder / "state.safetensors").write_bytes(state)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()  # it may be a link
+    (folder / "config.json").write_text(config + " ")
+    with pytest.raises(Rejected, match=r"config\.json is not the base's"):
         run("version", "verify", folder, home=home)
 
 

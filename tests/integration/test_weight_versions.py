@@ -1,7 +1,6 @@
 """Versions of the kinds that change weights: from training over the merge to stages that serve what came of it."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,17 @@ from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.ids import VersionId
-from p2pmodel.domain.model import BlobRef, Limits, Schedule
+from p2pmodel.domain.model import Limits, Schedule
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import SessionRequest, Span
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.evaluation import attached
-from p2pmodel.engine.runner import Runner, StageSession
+from p2pmodel.engine.runner import InferenceSession, Runner
 from p2pmodel.engine.stage import Stage, load_stage
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.engine.versions import MAX_FOLDED, VersionTable, stack_states, weights_key
-from p2pmodel.node.hosting import hosting
+from p2pmodel.node.hosting.keeping import adopt
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
@@ -32,23 +31,19 @@ from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.codecs import get_codec
 from p2pmodel.tensors.kinds import Kinds
+from p2pmodel.tensors.patch_kind import KindOptions
 from p2pmodel.wire import bundle, canonical
 from p2pmodel.wire.signing import Key
-from tests import factories
-from tests.families import save_small
-from tests.lineages import exam_of
+from tests.support import factories
+from tests.support.families import save_small
+from tests.support.lineages import exam_of
 
 KINDS = ("fish", "dense", "lora")
 PROSE = "the quick brown fox jumps over the lazy dog and runs away. " * 3
 CODEC = get_codec("fp32")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def trained_patch(lineage: Lineage, key: Key, kind: str, seed: int) -> bytes:
         optimiser.step()
         optimiser.zero_grad()
     raw = blob.pack(trainee.adapter()), blob.pack(compact.encode(trainee.squared_gradients(losses, 2)))
-    adapter, fisher = (BlobRef(canonical.digest(part), len(part)) for part in raw)
+    adapter, fisher = (canonical.blob_ref(part) for part in raw)
     patch: Patch = dataclasses.replace(
         factories.patch(key, lineage.model, lineage.head), kind=kind, adapter=adapter, fisher=fisher
     )
@@ -154,7 +149,7 @@ def test_a_lineage_is_trained_merged_adopted_and_served(
     stages = [load_stage(checkpoint, span) for span in spans]
     hosted = [(stage, VersionTable(stage)) for stage in stages]
     for _, table in hosted:
-        hosting._adopt(table, lineage, VersionId(lineage.model))
+        adopt(table, lineage, VersionId(lineage.model))
     plain = through_stages(whole, hosted, VersionId(lineage.model))
     assert torch.equal(plain, locally(whole, lineage, VersionId(lineage.model)))
     known = [VersionId(lineage.model)]
@@ -171,7 +166,7 @@ def test_a_lineage_is_trained_merged_adopted_and_served(
         version = adopt_round(lineage, home, number)
         known.append(version)
         for _, table in hosted:
-            hosting._adopt(table, lineage, version)
+            adopt(table, lineage, version)
         logits = through_stages(whole, hosted, version)
         assert torch.equal(logits, locally(whole, lineage, version))
         assert not torch.equal(logits, plain)
@@ -185,7 +180,7 @@ def test_blobs_that_do_not_fit_are_not_taken_in(tmp_path: Path, exam: Path) -> N
     opened = bundle.open_bundle(trained_patch(lineage, key, "fish@1", 0))
 
     def refused(adapter: bytes, fisher: bytes, kind: str = "fish@1") -> str:
-        refs = [BlobRef(canonical.digest(raw), len(raw)) for raw in (adapter, fisher)]
+        refs = [canonical.blob_ref(raw) for raw in (adapter, fisher)]
         patch = dataclasses.replace(opened.patch, kind=kind, adapter=refs[0], fisher=refs[1])
         with pytest.raises(Rejected) as error:
             intake.take_in(lineage, bundle.pack(key.sign("patch", patch), adapter, fisher))
@@ -235,9 +230,9 @@ def test_sessions_at_different_weights_run_beside_each_other(tmp_path: Path, fam
     table.put(version(2), update(stage, 2))
     runner = Runner(stage, model, table, max_cached_tokens=1000)
 
-    def session(number: int) -> StageSession:
+    def session(number: int) -> InferenceSession:
         opened = runner.open(SessionRequest("0" * 32, model, version(number), "fp32", stage.span, 16))
-        assert isinstance(opened, StageSession)
+        assert isinstance(opened, InferenceSession)
         return opened
 
     prompt = torch.randn(1, 4, stage.width, generator=torch.Generator().manual_seed(0))

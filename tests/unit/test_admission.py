@@ -22,7 +22,7 @@ from p2pmodel.logic.admission import (
 )
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.factories import blob, candidate, manifest, patch
+from tests.support.factories import blob, candidate, manifest, patch
 
 KEY = Key.generate()
 MANIFEST = manifest(KEY)

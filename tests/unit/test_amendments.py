@@ -15,7 +15,7 @@ from p2pmodel.logic.round_state import CandidateSeen, Phase, RoundRules, Verdict
 from p2pmodel.logic.rounds import Outcome, advance, start
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
-from tests.factories import blob, candidate, manifest
+from tests.support.factories import blob, candidate, manifest
 
 OLD = sorted((Key.generate() for _ in range(3)), key=lambda key: key.peer)
 NEW = Key.generate()

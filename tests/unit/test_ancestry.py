@@ -15,7 +15,7 @@ from p2pmodel.logic.lineage import verify_chain
 from p2pmodel.logic.retention import needed_blobs
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
-from tests.factories import blob, candidate, manifest
+from tests.support.factories import blob, candidate, manifest
 
 KEY = Key.generate()
 

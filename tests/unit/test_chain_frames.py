@@ -16,7 +16,7 @@ from p2pmodel.swarm.opening import CHAIN, MAX_HOPS, MAX_TEXT, SINK, Failure, Ope
 from p2pmodel.wire import canonical, frames
 from p2pmodel.wire.frames import Kind
 from p2pmodel.wire.signing import Key
-from tests.factories import blob
+from tests.support.factories import blob
 
 A, B, C, CLIENT = (Key.generate().peer for _ in range(4))
 REQUEST = SessionRequest("0123456789abcdef" * 2, blob().digest, blob().digest, "fp32", Span(0, 4), 128)

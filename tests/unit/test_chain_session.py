@@ -15,7 +15,7 @@ from p2pmodel.swarm.watch import Watch
 from p2pmodel.wire import frames
 from p2pmodel.wire.frames import Kind
 from p2pmodel.wire.signing import Key
-from tests.waiting import until
+from tests.support.waiting import until
 
 A, B = (Key.generate().peer for _ in range(2))
 MORE_THAN_A_SOCKET_TAKES = bytes(16 << 20)

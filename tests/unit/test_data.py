@@ -12,16 +12,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pmodel import starter
 from p2pmodel.domain.errors import InvalidInput
+from p2pmodel.engine.checkpoint import load_tokenizer
 from p2pmodel.engine.data import IGNORED, Blocks, Corpus, TextFile, corpus, load, read_texts, rows, split
-from p2pmodel.engine.data.encoding import Answer, encode_answers
+from p2pmodel.engine.data.encoding import Answer, encode_answers, encode_prompt
 from p2pmodel.engine.data.packing import answer_blocks, text_blocks
 from p2pmodel.engine.data.rows import Chat, Completion, Text, parse
 from p2pmodel.wire import canonical
-from tests.training_support import CHAT_TEMPLATE, END, byte_tokenizer
+from tests.support.training import CHAT_TEMPLATE, END, byte_tokenizer
 
 TOKENIZER = byte_tokenizer(template=CHAT_TEMPLATE)
 BARE = byte_tokenizer(eos=False)
+
+
+def test_a_prompt_is_what_its_tokenizer_makes_of_it() -> None:
+    """Some have a token that begins texts, and put none there: their models have not learned it."""
+    starters = load_tokenizer(starter.MODEL)
+    for tokenizer in (TOKENIZER, BARE, starters):
+        assert encode_prompt(tokenizer, "def f") == tokenizer("def f")["input_ids"]
+    assert encode_prompt(starters, "def f")[0] == starters.bos_token_id
+    assert encode_prompt(starters, "") == [starters.bos_token_id]
+    assert encode_prompt(TOKENIZER, "") == [END]
+    assert encode_prompt(BARE, "") == []
 
 
 def lines(path: Path, *rows: Any) -> Path:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from p2pmodel.cli.reference import command_tree
-from tests.documents import ROOT, blocks, calls, complaint, pages, typed
+from scripts.generate.commands import command_tree
+from tests.support.documents import ROOT, blocks, calls, complaint, pages, typed
 
 TREE = command_tree()
 

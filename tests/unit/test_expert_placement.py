@@ -1,4 +1,4 @@
-"""Which experts nodes choose, and how they exchange them as demand and peers change."""
+"""Which experts nodes choose, and how they swap them as demand and peers change."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.experts import MAX_LOAD, ExpertLease, load_of, rate_at
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import LEASE_SECONDS, Span
-from p2pmodel.logic.expert_placement import Exchange, ExpertResidence, ExpertSupply, choose_experts, look, still_good
+from p2pmodel.logic.expert_placement import ExpertResidence, ExpertSupply, ExpertSwap, choose_experts, look, still_good
 from p2pmodel.logic.relocation import CONFIRM_SECONDS, PATIENCE_SECONDS, STAY_SECONDS
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
@@ -118,10 +118,10 @@ def test_a_hot_expert_is_taken_for_a_cool_one_that_others_keep() -> None:
     there = [lease(PEERS[0], (0, 1), (9.0, 1.0)), lease(PEERS[1], (1, 2), (1.0, 3.0)), lease(PEERS[2], (3,), (3.0,))]
     node = residence(PEERS[1], (1, 2))
     outlook = look(node, there, LAYERS, 4, 1.0)
-    assert outlook.exchange is None
+    assert outlook.swap is None
     assert outlook.residence.hot_since == 1.0
-    later = look(outlook.residence, there, LAYERS, 4, STAY_SECONDS + 4 * PATIENCE_SECONDS).exchange
-    assert later == Exchange((0,), (1,), "expert 0 is asked most for its 1 host")
+    later = look(outlook.residence, there, LAYERS, 4, STAY_SECONDS + 4 * PATIENCE_SECONDS).swap
+    assert later == ExpertSwap((0,), (1,), "expert 0 is asked most for its 1 host")
     assert later.after(node.experts) == (0, 2)
     only_once = look(residence(PEERS[2], (3,)), there, LAYERS, 4, 1e6)
     assert only_once.residence.hot_since is None
@@ -134,18 +134,18 @@ def test_a_small_gain_is_not_worth_it() -> None:
     assert look(residence(PEERS[1], (1,)), there, LAYERS, 2, 1e6).residence.hot_since is None
 
 
-def test_nothing_is_exchanged_where_nobody_waits() -> None:
-    for asked, exchanged in ((0.1, False), (100.0, True)):
+def test_nothing_is_swapped_where_nobody_waits() -> None:
+    for asked, swapped in ((0.1, False), (100.0, True)):
         there = [lease(PEERS[0], (0,), (9 * asked,)), *(lease(peer, (1,), (asked,)) for peer in PEERS[1:3])]
         outlook = look(residence(PEERS[1], (1,)), there, LAYERS, 2, 1.0)
-        assert (outlook.residence.hot_since is not None) is exchanged
+        assert (outlook.residence.hot_since is not None) is swapped
 
 
 def test_of_two_that_would_leave_an_expert_to_nobody_one_stays() -> None:
     going = [replace(lease(peer, (0,), (1.0,)), coming=(1,), going=(0,)) for peer in PEERS[:2]]
     hot = lease(PEERS[2], (1,), (90.0,))
-    exchange = Exchange((1,), (0,), "")
-    stay = [still_good(residence(one.peer, (0,)), exchange, [*going, hot], LAYERS, 2) for one in going]
+    swap = ExpertSwap((1,), (0,), "")
+    stay = [still_good(residence(one.peer, (0,)), swap, [*going, hot], LAYERS, 2) for one in going]
     assert sorted(stay) == [False, True]
 
 
@@ -155,7 +155,7 @@ class Node:
 
     home: ExpertResidence
     pair_seconds: float
-    exchange: Exchange | None = None
+    swap: ExpertSwap | None = None
     due: float = 0.0
     looks: int = 0
     died: float | None = None
@@ -164,7 +164,7 @@ class Node:
     def said(self) -> ExpertLease:
         loads = [self.loads.get(expert, 0.0) for expert in self.home.experts]
         said = lease(self.home.peer, self.home.experts, loads, pair_seconds=self.pair_seconds)
-        return replace(said, coming=self.exchange.coming, going=self.exchange.going) if self.exchange else said
+        return replace(said, coming=self.swap.coming, going=self.swap.going) if self.swap else said
 
 
 class World:
@@ -210,7 +210,7 @@ class World:
     def run(self, seconds: float) -> None:
         until = self.now + seconds
         while self.now < until:
-            busy = any(node.exchange for node in self.nodes) or len(self.leases) != len(self.alive())
+            busy = any(node.swap for node in self.nodes) or len(self.leases) != len(self.alive())
             self.now += self.TICK if busy or self.unhosted() else self.CALM
             self.ask()
             before = self.leases
@@ -218,23 +218,23 @@ class World:
             for node in self.alive():
                 held = self.unhosted()
                 self.turn(node, before)
-                assert self.unhosted() <= held, "an exchange left an expert to nobody"
+                assert self.unhosted() <= held, "a swap left an expert to nobody"
 
     def turn(self, node: Node, leases: Sequence[ExpertLease]) -> None:
-        if node.exchange is None:
+        if node.swap is None:
             outlook = look(node.home, leases, LAYERS, self.count, self.now)
-            node.home, node.exchange = outlook.residence, outlook.exchange
+            node.home, node.swap = outlook.residence, outlook.swap
             node.due, node.looks = self.now + CONFIRM_SECONDS + self.TICK, 0
         elif self.now >= node.due:
-            if not still_good(node.home, node.exchange, leases, LAYERS, self.count):
+            if not still_good(node.home, node.swap, leases, LAYERS, self.count):
                 node.home = replace(node.home, empty_since=None, hot_since=None)
-                node.exchange = None
+                node.swap = None
             elif node.looks == 0:
                 node.looks, node.due = 1, self.now + self.LOAD
             else:
-                experts = node.exchange.after(node.home.experts)
+                experts = node.swap.after(node.home.experts)
                 node.home = ExpertResidence(node.home.peer, experts, self.now)
-                node.exchange = None
+                node.swap = None
                 self.moves += 1
 
 
@@ -267,26 +267,26 @@ def test_hosts_follow_demand_through_churn_and_come_to_rest(seed: int) -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 1 << 30), st.lists(st.floats(0.0, 500.0), min_size=4, max_size=4))
-def test_no_exchange_leaves_an_expert_to_nobody(seed: int, demand: list[float]) -> None:
+def test_no_swap_leaves_an_expert_to_nobody(seed: int, demand: list[float]) -> None:
     world = World(seed, count=4, size=2, nodes=5)
     world.demand = demand
     world.run(1000)
     assert not world.unhosted()
 
 
-def test_an_exchange_leaves_the_hottest_of_both_cooler_and_is_not_taken_back() -> None:
+def test_a_swap_leaves_the_hottest_of_both_cooler_and_is_not_taken_back() -> None:
     there = [lease(PEERS[0], (0,), (40.0,)), lease(PEERS[1], (1,), (4.0,)), lease(PEERS[2], (1, 2), (4.0, 2.0))]
     node = ExpertResidence(PEERS[1], (1,), 0.0, hot_since=0.0)
-    exchange = look(node, there, LAYERS, 3, 1e6).exchange
-    assert exchange is not None
+    swap = look(node, there, LAYERS, 3, 1e6).swap
+    assert swap is not None
     after = [
-        replace(one, experts=exchange.after((1,)), loads=(load_of(20.0),)) if one.peer == node.peer else one
+        replace(one, experts=swap.after((1,)), loads=(load_of(20.0),)) if one.peer == node.peer else one
         for one in there
     ]
     after[0] = lease(PEERS[0], (0,), (20.0,))
     after[2] = lease(PEERS[2], (1, 2), (8.0, 2.0))
-    changed = (*exchange.coming, *exchange.going)
+    changed = (*swap.coming, *swap.going)
     heats = [max(ExpertSupply(some, LAYERS, 3).heat(e) for e in changed) for some in (there, after)]
     assert heats[1] < heats[0] / 1.9
-    back = replace(node, experts=exchange.after((1,)))
+    back = replace(node, experts=swap.after((1,)))
     assert look(back, after, LAYERS, 3, 1e6).residence.hot_since is None

@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 
 from p2pmodel.cli.joining import parse_experts
 from p2pmodel.domain.errors import Rejected, UsageError
-from p2pmodel.domain.experts import (
-    MAX_EXCHANGED,
-    MAX_EXPERTS,
-    MAX_LOAD,
-    MAX_LOADS,
-    ExpertLease,
-    check_experts,
-    describe,
-)
+from p2pmodel.domain.experts import MAX_EXPERTS, MAX_LOAD, MAX_LOADS, MAX_SWAPPED, ExpertLease, check_experts, describe
 from p2pmodel.domain.ids import PeerId
 from p2pmodel.domain.swarm import Span
 from p2pmodel.logic.experts import LOAD_SECONDS, Loads, Offer, assign, missing, name_missing
@@ -100,7 +92,7 @@ def test_a_lease_of_experts_is_its_owners() -> None:
         records.open_expert_lease(other.sign("experts", noun))
 
 
-@pytest.mark.parametrize("held", [MAX_LOADS, MAX_EXPERTS - MAX_EXCHANGED])
+@pytest.mark.parametrize("held", [MAX_LOADS, MAX_EXPERTS - MAX_SWAPPED])
 def test_the_largest_lease_fits(held: int) -> None:
     key, versions = Key.generate(), tuple(canonical.digest(bytes([n])) for n in range(16))
     experts = tuple(range(MAX_EXPERTS - held, MAX_EXPERTS))
@@ -108,8 +100,8 @@ def test_the_largest_lease_fits(held: int) -> None:
         lease(key, experts),
         versions=versions,
         loads=(MAX_LOAD,) * held if held <= MAX_LOADS else (),
-        coming=tuple(range(MAX_EXCHANGED)),
-        going=experts[-MAX_EXCHANGED:],
+        coming=tuple(range(MAX_SWAPPED)),
+        going=experts[-MAX_SWAPPED:],
     )
     record = key.sign("experts", noun)
     assert records.open_expert_lease(record) == noun
@@ -125,7 +117,7 @@ def test_the_largest_lease_fits(held: int) -> None:
         ("coming", (1,)),
         ("going", (2,)),
         ("coming", (4, 3)),
-        ("coming", tuple(range(2, 3 + MAX_EXCHANGED))),
+        ("coming", tuple(range(2, 3 + MAX_SWAPPED))),
     ],
 )
 def test_what_no_lease_of_experts_says(field: str, value: tuple[int, ...]) -> None:

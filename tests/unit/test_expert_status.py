@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from p2pmodel.cli.status_text import status_data, status_text
 from p2pmodel.cli.watching import view
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.experts import ExpertLease, load_of
@@ -15,11 +16,10 @@ from p2pmodel.domain.swarm import Span
 from p2pmodel.logic.experts import asked_of, hosts_of
 from p2pmodel.node.lineages.expert_shares import Shares, note_shares, noted_shares
 from p2pmodel.node.watching.expert_view import hosted_view
-from p2pmodel.node.watching.reporting import status_data, status_text
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
 from p2pmodel.wire.v1 import control_pb2 as pb
-from tests.lineages import begin
+from tests.support.lineages import begin
 
 MODEL = canonical.digest(b"model")
 

@@ -11,7 +11,7 @@ from p2pmodel.gossip.gate import FORWARD_BURST, REPLAY_SECONDS, Gate, refusal, t
 from p2pmodel.gossip.limits import PUBLISH_BURST, PUBLISH_RATE, SourceLimits, TokenBucket
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.factories import blob, patch
+from tests.support.factories import blob, patch
 
 KEY = Key.generate()
 ORIGIN = base58.b58decode(KEY.peer)

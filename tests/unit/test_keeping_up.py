@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from p2pmodel.domain.experts import ExpertLease, load_of
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.swarm import Lease, Span
-from p2pmodel.logic.expert_placement import Exchange, ExpertResidence, ExpertSupply, choose_experts, look, still_good
+from p2pmodel.logic.expert_placement import ExpertResidence, ExpertSupply, ExpertSwap, choose_experts, look, still_good
 from p2pmodel.logic.keeping_up import ADOPTING_SECONDS, Heads
 from p2pmodel.logic.placement import Supply, choose_span
 from p2pmodel.node.lineages.heads import first_heads, next_heads
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.lineages import begin, grow
+from tests.support.lineages import begin, grow
 
 MODEL = canonical.digest(b"model")
 ONE, TWO, THREE = (VersionId(canonical.digest(text)) for text in (b"one", b"two", b"three"))
@@ -77,24 +77,24 @@ def test_an_expert_is_not_given_up_for_a_keeper_that_does_not_serve_the_head() -
     home = ExpertResidence(PEERS[0], (0,), since=-1e6, hot_since=-1e6)
     hot = [lease(1, (2,), TWO, load=200.0), lease(2, (1,), TWO, load=1.0), lease(0, (0,), TWO)]
     stuck, well = lease(3, (0,), ONE), lease(3, (0,), TWO, ONE)
-    exchange = Exchange((2,), (0,), "it is hot")
-    assert look(home, [*hot, well], LAYERS, 3, 1e6, SETTLED).exchange == replace(
-        exchange, reason="expert 2 is asked most for its 1 host"
+    swap = ExpertSwap((2,), (0,), "it is hot")
+    assert look(home, [*hot, well], LAYERS, 3, 1e6, SETTLED).swap == replace(
+        swap, reason="expert 2 is asked most for its 1 host"
     )
-    assert still_good(home, exchange, [*hot, well], LAYERS, 3, SETTLED)
-    assert look(home, [*hot, stuck], LAYERS, 3, 1e6, SETTLED).exchange is None
-    assert not still_good(home, exchange, [*hot, stuck], LAYERS, 3, SETTLED)
+    assert still_good(home, swap, [*hot, well], LAYERS, 3, SETTLED)
+    assert look(home, [*hot, stuck], LAYERS, 3, 1e6, SETTLED).swap is None
+    assert not still_good(home, swap, [*hot, stuck], LAYERS, 3, SETTLED)
 
 
 def test_an_expert_whose_only_host_is_stuck_is_taken_and_its_demand_counts() -> None:
     there = [lease(1, (0,), TWO), lease(2, (0,), TWO), lease(3, (1,), ONE, load=50.0)]
     assert choose_experts(there, LAYERS, 2, 1, heads=SETTLED) == ((1,), "expert 1 is served by nobody")
     home = ExpertResidence(PEERS[2], (0,), since=-1e6, empty_since=-1e6)
-    exchange = look(home, there, LAYERS, 2, 1e6, SETTLED).exchange
-    assert exchange is not None
-    assert (exchange.coming, exchange.going) == ((1,), (0,))
-    assert still_good(home, exchange, there, LAYERS, 2, SETTLED)
-    assert look(home, there, LAYERS, 2, 1e6).exchange is None
+    swap = look(home, there, LAYERS, 2, 1e6, SETTLED).swap
+    assert swap is not None
+    assert (swap.coming, swap.going) == ((1,), (0,))
+    assert still_good(home, swap, there, LAYERS, 2, SETTLED)
+    assert look(home, there, LAYERS, 2, 1e6).swap is None
     supply = ExpertSupply(there, LAYERS, 2, without={PEERS[3]})
     assert supply.demand[1] == pytest.approx(50.0, rel=0.1)
 

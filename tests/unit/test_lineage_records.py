@@ -12,11 +12,11 @@ from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.node.lineages import discovery, intake
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_state
-from p2pmodel.node.rounds import amending
+from p2pmodel.node.rounds import asides
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests import lineages
-from tests.factories import blob
+from tests.support import lineages
+from tests.support.factories import blob
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def test_an_offer_that_is_none_keeps_nobody_from_the_others(lineage: Linea
 def test_what_came_before_an_amendment_is_let_in_by_what_was_allowed_then(tmp_path: Path, lineage: Lineage) -> None:
     (old,) = lineage.candidates[lineages.grow(lineage, 1)[0]].patches
     smaller = dataclasses.replace(lineage.manifest.limits, max_patch_bytes=1000)
-    _, amended = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, limits=smaller))
+    _, amended = asides.propose_amendment(lineage, dataclasses.replace(lineage.manifest.amendment, limits=smaller))
     lineages.accept(lineage, lineage.candidates[amended])
     assert lineage.head == amended
     late = lineages.copied(lineage, tmp_path / "late", "candidate", "verdict")
@@ -78,7 +78,7 @@ def test_what_came_before_an_amendment_is_let_in_by_what_was_allowed_then(tmp_pa
     with pytest.raises(Rejected, match="takes 1 to 1000"):
         lineages.add_patch(late, Key.generate(), 1)
     larger = dataclasses.replace(lineage.manifest.limits, max_patch_bytes=1 << 20)
-    _, again = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, limits=larger))
+    _, again = asides.propose_amendment(lineage, dataclasses.replace(lineage.manifest.amendment, limits=larger))
     lineages.accept(lineage, lineage.candidates[again])
     new = lineages.add_patch(lineage, Key.generate(), 1)
     with pytest.raises(Rejected, match="not known here") as refused:

@@ -28,17 +28,17 @@ from p2pmodel.domain.modular import (
     united,
 )
 from p2pmodel.domain.version import BASE_NUMBER, REMOVE, RESTORE, VersionNumber
-from p2pmodel.engine.training.gates import discriminant
 from p2pmodel.logic.admission import check_patch, result_limit
 from p2pmodel.logic.pooling import pooled
 from p2pmodel.tensors import blob
 from p2pmodel.tensors.experts import MAX_VALUE, check_parent, merge, new_adapter, read, without_experts
+from p2pmodel.tensors.gates import discriminant
 from p2pmodel.tensors.merging import Contribution
 from p2pmodel.tensors.smear import LEAD, Adapter, Course, norm, pools
 from p2pmodel.tensors.smear_hooks import Together
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
-from tests import factories
+from tests.support import factories
 
 WIDTH, LIMIT = 12, 1 << 20
 POOLS = tuple(pool_slot(f"layers.{index}", WIDTH, max_rank=4) for index in range(2))

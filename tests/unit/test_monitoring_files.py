@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ import yaml
 
 from p2pmodel.domain.errors import Busy, NotFound, UsageError
 from p2pmodel.telemetry import stack
-from p2pmodel.telemetry.document import current
 from p2pmodel.telemetry.stack import Stack, StackOptions
+from scripts.generate import outdated
+from scripts.generate.metrics import current
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -75,7 +75,7 @@ def test_rules_and_dashboards_name_only_metrics_that_exist() -> None:
     importlib.util.find_spec("grafana_foundation_sdk") is None, reason="grafana-foundation-sdk is not installed"
 )
 def test_dashboards_are_what_their_code_writes() -> None:
-    check(sys.executable, "monitoring/dashboards.py", "--check")
+    assert not [*outdated("dashboards")]
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")

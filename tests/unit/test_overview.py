@@ -13,7 +13,7 @@ from p2pmodel.logic.round_state import Phase, Proposal, RoundState
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.watching.overview import Overview
 from p2pmodel.wire.signing import Key
-from tests.lineages import begin, grow
+from tests.support.lineages import begin, grow
 
 
 @pytest.fixture
@@ -79,6 +79,16 @@ def test_versions_come_with_their_patches_verdicts_and_scores(lineage: Lineage) 
     assert all(patch["kind"] and patch["contributor"] for patch in second["patches"])
     assert [verdict["accept"] for verdict in second["verdicts"]] == [True]
     assert {"domain", "base", "parent", "candidate", "mean"} <= set(second["scores"][0])
+
+
+def test_the_scores_are_of_the_first_verdict_that_has_any(lineage: Lineage) -> None:
+    version = lineage.versions[-1]
+    (examined,) = version.verdicts
+    silent = dataclasses.replace(examined, scores=())
+    lineage.versions = (dataclasses.replace(version, verdicts=(silent, examined)),)
+    (shown,) = Overview(lineage).view((), ())["versions"]
+    assert shown["scores"] == [dataclasses.asdict(score) for score in examined.scores]
+    assert dataclasses.replace(version, verdicts=(silent,)).scores == ()
 
 
 def test_a_round_with_a_candidate(lineage: Lineage) -> None:

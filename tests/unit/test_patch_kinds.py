@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.engine.data import Blocks
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.tensors import blob, changes, compact, fish, fourbit, lora, weights
-from p2pmodel.tensors.kinds import Kinds, Trainee, get_kind, largest_patch, slots_of
+from p2pmodel.tensors.kinds import Kinds, get_kind, largest_patch, slots_of
 from p2pmodel.tensors.merging import BUILT_IN, Contribution, apply_update, get_strategy
+from p2pmodel.tensors.patch_kind import KindOptions, Trainee
 from p2pmodel.wire import canonical
 from tests.unit.test_ia3 import whole
 

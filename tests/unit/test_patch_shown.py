@@ -16,7 +16,7 @@ from p2pmodel.domain.patch import MAX_COUNT, MAX_STEPS, DataFile, Patch, Provena
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
 from p2pmodel.wire.statement import croissant, envelope, open_envelope
-from tests.factories import patch
+from tests.support.factories import patch
 
 KEY = Key.generate()
 DIGESTS = st.binary(max_size=2).map(canonical.digest)

@@ -16,7 +16,7 @@ from p2pmodel.logic.lineage import assemble, forks, verify_chain
 from p2pmodel.logic.quorum import Vote
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
-from tests.factories import candidate, manifest
+from tests.support.factories import candidate, manifest
 
 KEYS = [Key.generate() for _ in range(4)]
 MANIFEST = manifest(*KEYS[:3], threshold=2)

@@ -12,7 +12,7 @@ from p2pmodel.cli.recipes import KEYS, as_toml, read_recipe, recipe_of
 from p2pmodel.cli.training_display import WIDTH, demand_plots, sparkline
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.wire.signing import Key
-from tests import factories
+from tests.support import factories
 
 
 def test_a_recipe_holds_options_and_finds_its_files(tmp_path: Path) -> None:

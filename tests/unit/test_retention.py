@@ -12,7 +12,7 @@ from p2pmodel.domain.version import AMEND, Candidate, LeftOut, Version, VersionN
 from p2pmodel.logic.retention import needed_blobs
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.factories import manifest
+from tests.support.factories import manifest
 
 PEERS = [Key.generate().peer for _ in range(3)]
 RECIPE = Recipe(seed=0, steps=1, batch=1, sequence=8, optimizer="none", learning_rate=0.0, fisher_examples=1)

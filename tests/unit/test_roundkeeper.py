@@ -18,12 +18,12 @@ from p2pmodel.logic.round_state import Phase
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.intake import needed_blobs, store
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.rounds import amending, roundkeeper
+from p2pmodel.node.rounds import asides, roundkeeper
 from p2pmodel.node.rounds.roundkeeper import RoundKeeper
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire.signing import Key
-from tests.lineages import add_patch, adopt, begin, bring, copied
-from tests.waiting import soon
+from tests.support.lineages import add_patch, adopt, begin, bring, copied
+from tests.support.waiting import soon
 
 
 class Examining:
@@ -179,7 +179,7 @@ async def test_a_verdict_that_cannot_be_stored_now_is_given_later(
     monkeypatch.setattr(intake, "store", full)
     async with keeping(lineage, made.home.key, Examining(lineage, made.home.key.peer), ask=True) as keeper:
         await soon(lambda: keeper.state.phase is Phase.VOTING)
-        lineage.decide(version, True)
+        lineage.notes.decide(version, True)
         await soon(lambda: keeper.state.parent == version)
     assert refused == 4
     assert len(lineage.verdicts) == 1
@@ -191,7 +191,8 @@ async def test_of_two_amendments_that_are_approved_the_first_leaves_nothing_to_s
     for seconds in (100.0, 200.0):
         schedule = dataclasses.replace(lineage.manifest.schedule, open_seconds=seconds)
         amendment = dataclasses.replace(lineage.manifest.amendment, schedule=schedule)
-        versions.append(amending.propose(lineage, amendment)[1])
+        versions.append(asides.propose_amendment(lineage, amendment)[1])
+        lineage.heard[versions[-1]] -= 1000  # or the second could not be proposed yet
     async with keeping(lineage, lineage.home.key, Examining(lineage, lineage.home.key.peer)) as keeper:
         await soon(lambda: lineage.head in versions)
         await soon(lambda: keeper.state.parent == lineage.head)
@@ -204,12 +205,14 @@ async def test_an_amendment_is_examined_when_its_person_has_decided(tmp_path: Pa
     examining = Examining(lineage, lineage.home.key.peer)
     limits = dataclasses.replace(lineage.manifest.limits, regression_tolerance=0.125)
     async with keeping(lineage, lineage.home.key, examining) as keeper:
-        record, version = amending.propose(lineage, dataclasses.replace(lineage.manifest.amendment, limits=limits))
+        record, version = asides.propose_amendment(
+            lineage, dataclasses.replace(lineage.manifest.amendment, limits=limits)
+        )
         lineage.home.refs.delete(f"models/{lineage.model}/decisions/{version}")
         await keeper.on_record("candidate", record)
         await soon(lambda: keeper._named)
         assert (examining.asked, keeper.state.phase) == (0, Phase.OPEN)
-        lineage.decide(version, accept=True)
+        lineage.notes.decide(version, accept=True)
         await soon(lambda: lineage.head == version)
         await soon(lambda: keeper.state.parent == version)
     assert examining.asked == 1

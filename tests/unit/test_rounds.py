@@ -36,7 +36,7 @@ from p2pmodel.logic.rounds import (
 from p2pmodel.logic.turns import FOLLOWED
 from p2pmodel.wire import canonical
 from p2pmodel.wire.signing import Key
-from tests.factories import manifest
+from tests.support.factories import manifest
 
 MODEL = canonical.digest(b"model")
 PATCHES = [PatchId(canonical.digest(bytes([i]))) for i in range(40)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2pmodel.domain.errors import Unreachable
 from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import Hop, Lease, Route, Span
-from p2pmodel.logic.routing import coverage, expected_seconds, find_route
+from p2pmodel.logic.routing import coverage, find_route
 from p2pmodel.wire import canonical
 
 MODEL = canonical.digest(b"model")
@@ -64,7 +64,7 @@ def returns(route: Route) -> bool:
 
 
 def price_of(route: Route, leases: list[Lease], delays: dict[PeerId, float]) -> float:
-    """The same as `expected_seconds`, from the definition."""
+    """What a token is expected to take, from the definition."""
 
     def link(one: PeerId, other: PeerId) -> float:
         measured = [
@@ -95,7 +95,6 @@ def test_the_route_is_the_fastest_of_all(
     price = {route: (price_of(route, leases, delays), len(route.hops)) for route in straight}
     assert found in straight
     assert price[found] == min(price.values())
-    assert expected_seconds(found, leases, V1, delays=delays, default_delay=DEFAULT) == price[found][0]
     mixed = chance.sample(leases, len(leases))
     assert find_route(mixed, LAYERS, V1, delays=delays, default_delay=DEFAULT) == found
 
@@ -104,10 +103,7 @@ def test_a_token_pays_for_every_link_on_its_way() -> None:
     leases = [lease(0, 0, 2, 1.0, delays={1: 0.25}), lease(1, 2, 5, 2.0, queue=1)]
     route = find_route(leases, LAYERS, V1, delays={PEERS[0]: 0.5, PEERS[1]: 0.125})
     assert route == hops((0, 0, 2), (1, 2, 5))
-    assert expected_seconds(route, leases, V1, delays={PEERS[0]: 0.5, PEERS[1]: 0.125}) == (
-        0.5 + 2 * 1.0 + 0.25 + 3 * 2.0 * 2 + 0.125
-    )
-    assert expected_seconds(route, leases, V1, default_delay=1.0) == 1.0 + 2 * 1.0 + 0.25 + 3 * 2.0 * 2 + 1.0
+    assert price_of(route, leases, {PEERS[0]: 0.5, PEERS[1]: 0.125}) == 0.5 + 2 * 1.0 + 0.25 + 3 * 2.0 * 2 + 0.125
 
 
 def test_a_hop_is_chosen_for_its_distance_to_the_one_before() -> None:
@@ -162,12 +158,6 @@ def test_coverage_counts_peers() -> None:
     leases = [lease(0, 0, 2), lease(0, 1, 3), lease(1, 1, 2), lease(2, 4, 5, version=V2), lease(3, 3, 4, leaving=True)]
     assert coverage(leases, LAYERS, V1) == (1, 2, 1, 0, 0)
     assert coverage(leases, LAYERS) == (1, 2, 1, 0, 1)
-
-
-def test_a_route_has_no_price_once_its_lease_is_gone() -> None:
-    route = find_route([lease(0, 0, 5)], LAYERS, V1)
-    with pytest.raises(Unreachable, match="no longer serves"):
-        expected_seconds(route, [lease(1, 0, 5)], V1)
 
 
 def name(number: int) -> PeerId:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from p2pmodel.cli.status_text import status_data, status_text
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.experts import ExpertLease
 from p2pmodel.domain.ids import VersionId
@@ -23,13 +24,12 @@ from p2pmodel.node.service import expert_lease_status, lease_status, presence_st
 from p2pmodel.node.watching.expert_view import hosted_view
 from p2pmodel.node.watching.gauges import show_swarm
 from p2pmodel.node.watching.overview import Overview
-from p2pmodel.node.watching.reporting import status_data, status_text
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
 from p2pmodel.wire.v1 import control_pb2 as pb
-from tests.factories import manifest
-from tests.lineages import begin
+from tests.support.factories import manifest
+from tests.support.lineages import begin
 
 METRICS = Metrics()
 KEY, OTHER = Key.generate(), Key.generate()

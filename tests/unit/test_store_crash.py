@@ -25,7 +25,7 @@ from pathlib import Path
 from p2pmodel.store.home import Home
 from p2pmodel.store.scan import record_row
 from p2pmodel.wire import canonical
-from tests.factories import candidate
+from tests.support.factories import candidate
 
 def write(home, n):
     blob = b"%d " % n * 5000

@@ -20,7 +20,7 @@ from p2pmodel.store.index import RecordRow
 from p2pmodel.store.scan import record_row
 from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
-from tests.factories import blob, candidate, manifest, patch
+from tests.support.factories import blob, candidate, manifest, patch
 
 KEY = Key.generate()
 MODEL = canonical.digest(b"model")

@@ -12,7 +12,7 @@ from p2pmodel.domain.model import MergeSpec
 from p2pmodel.domain.version import LeftOut, Verdict, VersionNumber
 from p2pmodel.wire import canonical, frames, records
 from p2pmodel.wire.signing import Key
-from tests.factories import candidate, manifest, patch
+from tests.support.factories import candidate, manifest, patch
 
 KEY = Key.generate()
 

@@ -38,6 +38,14 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return ids
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """With the special tokens that the tokenizer puts there itself, as everybody who loads it has them: models whose
+    tokenizers put none were not trained with any. An empty text is the token that begins one, where there is such."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"] if text else []
+    start = tokenizer.bos_token_id
+    return ids if ids or start is None else [int(start)]
+
+
 def encode_answers(tokenizer: PreTrainedTokenizerBase, example: Completion | Chat) -> Answer:
     """Raises ValueError that says what is wrong with the example, InvalidInput when the tokenizer cannot do it."""
     if not tokenizer.is_fast:

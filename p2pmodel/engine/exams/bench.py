@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from p2pmodel.domain.errors import Rejected
+from p2pmodel.engine.data.encoding import encode_prompt
 from p2pmodel.engine.evaluation import Continuation, Scorer, attached
-from p2pmodel.tensors.kinds import Runs
+from p2pmodel.tensors.patch_kind import Runs
 
 MAX_CACHED_TEXTS = 1 << 13
 
@@ -57,10 +58,9 @@ class Bench:
     def answer(self, prompt: str, tokens: int, stop: str = "") -> str:
         """The greedy continuation of at most `tokens` tokens, without the end-of-text token, up to `stop`. Of a prompt
         that does not fit the model's context the beginning is left out."""
-        ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        start = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else self._end[0]
+        ids = encode_prompt(self._tokenizer, prompt) or self._end[:1]
         room = max(1, self._context - tokens)
-        given = torch.tensor([[start, *ids][-room:]], device=self._model.device)
+        given = torch.tensor([ids[-room:]], device=self._model.device)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, num_beams=1, max_new_tokens=tokens, eos_token_id=self._end, pad_token_id=self._end[0]
         )

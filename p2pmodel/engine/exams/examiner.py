@@ -9,7 +9,7 @@ from p2pmodel.engine.exams.bench import Bench
 from p2pmodel.engine.exams.rows import Split
 from p2pmodel.engine.exams.sections import Measured
 from p2pmodel.engine.exams.suite import Suite
-from p2pmodel.tensors.kinds import Runs
+from p2pmodel.tensors.patch_kind import Runs
 
 
 class Examiner:

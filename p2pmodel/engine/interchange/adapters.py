@@ -21,6 +21,7 @@ from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.engine.weights import read_json
 from p2pmodel.tensors import blob, ia3, lora, weights
+from p2pmodel.tensors.patch_kind import MAX_SCALE
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KINDS = {"IA3": "ia3@1", "LORA": "lora@1"}
@@ -132,7 +133,7 @@ def factors_of(adapter: PeftAdapter, model: PreTrainedModel) -> dict[str, Tensor
     prefix, modules = base_path(model), dict(model.named_modules())
     scales = {path: _scale(adapter.settings, path, parts) for path, parts in adapter.tensors.items()}
     scale = max(scales.values())
-    if not 0 < scale <= lora.MAX_SCALE:
+    if not 0 < scale <= MAX_SCALE:
         raise InvalidInput(f"The adapter's scale of {scale:g} is none that a patch can have.")
     found: dict[str, Tensor] = {}
     for path, parts in adapter.tensors.items():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.tensors import ia3, weights
-from p2pmodel.tensors.kinds import Runs
+from p2pmodel.tensors.patch_kind import Runs
 from p2pmodel.tensors.smear import is_expert
 
 PROBE_TOKENS = 32
@@ -66,6 +66,10 @@ def _fold(base: nn.Module, slot: str, tensor: Tensor, uses: Mapping[int, int]) -
         parameter = base.get_parameter(slot.removeprefix(weights.PREFIX))
         parameter.copy_(weights.folded(parameter, tensor))
         return
+    if not slot.startswith(ia3.PREFIX):
+        raise InvalidInput(
+            f"{slot[:96]!r} is of a kind that cannot be folded into weights.", "Run the version with p2pmodel."
+        )
     path = slot.removeprefix(ia3.OUT).removeprefix(ia3.IN)
     on_output = slot.startswith(ia3.OUT)
     if path.endswith(".down_proj") and isinstance(_attribute(base, path), nn.Parameter):

@@ -12,10 +12,10 @@ from p2pmodel.engine.training.loop import frozen
 from p2pmodel.engine.training.losses import row_nats
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.tensors import lora
 from p2pmodel.tensors.changes import Places
-from p2pmodel.tensors.kinds import Trainee
+from p2pmodel.tensors.patch_kind import KindOptions, Trainee
 
 
 @dataclass(frozen=True)

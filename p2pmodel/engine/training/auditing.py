@@ -14,7 +14,7 @@ from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.loop import Run, frozen
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.kinds import Trainee
+from p2pmodel.tensors.patch_kind import Trainee
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from p2pmodel.engine.training.resuming import Keeper, MemoryKeeper, Progress, be
 from p2pmodel.engine.training.schedule import rate
 from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.kinds import Trainee
+from p2pmodel.tensors.patch_kind import Trainee
 
 __all__ = ["OPTIMIZER", "Run", "Step", "Trained", "TrainingOptions", "frozen", "train"]
 

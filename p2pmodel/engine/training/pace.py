@@ -11,7 +11,7 @@ from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.loop import Run, frozen
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
-from p2pmodel.tensors.kinds import Trainee
+from p2pmodel.tensors.patch_kind import Trainee
 
 STEPS = 2
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.losses import row_nats, row_nats_of_samples
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.tensors.kinds import Trainee
+from p2pmodel.tensors.patch_kind import Trainee
 
 
 def fisher_of(

@@ -27,6 +27,7 @@ from p2pmodel.domain.modular import NONE, experts_in, united
 from p2pmodel.domain.swarm import Lease, Presence, Route
 from p2pmodel.engine.cache import attends_only
 from p2pmodel.engine.checkpoint import Checkpoint, load_tokenizer, load_whole
+from p2pmodel.engine.data.encoding import encode_prompt
 from p2pmodel.engine.family import errors_only, first_line
 from p2pmodel.engine.head import NO_VECTORS, load_head, using_vectors
 from p2pmodel.node.asking.connecting import Connector
@@ -233,17 +234,11 @@ class SwarmClient:
         return tuple(zip(names, session.shares[0].tolist(), strict=True))
 
     def encode(self, text: str) -> Tensor:
-        """[1, T] of token ids, beginning with the token that the model wants there. Raises InvalidInput when there are
-        more characters than the context has room for, whatever they say."""
+        """[1, T] of token ids. Raises InvalidInput when there are more characters than the context has room for,
+        whatever they say."""
         self._check_length(text)
         with self._encoding:
-            ids: Tensor = (
-                self.tokenizer(text, return_tensors="pt").input_ids if text else torch.empty(1, 0, dtype=torch.long)
-            )
-        start = self.tokenizer.bos_token_id
-        if start is not None and (ids.shape[1] == 0 or ids[0, 0] != start):
-            ids = torch.cat([torch.tensor([[start]]), ids], dim=1)
-        return ids
+            return torch.tensor([encode_prompt(self.tokenizer, text)], dtype=torch.long)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Tensor:
         """[1, T] of a conversation, by the tokenizer's chat template. Raises InvalidInput."""

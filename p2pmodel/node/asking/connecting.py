@@ -1,6 +1,7 @@
 """Sessions on the best route there is: what inference and training over the swarm begin with."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import Busy, NotRunning, PeerFailed, Unreachable
 from p2pmodel.domain.ids import ModelId, PeerId, VersionId
-from p2pmodel.domain.swarm import Route
+from p2pmodel.domain.swarm import Route, SessionRequest
 from p2pmodel.swarm.chain_client import ChainClient, ChainSession
 from p2pmodel.tensors.codecs import Codec
 
@@ -77,18 +78,7 @@ class Connector:
             session: ChainSession | None = None
             try:
                 route = self._find(frozenset(tried), stopped)
-                session = self._chain.open(
-                    route,
-                    self._model,
-                    self._version,
-                    self.codec.name,
-                    wish.max_tokens,
-                    rows=wish.rows,
-                    rewinds=wish.rewinds,
-                    prefix=wish.prefix,
-                    training=wish.training,
-                    stopped=stopped,
-                )
+                session = self._chain.open(route, self._request(wish, route), stopped=stopped)
                 if wish.state:
                     session.send_state(wish.state)
                 opened, session = session, None
@@ -113,6 +103,20 @@ class Connector:
             finally:
                 if session is not None:
                     session.close()
+
+    def _request(self, wish: Wish, route: Route) -> SessionRequest:
+        return SessionRequest(
+            secrets.token_hex(16),
+            self._model,
+            self._version,
+            self.codec.name,
+            route.hops[0].span,
+            wish.max_tokens,
+            wish.rows,
+            wish.rewinds,
+            wish.prefix,
+            wish.training,
+        )
 
 
 def demand_finite(hidden: Tensor, route: Route) -> None:

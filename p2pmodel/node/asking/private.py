@@ -18,9 +18,9 @@ from p2pmodel.node.lineages.states import (
     read_change,
     version_state,
 )
+from p2pmodel.store import patchfile
 from p2pmodel.tensors import ia3
 from p2pmodel.tensors.changes import Change
-from p2pmodel.wire import bundle
 from p2pmodel.wire.frames import MAX_BODY_BYTES
 
 MOST_BYTES = MAX_BODY_BYTES - (1 << 20)
@@ -37,7 +37,7 @@ def private_vectors(lineage: Lineage, patch: str) -> tuple[VersionId, dict[str, 
     path = Path(patch)
     if not path.is_file():
         return vectors_of_known(lineage, lineage.find_patch(patch))
-    opened = bundle.open_bundle(path.read_bytes())
+    opened = patchfile.read(path)
     noun = opened.patch
     if noun.model != lineage.model:
         raise InvalidInput(f"{path} is a patch of another model than {lineage.manifest.name}.")

@@ -1,1 +1,1 @@
-"""Spans of layers that this machine serves."""
+"""Spans of layers, and experts of a mixture, that this machine serves."""

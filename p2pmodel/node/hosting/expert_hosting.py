@@ -1,4 +1,4 @@
-"""Experts of some layers on this machine: loaded, measured, served, and leased; and others after an exchange."""
+"""Experts of some layers on this machine: loaded, measured, served, and leased; and others after a swap."""
 
 import asyncio
 import threading
@@ -10,33 +10,28 @@ from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import CLAIM_SECONDS, Span, as_claimed
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.expert_layout import fetch_part
-from p2pmodel.engine.expert_runner import ExpertRunner, HostedExperts
 from p2pmodel.engine.experts import load_experts
+from p2pmodel.engine.shard_runner import HostedExperts, ShardRunner
 from p2pmodel.engine.versions import VersionTable
-from p2pmodel.logic.expert_placement import Exchange
+from p2pmodel.logic.expert_placement import ExpertSwap
 from p2pmodel.logic.experts import Loads
+from p2pmodel.node.hosting.keeping import adopt, has_room
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import version_state
-from p2pmodel.node.machine.device import DTYPES, Device, free_bytes
+from p2pmodel.node.machine.device import DTYPES, Device
 from p2pmodel.node.machine.threads import in_daemon
 from p2pmodel.swarm.expert_server import ExpertServer, ExpertStats
 from p2pmodel.swarm.host import PeerHost
 
-KEPT_VERSIONS = 2
-"""The head and what came before it, for the sessions that began there."""
-SPARE_MEMORY = 1.2
-"""How many times the size of the experts has to be free for others to be loaded beside them."""
-
 
 class ExpertHosting:
-    """Made by `start`; holds the thread that computes. exchange: what is being made, as the lease says it."""
+    """Made by `start`; holds the thread that computes. swap: what is being made, as the lease says it."""
 
     def __init__(self, host: PeerHost, lineage: Lineage, checkpoint: Checkpoint, device: Device, span: Span) -> None:
         self.device, self.span = device, span
-        self.exchange: Exchange | None = None
+        self.swap: ExpertSwap | None = None
         self._host, self._lineage, self._checkpoint = host, lineage, checkpoint
         self._hosted: HostedExperts
-        self._runner: ExpertRunner
+        self._runner: ShardRunner
         self._loads = Loads(time.monotonic())
         self._adopting = threading.Lock()
 
@@ -63,7 +58,7 @@ class ExpertHosting:
 
     def lease(self, peer: PeerId, *, leaving: bool = False) -> ExpertLease:
         """The newest version first."""
-        experts, exchange, rates, layers = self.experts, self.exchange, self.loads(), self.layers
+        experts, swap, rates, layers = self.experts, self.swap, self.loads(), self.layers
         return ExpertLease(
             peer=peer,
             model=self._lineage.model,
@@ -76,8 +71,8 @@ class ExpertHosting:
             leaving=leaving,
             expires=time.time() + CLAIM_SECONDS,
             loads=tuple(load_of(rates.get(e, 0.0)) for e in experts) if len(experts) <= MAX_LOADS else (),
-            coming=exchange.coming if exchange else (),
-            going=exchange.going if exchange else (),
+            coming=swap.coming if swap else (),
+            going=swap.going if swap else (),
         )
 
     def loads(self) -> Mapping[int, float]:
@@ -109,7 +104,7 @@ class ExpertHosting:
 
     def has_room(self) -> bool:
         """Whether there is memory to load as many experts again."""
-        return free_bytes(self.device) > SPARE_MEMORY * self.weight_bytes
+        return has_room(self.device, self.weight_bytes)
 
     async def load(self, experts: tuple[int, ...]) -> HostedExperts:
         """Others, at the versions of the current ones, while these serve."""
@@ -120,17 +115,17 @@ class ExpertHosting:
         """The lease names these from now on. Those before, which are returned, are still computed with: trunks may have
         read the lease before."""
 
-        def swap() -> HostedExperts:
+        def change_over() -> HostedExperts:
             with self._adopting:
                 for version in self._hosted.versions.versions:
                     if version not in hosted.versions.versions:  # adopted while they were being loaded
                         self._adopt(hosted, version)
-                self.exchange = None  # before the others are there: a lease never names as coming what it has
+                self.swap = None  # before the others are there: a lease never names as coming what it has
                 before, self._hosted = self._hosted, hosted
                 self._runner.take(hosted)
                 return before
 
-        return await asyncio.to_thread(swap)
+        return await asyncio.to_thread(change_over)
 
     def retire(self, hosted: HostedExperts) -> None:
         self._runner.drop(hosted)
@@ -140,7 +135,7 @@ class ExpertHosting:
 
     def _begin(self, experts: tuple[int, ...]) -> None:
         self._hosted = self._load(experts, (VersionId(self._lineage.model), self._lineage.served_head))
-        self._runner = ExpertRunner(self._hosted, self._lineage.model)
+        self._runner = ShardRunner(self._hosted, self._lineage.model)
         self.pair_seconds = self._runner.measure()
         self._server = ExpertServer(self._host, self._runner)
         self._server.start()
@@ -153,9 +148,4 @@ class ExpertHosting:
         return hosted
 
     def _adopt(self, hosted: HostedExperts, version: VersionId) -> None:
-        neutral = self._lineage.result(version) is None
-        table = hosted.versions
-        table.put(version, {} if neutral else hosted.shard.own_part(version_state(self._lineage, version)))
-        for old in table.versions[: -KEPT_VERSIONS - 1]:
-            if old != self._lineage.model:
-                table.drop(old)
+        adopt(hosted.versions, self._lineage, version, hosted.shard.own_part)

@@ -1,26 +1,20 @@
 """One layer's rows on their way through experts on other peers: shared out, waited for, and added up."""
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import PeerFailed, Rejected, Unreachable
-from p2pmodel.domain.experts import MAX_CALL_ROWS, ExpertCall, ExpertLease, MissingExpert
+from p2pmodel.domain.experts import MAX_CALL_ROWS, ExpertCall, MissingExpert
 from p2pmodel.domain.ids import VersionId
 from p2pmodel.domain.ports import Buffer
 from p2pmodel.engine.expert_calls import Pairs, answer_bytes, decode_answer, encode_call, finite_rows, is_finite
-from p2pmodel.engine.remote_experts import Traffic
-from p2pmodel.logic.experts import MEMORY, Offer, assign, name_missing
-from p2pmodel.swarm.expert_link import ExpertLink
+from p2pmodel.engine.remote_experts import ForwardContext
+from p2pmodel.logic.experts import Offer, assign, name_missing
+from p2pmodel.node.hosting.helpers import MOST_SECONDS, Call, Doubt, Helper, Helpers
 from p2pmodel.wire import canonical
 from p2pmodel.wire.frames import MAX_BODY_BYTES
-
-if TYPE_CHECKING:
-    from p2pmodel.node.hosting.dispatching import Dispatcher
 
 MAX_CALL_BYTES = MAX_BODY_BYTES // 2
 """Of rows, and of the gradients that may come with them: what else is in a frame takes less than as much again."""
@@ -30,74 +24,6 @@ PATIENCE_SECONDS = 0.5
 """For one that somebody can, or longer where that is what it usually takes."""
 PATIENT = 10.0
 """How many times the expected seconds an answer may take."""
-MOST_SECONDS = 60.0
-"""For any answer, whatever its peer says of its speed: the thread that computes waits for it."""
-
-
-@dataclass(eq=False)
-class Doubt:
-    """An answer that is not finite, for whose rows others are asked as well. by: who gave it; open: calls that are to
-    show whether it was right; shared: whether it may have been, since another peer's was not finite, or did not come.
-    """
-
-    by: "Helper"
-    open: int = 0
-    shared: bool = False
-
-
-@dataclass(eq=False)
-class Call:
-    """Rows under way to one peer. own [R]: which of the forward's rows they are; pairs: into `own`; gates: at which of
-    the forward's gates, flat, each pair is; expected: seconds, once those before it are answered; doubt: of what the
-    answer is to show; dropped: nobody waits for the answer any more."""
-
-    what: ExpertCall
-    own: Tensor
-    pairs: Pairs
-    gates: Tensor
-    sent: float = 0.0
-    expected: float = 0.0
-    doubt: Doubt | None = None
-    dropped: bool = False
-    rows: Tensor | None = None
-    of_gates: Tensor | None = None
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return int(self.pairs.expert.min()), int(self.own[0])
-
-
-@dataclass(eq=False)
-class Helper:
-    """A connected expert host. latency: seconds beyond what its pairs take, as lately seen; calls: under way, in
-    order; heard: when it last answered."""
-
-    link: ExpertLink
-    lease: ExpertLease
-    latency: float
-    calls: deque[Call] = field(default_factory=deque)
-    heard: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.experts = frozenset(self.lease.experts)
-
-    @property
-    def pair_seconds(self) -> float:
-        return min(MOST_SECONDS, self.lease.pair_seconds * (1 + self.lease.queue))
-
-    def serves(self, layer: int, version: VersionId) -> bool:
-        return self.link.failed is None and layer in self.lease.span and version in self.lease.versions
-
-    def drain(self, scratch: memoryview) -> None:
-        """Between forwards: reads what earlier ones have left behind. Its link may have failed afterwards."""
-        if self.calls:
-            self.link.drain(scratch)
-            for _ in self.link.take():
-                self.calls.popleft()
-
-    def took(self, seconds: float, pairs: int) -> None:
-        beyond = max(0.0, seconds - pairs * self.lease.pair_seconds)
-        self.latency += MEMORY * (beyond - self.latency)
 
 
 class Forward:
@@ -105,16 +31,16 @@ class Forward:
 
     def __init__(
         self,
-        dispatcher: "Dispatcher",
+        helpers: Helpers,
         layer: int,
         rows: Tensor,
         experts: Tensor,
         gates: Tensor,
-        traffic: Traffic,
+        context: ForwardContext,
         outer: Tensor | None = None,
     ) -> None:
-        self._by, self._layer, self._traffic = dispatcher, layer, traffic
-        self._version = traffic.version or VersionId(dispatcher.model)
+        self._by, self._layer, self._context = helpers, layer, context
+        self._version = context.version or VersionId(helpers.model)
         self._rows = rows.detach().to("cpu")
         self._outer = None if outer is None else outer.detach().float().to("cpu")
         self._gates = gates.detach().float().to("cpu")
@@ -154,7 +80,7 @@ class Forward:
             assert call.rows is not None
             total.index_add_(0, call.own, call.rows)
         if bool(self._lost.any()):
-            self._traffic.note_spread(self._lost.sum(1))
+            self._context.note_spread(self._lost.sum(1))
             self._by.count(spread=int(self._lost.sum()))
             total *= self._scale().unsqueeze(1)
         total[self._bad] = torch.nan
@@ -189,7 +115,7 @@ class Forward:
         given = {expert for share in shares.values() for expert in share}
         orphans = [number for number in numbers.tolist() if number not in given]
         if orphans:
-            if not (self._by.spread and self._traffic.may_spread):
+            if not (self._by.spread and self._context.may_spread):
                 raise self._unreachable(torch.tensor(orphans))
             lost = torch.isin(experts, torch.tensor(orphans))
             self._lost.view(-1)[places[lost]] = True

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import threading
 import time
@@ -14,13 +13,13 @@ from p2pmodel.domain.ids import PeerId, VersionId
 from p2pmodel.domain.swarm import CLAIM_SECONDS, Lease, Span, as_claimed
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.memory import measure_cache
-from p2pmodel.engine.remote_experts import Exchange
+from p2pmodel.engine.remote_experts import RemoteExperts
 from p2pmodel.engine.runner import Runner
 from p2pmodel.engine.stage import load_stage
 from p2pmodel.engine.versions import VersionTable
+from p2pmodel.node.hosting.keeping import adopt, has_room
 from p2pmodel.node.hosting.stages import HostedStage, Stages, scaled_bytes
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.machine.device import DTYPES, Device, cached_tokens, free_bytes, gpu_busy, graph_bytes
 from p2pmodel.node.machine.threads import in_daemon
 from p2pmodel.swarm.chain_server import ChainServer, ChainStats
@@ -28,11 +27,6 @@ from p2pmodel.swarm.host import PeerHost
 from p2pmodel.tensors import weights
 
 log = logging.getLogger(__name__)
-
-KEPT_VERSIONS = 2
-"""The head and what came before it, for the sessions that began there."""
-SPARE_MEMORY = 1.2
-"""How many times the size of a span's weights has to be free for it to be loaded beside another one."""
 
 
 class Hosting:
@@ -45,10 +39,10 @@ class Hosting:
         checkpoint: Checkpoint,
         device: Device,
         first: HostedStage,
-        exchange: Exchange | None = None,
+        remote: RemoteExperts | None = None,
     ) -> None:
         self.device = device
-        self._exchange = exchange
+        self._remote = remote
         self.moving: Span | None = None
         self._lineage, self._checkpoint = lineage, checkpoint
         self._stages = Stages(first)
@@ -64,13 +58,13 @@ class Hosting:
         checkpoint: Checkpoint,
         span: Span,
         device: Device,
-        exchange: Exchange | None = None,
+        remote: RemoteExperts | None = None,
     ) -> "Hosting":
-        """Loads the span's tensors at the head's values; returns when it can serve. exchange: of a trunk, which
+        """Loads the span's tensors at the head's values; returns when it can serve. remote: of a trunk, which
         loads no experts."""
         versions = (lineage.model, lineage.served_head)
-        first = await asyncio.to_thread(_load, lineage, checkpoint, span, device, versions, exchange)
-        return cls(host, lineage, checkpoint, device, first, exchange)
+        first = await asyncio.to_thread(_load, lineage, checkpoint, span, device, versions, remote)
+        return cls(host, lineage, checkpoint, device, first, remote)
 
     @property
     def expert_counts(self) -> dict[int, int]:
@@ -88,7 +82,7 @@ class Hosting:
     def adopt(self, version: VersionId) -> None:
         """Serves the version from the next session on, beside those before it; nothing is reloaded."""
         with self._adopting:
-            _adopt(self._stages.current.versions, self._lineage, version)
+            adopt(self._stages.current.versions, self._lineage, version)
 
     def lease(self, peer: PeerId, *, leaving: bool = False, delays: tuple[tuple[PeerId, float], ...] = ()) -> Lease:
         """The newest version first."""
@@ -130,12 +124,12 @@ class Hosting:
 
     def has_room_for(self, span: Span) -> bool:
         """Whether there is memory to load `span` beside what is hosted now."""
-        return free_bytes(self.device) > SPARE_MEMORY * scaled_bytes(self._stages.current, span)
+        return has_room(self.device, scaled_bytes(self._stages.current, span))
 
     async def load(self, span: Span) -> HostedStage:
         """Another span, at the versions of the current one, while that one serves."""
         versions = self._stages.current.versions.versions
-        return await in_daemon(_load, self._lineage, self._checkpoint, span, self.device, versions, self._exchange)
+        return await in_daemon(_load, self._lineage, self._checkpoint, span, self.device, versions, self._remote)
 
     async def take(self, stage: HostedStage) -> HostedStage:
         """The lease names `stage` from now on. The one before, which is returned, still takes sessions: others may have
@@ -145,7 +139,7 @@ class Hosting:
             with self._adopting:
                 for version in self._stages.current.versions.versions:
                     if version not in stage.versions.versions:  # adopted while it was being loaded
-                        _adopt(stage.versions, self._lineage, version)
+                        adopt(stage.versions, self._lineage, version)
                 self.moving = None
                 return self._stages.take(stage)
 
@@ -166,41 +160,27 @@ def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set)
 
 
-def release_memory() -> None:
-    """Of what was dropped: a stage's modules and hooks refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _load(
     lineage: Lineage,
     checkpoint: Checkpoint,
     span: Span,
     device: Device,
     versions: tuple[VersionId, ...],
-    exchange: Exchange | None,
+    remote: RemoteExperts | None,
 ) -> HostedStage:
     if device.scheme and any(slot.name.startswith(weights.PREFIX) for slot in lineage.manifest.slots):
         raise UsageError(
             f"{lineage.manifest.name} takes patches of its weights, which can't be folded into {device.scheme}.",
             "Use --dtype bf16.",
         )
-    stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme, trunk=exchange is not None)
+    stage = load_stage(checkpoint, span, DTYPES[device.wide], device.name, device.scheme, trunk=remote is not None)
     table = VersionTable(stage)
     for version in dict.fromkeys(versions):
-        _adopt(table, lineage, version)
+        adopt(table, lineage, version)
     # Of what is free beside another stage, where there is one: each keeps to its own share.
     runner = Runner(
         stage, lineage.model, table, max_cached_tokens=cached_tokens(device, stage), max_graph_bytes=graph_bytes(device)
     )
     hosted = HostedStage(stage, runner, table, measure_cache(stage).typical)
-    stage.board.exchange = exchange  # from now on: it was tried out and measured without experts
+    stage.board.remote = remote  # from now on: it was tried out and measured without experts
     return hosted
-
-
-def _adopt(table: VersionTable, lineage: Lineage, version: VersionId) -> None:
-    table.put(version, {} if lineage.result(version) is None else version_state(lineage, version))
-    for old in table.versions[: -KEPT_VERSIONS - 1]:
-        if old != lineage.model:
-            table.drop(old)

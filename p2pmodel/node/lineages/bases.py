@@ -235,4 +235,4 @@ def _stamp(folder: Path, name: str) -> str:
 
 
 def _ref(lineage: Lineage) -> str:
-    return f"models/{lineage.model}/base"
+    return lineage.notes.ref("base")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from p2pmodel import starter
 from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, P2PModelError, PeerFailed, Rejected, Unreachable
-from p2pmodel.domain.ids import PeerId, short
+from p2pmodel.domain.ids import PeerId, abbreviates, short
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.node.lineages import bases, hub
@@ -104,7 +104,7 @@ async def _choose(
     found: list[Lineage] = []
     failed: P2PModelError | None = None
     for model, (offer, holders) in sorted(offers.items()):
-        if by_name and offer.name != text and not (text and len(text) >= 4 and model.startswith(text)):
+        if by_name and offer.name != text and not abbreviates(text or "", model):
             continue
         try:
             lineage = await _with_manifest(home, host, offer, holders)

@@ -25,13 +25,13 @@ def note_shares(lineage: Lineage, number: str, shares: Shares) -> None:
     )
     if not _are_shares(short):
         raise InvalidInput(f"The routers' choices can't be noted: shares of {number}'s experts are not from 0 to 1.")
-    lineage.home.refs.set(_ref(lineage), json.dumps({"number": number, **asdict(short)}))
+    lineage.home.refs.set(lineage.notes.ref("shares"), json.dumps({"number": number, **asdict(short)}))
 
 
 def noted_shares(lineage: Lineage) -> tuple[str, Shares] | None:
     """The number of a version, and its experts' shares; None where none were noted, or what are none. Raises
     StorageError."""
-    note = lineage.home.refs.get(_ref(lineage))
+    note = lineage.home.refs.get(lineage.notes.ref("shares"))
     if note is None:
         return None
     read = json.loads(note)
@@ -42,7 +42,3 @@ def noted_shares(lineage: Lineage) -> tuple[str, Shares] | None:
 
 def _are_shares(shares: Shares) -> bool:
     return all(0.0 <= share <= 1.0 for _, row in shares.rows for share in row)
-
-
-def _ref(lineage: Lineage) -> str:
-    return f"models/{lineage.model}/shares"

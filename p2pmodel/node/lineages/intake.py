@@ -8,13 +8,13 @@ from p2pmodel.domain.ids import Digest, PatchId, PeerId, short
 from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.patch import Patch
-from p2pmodel.domain.version import BASE_NUMBER, Candidate
+from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict
 from p2pmodel.logic import admission
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import base_ref, new_experts, read_change, read_masses
 from p2pmodel.store.index import RecordRow
 from p2pmodel.tensors import blob, control, variates
-from p2pmodel.tensors.control import CONTINUED
+from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.wire import bundle, canonical, records
 from p2pmodel.wire.signing import RECORD_OVERHEAD
 
@@ -103,13 +103,9 @@ def _admit_candidate(lineage: Lineage, candidate: Candidate, proposer: PeerId) -
 
 def _restorable(lineage: Lineage, candidate: Candidate) -> set[Digest]:
     """The values of the versions before the candidate's parent, and of the base."""
-    found = {base_ref(lineage.founding).digest}
-    parent = lineage.candidates.get(candidate.parent)
-    older = lineage.candidates.get(parent.parent) if parent else None
-    while older:
-        found.add(older.result.digest)
-        older = lineage.candidates.get(older.parent)
-    return found - {parent.result.digest} if parent else set()
+    chain = lineage.chain(candidate.parent)
+    found = {base_ref(lineage.founding).digest, *(older.result.digest for older in chain)}
+    return found - {chain[-1].result.digest} if chain else set()
 
 
 def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -> BlobRef:
@@ -132,6 +128,14 @@ def store(lineage: Lineage, kind: str, record: bytes, refs: Sequence[BlobRef]) -
     stored = objects.put(record)
     lineage.home.index.add(RecordRow(kind, lineage.model, stored, _round(kind, record), time.time()))
     return stored
+
+
+def sign_and_store(lineage: Lineage, kind: str, noun: Candidate | Verdict) -> Digest:
+    """Of this home's own making. -> its record, to be announced. Raises Rejected."""
+    record = lineage.home.key.sign(kind, noun)
+    stored = store(lineage, kind, record, needed_blobs(lineage, kind, record))
+    lineage.refresh()
+    return stored.digest
 
 
 def take_in(lineage: Lineage, raw: bytes) -> BlobRef:
@@ -167,7 +171,7 @@ def check_tensors(
     lineage: Lineage, patch: Patch, adapter: bytes, fisher: bytes, control_variate: bytes | None = None
 ) -> None:
     """A patch's blobs against the Manifest. Raises Rejected."""
-    if control_variate is not None and patch.kind not in CONTINUED:
+    if control_variate is not None and not get_kind(patch.kind).continued:
         raise Rejected("schema", f"Patches of kind {patch.kind} have no control variate, but this one has.")
     change = read_change(lineage, patch.kind, adapter)
     new_experts(lineage, patch, change)

@@ -4,28 +4,24 @@ A view of the store that any process of the home may open; nothing here imports 
 enters through `p2pmodel.node.lineages.intake`.
 """
 
-import json
 import logging
-import re
 from collections.abc import Iterator
 
-from p2pmodel.domain.errors import Busy, InvalidInput, NotFound, Rejected, StorageError
-from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, short
+from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected, StorageError
+from p2pmodel.domain.ids import Digest, ModelId, PatchId, PeerId, VersionId, abbreviates, short
 from p2pmodel.domain.model import BlobRef, Limits, Manifest, Slot
-from p2pmodel.domain.modular import Experts, slots_at
+from p2pmodel.domain.modular import Expert, Experts, slots_at
 from p2pmodel.domain.patch import Patch
 from p2pmodel.domain.swarm import LineageOffer
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version, VersionNumber
 from p2pmodel.logic.lineage import assemble, history, in_force, place_in_plan
+from p2pmodel.node.lineages.notes import Notes
 from p2pmodel.store.home import Home
 from p2pmodel.store.index import RecordRow
 from p2pmodel.wire import records
 from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 log = logging.getLogger(__name__)
-
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_LIKE_A_VERSION = re.compile(r"v?[0-9]+(\.[0-9]+)*|[0-9a-f]{4,}")
 
 
 class Lineage:
@@ -36,10 +32,13 @@ class Lineage:
         self.record = BlobRef(model, len(record))
         self.founding: Manifest = records.open_manifest(record)[0]
         self.manifest = self.founding
+        self.notes = Notes(home.refs, model, self.founding.name)
         self.patches: dict[PatchId, Patch] = {}
         self.candidates: dict[VersionId, Candidate] = {}
         self.proposers: dict[VersionId, tuple[PeerId, ...]] = {}
         """All that have proposed a version, as their records came."""
+        self.heard: dict[VersionId, float] = {}
+        """When the first candidate for a version came here, in seconds since the epoch."""
         self.verdicts: dict[Digest, Verdict] = {}
         self.versions: tuple[Version, ...] = ()
         self._read: set[Digest] = set()
@@ -90,6 +89,7 @@ class Lineage:
             candidate, proposer, version = records.open_candidate(raw)
             self.candidates[version] = candidate
             self.proposers[version] = (*self.proposers.get(version, ()), proposer)
+            self.heard.setdefault(version, row.seen)
             self._candidate_of[row.record.digest] = version
         elif row.kind == "verdict":
             self.verdicts[row.record.digest] = records.open_verdict(raw)
@@ -134,7 +134,10 @@ class Lineage:
     @property
     def served_head(self) -> VersionId:
         """The newest version whose values this home holds as well, as its node has noted it."""
-        return VersionId(Digest(self.home.refs.get(f"models/{self.model}/head") or self.model))
+        return VersionId(Digest(self.home.refs.get(self.notes.ref("head")) or self.model))
+
+    def note_served(self, version: VersionId) -> None:
+        self.home.refs.set(self.notes.ref("head"), version)
 
     def number(self, version: VersionId) -> VersionNumber:
         """Raises NotFound when the version is none that was adopted here."""
@@ -152,7 +155,7 @@ class Lineage:
 
     def manifest_at(self, version: VersionId) -> Manifest:
         """In force for what follows a version or a candidate that is known here."""
-        return in_force(self.founding, self._chain(version))
+        return in_force(self.founding, self.chain(version))
 
     @property
     def largest_patch(self) -> int:
@@ -173,9 +176,9 @@ class Lineage:
 
     def place_in_plan(self, version: VersionId) -> tuple[int, int]:
         """Of a training on the version. See `logic.lineage.place_in_plan`."""
-        return place_in_plan(self.founding, self._chain(version))
+        return place_in_plan(self.founding, self.chain(version))
 
-    def _chain(self, version: VersionId) -> list[Candidate]:
+    def chain(self, version: VersionId) -> list[Candidate]:
         """From the base on, to a version or a candidate that is known here."""
         chain: list[Candidate] = []
         while version in self.candidates:
@@ -189,69 +192,18 @@ class Lineage:
         amendments = (candidate.amendment for candidate in self.candidates.values())
         return frozenset(self.founding.maintainers).union(*(a.maintainers for a in amendments if a is not None))
 
-    @property
-    def tags(self) -> dict[str, VersionId]:
-        """This home's own names for versions, sorted."""
-        prefix = self._tag_ref("")
-        names = [name.removeprefix(prefix) for name in self.home.refs.names(prefix)]
-        return {name: VersionId(Digest(self.home.refs.get(prefix + name) or "")) for name in names}
-
-    def tag(self, name: str, version: VersionId, *, move: bool = False) -> None:
-        """Raises InvalidInput for what is no name for a tag, Busy when the tag is there and is not to be moved."""
-        if not _TAG.fullmatch(name) or name in ("head", "base") or _LIKE_A_VERSION.fullmatch(name):
-            raise InvalidInput(
-                f"{name[:64]!r} is no name for a tag.",
-                "Use at most 64 letters, digits, '.', '_' and '-', and nothing that reads like a number or an id.",
-            )
-        if not move and self.tags.get(name) not in (None, version):
-            raise Busy(f"The tag {name} is there already.", "Move it with --force, or delete it first.")
-        self.home.refs.set(self._tag_ref(name), version)
-
-    def untag(self, name: str) -> None:
-        """Raises NotFound."""
-        if name not in self.tags:
-            raise NotFound(f"{self.manifest.name} has no tag {name[:64]!r} here.", "See: p2pmodel tag")
-        self.home.refs.delete(self._tag_ref(name))
-
-    def decide(self, version: VersionId, accept: bool, reason: str = "") -> None:
-        """What the person behind this home's maintainer says of a candidate; its node signs it."""
-        self.home.refs.set(self._decision_ref(version), json.dumps({"accept": accept, "reason": reason}))
-
-    def decision(self, version: VersionId) -> tuple[bool, str] | None:
-        """(accept, reason) as `decide` has it; None as long as nothing was said."""
-        text = self.home.refs.get(self._decision_ref(version))
-        noted = json.loads(text) if text else None
-        return noted and (bool(noted["accept"]), str(noted["reason"]))
-
-    def _decision_ref(self, version: VersionId) -> str:
-        return f"models/{self.model}/decisions/{version}"
-
-    def weigh(self, patch: PatchId, weight: float) -> None:
-        """λ of a patch in candidates that this home's maintainer proposes."""
-        self.home.refs.set(f"models/{self.model}/weights/{patch}", repr(float(weight)))
-
-    def weight_of(self, patch: PatchId) -> float:
-        """What `weigh` has said; else 1."""
-        return float(self.home.refs.get(f"models/{self.model}/weights/{patch}") or 1.0)
-
-    def agree_to_rollback(self, version: VersionId) -> None:
-        """This home's maintainer will accept a candidate on the head of now that restores the version."""
-        self.home.refs.set(f"models/{self.model}/rollback", f"{self.head} {version}")
-
-    def agrees(self, candidate: Candidate) -> bool:
-        """Whether `agree_to_rollback` was said of what the candidate restores."""
-        agreed = (self.home.refs.get(f"models/{self.model}/rollback") or "").split()
-        return agreed == [candidate.parent, self.restored_by(candidate)]
+    def agrees_to(self, candidate: Candidate) -> bool:
+        """Whether the candidate makes the rollback that this home's maintainer agrees to."""
+        return candidate.restores and self.notes.agrees_to_rollback(candidate.parent, self.restored_by(candidate))
 
     def restored_by(self, candidate: Candidate) -> VersionId:
-        """The oldest version with the values of a candidate that restores one; the base when no other has them."""
+        """The oldest version with the values of a candidate that restores one, and that restored none itself; the base
+        when no other has them."""
         if candidate.result == self.founding.base_values:
             return self.model
-        same = (version.id for version in self.versions if version.candidate.result == candidate.result)
+        made = (version for version in self.versions if not version.candidate.restores)
+        same = (version.id for version in made if version.candidate.result == candidate.result)
         return next(same, VersionId(self.model))
-
-    def _tag_ref(self, name: str) -> str:
-        return f"models/{self.model}/tags/{name}"
 
     def offer(self) -> LineageOffer:
         return LineageOffer(self.model, self.manifest.name, self.record, self.head)
@@ -263,12 +215,12 @@ class Lineage:
         if text == "base":
             return self.model
         every = {self.model: BASE_NUMBER, **{v.id: v.candidate.number for v in self.versions}}
-        if (tagged := self.tags.get(text)) in every:
+        if (tagged := self.notes.tags.get(text)) in every:
             return tagged
         try:
             wanted = VersionNumber.parse(text)
         except ValueError:
-            found = [v for v in every if len(text) >= 4 and v.startswith(text)]
+            found = [v for v in every if abbreviates(text, v)]
         else:
             found = [v for v, number in every.items() if number == wanted]
         if len(found) != 1:
@@ -278,11 +230,21 @@ class Lineage:
 
     def find_patch(self, text: str) -> PatchId:
         """By id or the beginning of one. Raises NotFound."""
-        found = [p for p in self.patches if len(text) >= 4 and p.startswith(text)]
+        found = [p for p in self.patches if abbreviates(text, p)]
         if len(found) != 1:
             what = "is not known here" if not found else "could be several patches"
             raise NotFound(f"Patch {text} {what}.", "See: p2pmodel patch list")
         return found[0]
+
+    def find_expert(self, version: VersionId, name: str) -> Expert:
+        """Raises NotFound."""
+        experts = {expert.name: expert for expert in self.experts(version)}
+        if name not in experts:
+            raise NotFound(
+                f"{self.manifest.name} {self.number(version)} has no expert {name[:64]!r}.",
+                f"It has: {', '.join(experts) or 'none'}.",
+            )
+        return experts[name]
 
     def result(self, version: VersionId) -> BlobRef | None:
         """The blob with the values of all slots at the version; None for a base whose slots are neutral."""
@@ -316,9 +278,7 @@ def known_lineages(home: Home) -> list[Lineage]:
 def find_lineage(home: Home, text: str) -> Lineage:
     """By name, id, or the beginning of one, among those that the home knows. Raises NotFound, or InvalidInput when
     several have the name."""
-    found = [
-        x for x in known_lineages(home) if x.manifest.name == text or (len(text) >= 4 and x.model.startswith(text))
-    ]
+    found = [x for x in known_lineages(home) if x.manifest.name == text or abbreviates(text, x.model)]
     if not found:
         raise NotFound(
             f"No model {text!r} is known here.", "See: p2pmodel model list; or name the folder of a checkpoint."

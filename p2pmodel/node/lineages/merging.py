@@ -117,13 +117,11 @@ def _steps(lineage: Lineage, version: VersionId) -> Iterator[tuple[Mapping[str, 
     """What merges made of the versions up to this one, the oldest of `momentum.REACH` first: back to the base, or to
     where people went back to an older version."""
     made: list[Candidate] = []
-    while version != lineage.model and len(made) < momentum.REACH:
-        candidate = lineage.version(version).candidate
-        if candidate.restores:
+    for candidate in reversed(lineage.chain(version)):
+        if candidate.restores or len(made) == momentum.REACH:
             break
         if candidate.patches:  # else it has the values of its parent
             made.append(candidate)
-        version = candidate.parent
     for candidate in reversed(made):
         unit = get_strategy(candidate.merge.strategy).unit(len(candidate.patches))
         before, after = version_state(lineage, candidate.parent), version_state(lineage, version_id(candidate))
@@ -143,7 +141,7 @@ def mean_control(lineage: Lineage, sources: Sequence[Source]) -> bytes | None:
 
     def given() -> Iterator[Variate]:
         for source in sources:
-            if source.control is not None and source.kind in variates.KINDS:
+            if source.control is not None and variates.has_mean(source.kind):
                 adapter = source.adapter()
                 places = control.places(adapter, read_change(lineage, source.kind, adapter), limit)
                 gradient = control.read(source.control(), places, limit)

@@ -10,6 +10,7 @@ from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.engine.training.resuming import MAX_PROGRESS_BYTES, Progress
 from p2pmodel.logic.retention import needed_blobs
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.node.lineages.notes import CONTRIBUTING
 from p2pmodel.store.gc import Collected, collect
 from p2pmodel.store.home import Home
 
@@ -89,7 +90,7 @@ def _referred(home: Home, value: str) -> set[Digest]:
 def _outlived(lineage: Lineage) -> Iterator[str]:
     """Refs of what a contributor's optimiser learned on versions that no training begins from any more: of each kind
     the one on the head stays, and the nearest before it."""
-    prefix = f"models/{lineage.model}/contributing/"
+    prefix = lineage.notes.ref(CONTRIBUTING, "")
     names = lineage.home.refs.names(prefix)
     chain = [v.id for v in reversed(lineage.versions)] + [VersionId(lineage.model)]
     for kind in sorted({name.removeprefix(prefix).partition("/")[0] for name in names}):

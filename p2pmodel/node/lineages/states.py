@@ -13,10 +13,11 @@ from p2pmodel.domain.modular import Experts
 from p2pmodel.domain.patch import Patch
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.store import patchfile
 from p2pmodel.tensors import blob, experts, variates
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds, get_kind, slots_of
-from p2pmodel.wire import bundle, canonical
+from p2pmodel.wire import canonical
 
 
 def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
@@ -24,13 +25,23 @@ def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
     ref = lineage.result(version)
     if ref is None:
         return neutral_state(lineage.manifest)
+    limit = result_limit(lineage.manifest, lineage.experts(version))
+    return blob.unpack(_load(lineage, version, ref, limit), lineage.slots(version), limit)
+
+
+def state_bytes(lineage: Lineage, version: VersionId) -> bytes:
+    """The blob of the version's slots; a neutral base's is made here. Raises NotFound."""
+    ref = lineage.result(version)
+    return blob.pack(neutral_state(lineage.manifest)) if ref is None else _load(lineage, version, ref)
+
+
+def _load(lineage: Lineage, version: VersionId, ref: BlobRef, limit: int | None = None) -> bytes:
     if not lineage.home.objects.has(ref.digest):
         raise NotFound(
             f"The values of version {short(version)} are not on this machine yet.",
             "A node of this home fetches them: p2pmodel join",
         )
-    limit = result_limit(lineage.manifest, lineage.experts(version))
-    return blob.unpack(lineage.home.objects.load(ref.digest, limit), lineage.slots(version), limit)
+    return lineage.home.objects.load(ref.digest, limit)
 
 
 def neutral_state(manifest: Manifest) -> dict[str, Tensor]:
@@ -42,8 +53,7 @@ def base_ref(manifest: Manifest) -> BlobRef:
     """Of the values of all slots at the base version; the neutral ones are nowhere kept."""
     if manifest.base_values is not None:
         return manifest.base_values
-    raw = blob.pack(neutral_state(manifest))
-    return BlobRef(canonical.digest(raw), len(raw))
+    return canonical.blob_ref(blob.pack(neutral_state(manifest)))
 
 
 def read_change(lineage: Lineage, kind: str, adapter: bytes) -> Change:
@@ -71,7 +81,7 @@ def patch_state(lineage: Lineage, patch: Patch) -> dict[str, Tensor]:
 
 def patch_file_state(lineage: Lineage, path: Path) -> dict[str, Tensor]:
     """The same of a patch file. Raises Rejected, NotFound."""
-    opened = bundle.open_bundle(path.read_bytes())
+    opened = patchfile.read(path)
     change = read_change(lineage, opened.patch.kind, opened.raw.adapter)
     new_experts(lineage, opened.patch, change)
     return change.applied_to(version_state(lineage, opened.patch.parent))
@@ -91,7 +101,7 @@ def round_mean(lineage: Lineage, version: VersionId, kind: str) -> dict[str, Ten
     while version != lineage.model and lineage.version(version).candidate.amends:
         version = lineage.version(version).candidate.parent  # whose values it has
     ref = None if version == lineage.model else lineage.version(version).candidate.control
-    if ref is None or kind not in variates.KINDS:
+    if ref is None or not variates.has_mean(kind):
         return None
     limit, manifest = result_limit(lineage.manifest, lineage.experts(version)), lineage.manifest
     mean = variates.read_mean(lineage.home.objects.load(ref.digest, limit), manifest.kinds, manifest.slots, limit)

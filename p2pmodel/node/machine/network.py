@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from p2pmodel.domain.errors import P2PModelError
-from p2pmodel.domain.ids import PeerId
-from p2pmodel.domain.swarm import LEASE_SECONDS
+from p2pmodel.domain.ids import PeerId, short
+from p2pmodel.domain.swarm import CLAIM_SECONDS, LEASE_SECONDS
 from p2pmodel.node.machine.checkup import Finding
 from p2pmodel.swarm.addresses import parse_peer_address
 from p2pmodel.swarm.host import PeerHost
@@ -46,7 +46,7 @@ async def _examine(host: PeerHost, peer: PeerId, address: str) -> list[Finding]:
     findings = [Finding("peers", "ok", f"{name} can be reached from here ({took:.2f} s to connect)")]
     try:
         offers = await lineages(host, peer)
-        have = ", ".join(f"{offer.name} ({offer.model[:10]})" for offer in offers) or "no model"
+        have = ", ".join(f"{offer.name} ({short(offer.model)})" for offer in offers) or "no model"
         findings.append(Finding("peers", "ok", f"{name} has {have}"))
     except P2PModelError as error:
         findings.append(Finding("peers", "note", f"{name} does not say what it has: {error.message}"))
@@ -62,7 +62,8 @@ async def _compare_clocks(host: PeerHost, peer: PeerId, name: str) -> Finding:
     text = f"the clock of {name} is {abs(offset):.2f} s {'ahead of' if offset >= 0 else 'behind'} this one's ({trip})"
     if abs(offset) < SKEW_SECONDS:
         return Finding("clock", "ok", text)
-    advice = "one of the two is wrong: `timedatectl` on both; leases hold for 30 s by the reader's clock"
+    advice = "one of the two is wrong: `timedatectl` on both; "
+    advice += f"leases hold for {CLAIM_SECONDS:.0f} s by the reader's clock"
     return Finding("clock", "bad" if abs(offset) >= LEASE_SECONDS else "note", text, advice)
 
 

@@ -5,16 +5,18 @@ What to move to, and who gives way where several want the same, `logic/relocatio
 """
 
 import asyncio
+import gc
 import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 from p2pmodel.domain.errors import P2PModelError
 from p2pmodel.logic.keeping_up import Heads
 from p2pmodel.logic.relocation import CONFIRM_SECONDS
-from p2pmodel.node.hosting.hosting import release_memory
 from p2pmodel.node.lineages.heads import first_heads, next_heads
 from p2pmodel.node.lineages.lineage import Lineage
 
@@ -149,4 +151,6 @@ class Mover(ABC, Generic[Move, Loaded]):
         self._say(f"serving {self._served()}")
         await self._retire(before)
         del before
-        release_memory()
+        gc.collect()  # a stage's modules and hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from p2pmodel.engine.head import RemoteApplier, load_head
 from p2pmodel.node.asking.client import SwarmClient
 from p2pmodel.node.patches.contributing import Assignment
 from p2pmodel.tensors import ia3
-from p2pmodel.tensors.kinds import Trainee
+from p2pmodel.tensors.patch_kind import Trainee
 
 DEFAULT_CODEC = "bf16"
 """Half the bytes of fp32, and rounds a gradient by 0.4 % at most; scripts/bench/training.py compares the others."""

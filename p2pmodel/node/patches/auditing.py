@@ -32,14 +32,15 @@ from p2pmodel.engine.training.optimising import Optimiser
 from p2pmodel.engine.training.recipes import TrainingOptions
 from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.engine.training.trainees import new_trainee
-from p2pmodel.node.evidence import Find, in_order, verified
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.machine.processor import processor
-from p2pmodel.node.patches.contributing import FOUR_BITS, rounded
+from p2pmodel.node.patches.contributing import rounded
+from p2pmodel.node.patches.evidence import Find, in_order, verified
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.node.patches.replaying import demand_memory, kind_options_of, options_of
 from p2pmodel.tensors import blob, compact
-from p2pmodel.tensors.kinds import Trainee, get_kind
+from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.patch_kind import Fit, Trainee
 from p2pmodel.wire import canonical
 
 CLOSE, CLOSE_IN_BF16 = 0.005, 0.25
@@ -184,7 +185,7 @@ class _Scene:
             return False
         try:
             values = blob.unpack(raw, None, len(raw))
-            if self.patch.kind not in FOUR_BITS or shapes_of(values) != shapes_of(self.trainee.adapter()):
+            if get_kind(self.patch.kind).fit is not Fit.SLOTS or shapes_of(values) != shapes_of(self.trainee.adapter()):
                 return True
             given = rounded(self.patch.kind, values, self.state)
         except (Rejected, ValueError):  # the latter for what is too far from the parent to be said in four bits

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from p2pmodel import __version__
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected, UsageError
-from p2pmodel.domain.ids import PatchId, VersionId
-from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.ids import PatchId, VersionId, abbreviates
+from p2pmodel.domain.model import MergeSpec
 from p2pmodel.domain.patch import MAX_FILES, DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.exams import Examiner, Suite, search_alpha
@@ -21,14 +22,13 @@ from p2pmodel.node.lineages.bases import find_base
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
 from p2pmodel.node.lineages.merging import Source, combine, stored
 from p2pmodel.node.lineages.states import read_masses, version_state
+from p2pmodel.store import patchfile
 from p2pmodel.store.home import Home
-from p2pmodel.store.scratch import Scratch
 from p2pmodel.tensors import blob, compact
-from p2pmodel.tensors.changes import factors
-from p2pmodel.tensors.ia3 import PREFIX as IA3_PREFIX
-from p2pmodel.tensors.kinds import Kinds, get_kind
+from p2pmodel.tensors.kinds import BUILT_IN, Kinds, get_kind
 from p2pmodel.tensors.merging import apply_update, get_strategy
-from p2pmodel.wire import bundle, canonical
+from p2pmodel.tensors.patch_kind import Fit, PatchKind
+from p2pmodel.wire import canonical
 
 State = Mapping[str, Tensor]
 
@@ -72,6 +72,8 @@ def blend(
 
     Raises UsageError, NotFound, Rejected, InvalidInput when they have no parent or no slots in common.
     """
+    if alpha is not None and not isfinite(alpha):
+        raise UsageError(f"A merge can't have the scale {alpha}.", "Give --alpha a number, or leave it out.")
     if unknown := sorted(weights.keys() - set(texts)):
         raise UsageError(f"--lambda names {unknown[0][:64]!r}, which is none of the patches.", "Write it as PATCH=0.5.")
     lineage, opened = _read(home, texts)
@@ -96,21 +98,26 @@ def blend(
     if alpha is None:
         alpha, tuned = _tune(lineage, home, base, before, update, get_strategy(chosen.strategy).unit(len(sources)))
     held = sorted({slot for source in sources for slot in source.change(lineage).values})
-    kind, adapter = _adapter(before, update, alpha, held)
-    fisher = _fisher(lineage, sources, before, held)
+    kind, masses = _kind(lineage, held[0]), _masses(lineage, sources, before, held)
+    adapter: dict[str, Tensor] = {}
+    fisher: dict[str, Tensor] = {}
+    for slot in held:
+        scaled = update[slot] * alpha
+        if not bool(scaled.float().isfinite().all()):
+            raise Rejected("finite", f"The merge of slot {slot} is not finite.")
+        adapter |= kind.adapter_of({slot: scaled}, before, rank=0)[0]
+        fisher |= kind.reduced(slot, masses[slot], scaled)
     blobs = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
     options = {**dict(chosen.parameters), "alpha": alpha}
-    patch = merged_header(lineage, parent, headers, kind, chosen.strategy, options, blobs)
-    record = home.key.sign("patch", patch)
-    file = bundle.pack(record, *blobs)
-    Scratch(output.resolve().parent).write(output, file, 0o644)
+    patch = merged_header(lineage, parent, headers, kind.name, chosen.strategy, options, blobs)
+    patch_id, size = patchfile.write(output, home.key, patch, *blobs)
     return Blend(
-        canonical.digest(record),
-        kind,
+        patch_id,
+        kind.name,
         str(lineage.number(patch.parent)),
         alpha,
         {source.id: source.weight for source in sources},
-        len(file),
+        size,
         tuned,
         _influences(lineage, parent, before, sources, chosen, update, alpha) if explain else (),
     )
@@ -124,12 +131,12 @@ def _read(home: Home, texts: Sequence[str]) -> tuple[Lineage, list[tuple[Patch, 
     for text in texts:
         if Path(text).is_file():
             path = Path(text)
-            raw = bundle.open_bundle(path.read_bytes())
+            raw = patchfile.read(path)
             own = next((x for x in known if x.model == raw.patch.model), None)
             source = Source(raw.id, raw.patch.kind, _part(path, raw.id, 0), _part(path, raw.id, 1), None)
             found.append((raw.patch, source))
         else:
-            own = next((x for x in known if any(len(text) >= 4 and p.startswith(text) for p in x.patches)), None)
+            own = next((x for x in known if any(abbreviates(text, p) for p in x.patches)), None)
             if own is not None:
                 patch = own.find_patch(text)
                 found.append((own.patches[patch], stored(own, patch)))
@@ -147,7 +154,7 @@ def _part(path: Path, patch: PatchId, number: int) -> Callable[[], bytes]:
     """A blob of a patch file, read when it is wanted. Raises Rejected when the file is another one by then."""
 
     def read() -> bytes:
-        opened = bundle.open_bundle(path.read_bytes())
+        opened = patchfile.read(path)
         if opened.id != patch:
             raise Rejected("digest", f"{path} was changed while it was read.")
         return opened.raw.blobs[number]
@@ -175,16 +182,17 @@ def _tune(
     return unit * best, (mean(parent), mean(scores[best]))
 
 
-def _adapter(before: State, update: State, alpha: float, held: Sequence[str]) -> tuple[str, dict[str, Tensor]]:
-    """(kind, what its blob holds)."""
-    if held[0].startswith(IA3_PREFIX):
-        merged = apply_update(before, update, alpha)
-        return "ia3@1", {slot: merged[slot] for slot in held}
-    return "dense@1", {slot: (update[slot] * alpha).to(torch.float32) for slot in held}
+def _kind(lineage: Lineage, slot: str) -> PatchKind:
+    """That can hold whatever becomes of such slots. Raises InvalidInput."""
+    known = [get_kind(name) for name in (*lineage.manifest.kinds, *BUILT_IN)]
+    best = max((kind for kind in known if slot.startswith(kind.prefix)), key=lambda kind: kind.fit)
+    if best.fit < Fit.ANY:
+        raise InvalidInput(f"No patch of kind {best.name} can hold a merge.", "Publish them all: a round merges them.")
+    return best
 
 
-def _fisher(lineage: Lineage, sources: Sequence[Source], before: State, held: Sequence[str]) -> dict[str, Tensor]:
-    """The mean of the patches' own, weighted by λ, as the merged patch's kind keeps it."""
+def _masses(lineage: Lineage, sources: Sequence[Source], before: State, held: Sequence[str]) -> dict[str, Tensor]:
+    """The mean of the patches' Fishers by slot, weighted by λ."""
     total = {slot: torch.zeros(before[slot].shape, dtype=torch.float64) for slot in held}
     for source in sources:
         change = source.change(lineage)
@@ -192,10 +200,7 @@ def _fisher(lineage: Lineage, sources: Sequence[Source], before: State, held: Se
         for slot in change.values:
             total[slot] += masses[slot].double().clamp(min=0).view(total[slot].shape) * source.weight
     weight = sum(source.weight for source in sources)
-    merged = {slot: (mass / weight).to(torch.float32) for slot, mass in total.items()}
-    if held[0].startswith(IA3_PREFIX):
-        return merged
-    return {name: part for slot, mass in merged.items() for name, part in factors(slot, mass).items()}
+    return {slot: (mass / weight).to(torch.float32) for slot, mass in total.items()}
 
 
 def merged_header(
@@ -222,7 +227,7 @@ def merged_header(
         fisher_examples=1,
         kind_options=tuple(sorted(options.items())),
     )
-    adapter, fisher = (BlobRef(canonical.digest(raw), len(raw)) for raw in blobs)
+    adapter, fisher = map(canonical.blob_ref, blobs)
     return Patch(
         contributor=lineage.home.key.peer,
         model=lineage.model,

@@ -21,20 +21,18 @@ from p2pmodel.logic.admission import check_patch
 from p2pmodel.node.lineages.branches import Family, demand_one_base
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.origins import proven_origins, values_at
-from p2pmodel.node.lineages.states import version_state
+from p2pmodel.node.lineages.states import patch_change, version_state
 from p2pmodel.node.patches.blending import merged_header
 from p2pmodel.node.patches.rebasing import masses_of, mean_mass
-from p2pmodel.store.scratch import Scratch
-from p2pmodel.tensors import blob, compact, fish, lora
-from p2pmodel.tensors.changes import NOT_HELD, factors
+from p2pmodel.store import patchfile
+from p2pmodel.tensors import blob, compact
+from p2pmodel.tensors.changes import NOT_HELD, Product
 from p2pmodel.tensors.kinds import get_kind
-from p2pmodel.tensors.rebase import factored, moved
-from p2pmodel.wire import bundle, canonical
+from p2pmodel.tensors.patch_kind import Fit, PatchKind
+from p2pmodel.tensors.rebase import moved
 
 MERGED = "merged branches"
 """In a recipe: nothing was trained."""
-VECTORS, WEIGHTS = "ia3@1", ("dense@1", "fish@1", "lora@1")
-"""Kinds that can hold any change of vectors, and of weights, the most exact first."""
 MAX_RANK = 64
 
 State = Mapping[str, Tensor]
@@ -90,7 +88,7 @@ def merge_branches(mine: Lineage, other: Lineage, output: Path, kind: str | None
         raise InvalidInput(f"{other.manifest.name} has changed nothing {since} that {mine.manifest.name} has not.")
     their_patches, own_patches = (family.between(lineage, parting.at) for lineage in (other, mine))
     chosen = _kind(mine, fitting, kind)
-    slots = [name for name in fitting if name.startswith(get_kind(chosen).prefix)]
+    slots = [name for name in fitting if name.startswith(chosen.prefix)]
     their_masses, own_masses = (
         [masses_of(lineage, lineage.patches[patch]) for lineage, patch in found]
         for found in (their_patches, own_patches)
@@ -106,23 +104,21 @@ def merge_branches(mine: Lineage, other: Lineage, output: Path, kind: str | None
         new = moved(update, shift, torch.where(held, mass, NOT_HELD), own_mass)
         sums += torch.stack([(update**2).sum(), (shift**2).sum(), (new**2).sum(), (update * shift).sum()])
         updates[name] = new.float()
-        fisher |= _fisher(chosen, name, mass.float(), updates[name])
+        fisher |= chosen.reduced(name, mass.float(), updates[name])
     if not any(bool(update.any()) for update in updates.values()):
         raise InvalidInput(f"What {other.manifest.name} has changed weighs nothing, by the Fishers of its patches.")
-    ranks = [_rank(lineage, patch) for lineage, patch in their_patches]
-    adapter, kept = _adapter(chosen, own, updates, min(MAX_RANK, sum(ranks)))
+    ranks = [_rank(lineage, patch) for lineage, patch in their_patches] if chosen.fit is Fit.PART else []
+    adapter, kept = chosen.adapter_of(updates, own, rank=min(MAX_RANK, sum(ranks)))
     raw = [blob.pack(adapter), blob.pack(compact.encode(fisher))]
     headers = [lineage.patches[patch] for lineage, patch in their_patches]
-    patch = merged_header(mine, mine.head, headers, chosen, MERGED, {}, raw)
+    patch = merged_header(mine, mine.head, headers, chosen.name, MERGED, {}, raw)
     check_patch(patch, mine.manifest, mine.head, (mine.head,), model=mine.model)
-    record = mine.home.key.sign("patch", patch)
-    file = bundle.pack(record, *raw)
-    Scratch(output.resolve().parent).write(output, file, 0o644)
+    patch_id, size = patchfile.write(output, mine.home.key, patch, *raw)
     their_norm, own_norm, norm = sums[:3].sqrt().tolist()
     return MergedBranch(
-        canonical.digest(record),
+        patch_id,
         patch,
-        len(file),
+        size,
         (family.name(parting.at.model), number),
         tuple(patch for _, patch in their_patches),
         tuple(patch for _, patch in own_patches),
@@ -136,65 +132,36 @@ def merge_branches(mine: Lineage, other: Lineage, output: Path, kind: str | None
     )
 
 
-def _kind(mine: Lineage, slots: Sequence[str], wanted: str | None) -> str:
+def _kind(mine: Lineage, slots: Sequence[str], wanted: str | None) -> PatchKind:
     """Raises InvalidInput."""
     taken = mine.manifest.kinds
+    known = sorted((get_kind(name) for name in taken), key=lambda kind: -kind.fit)  # the most exact first
+    holding = {kind.name: kind for kind in known if kind.fit is not Fit.NONE}
     if wanted is not None:
-        if wanted not in taken or wanted not in (VECTORS, *WEIGHTS):
+        if wanted not in holding:
             raise InvalidInput(
                 f"{mine.manifest.name} takes no patches of kind {wanted[:32]!r} that hold what was merged.",
                 f"It takes {', '.join(taken)}.",
             )
-        if not any(name.startswith(get_kind(wanted).prefix) for name in slots):
+        if not any(name.startswith(holding[wanted].prefix) for name in slots):
             raise InvalidInput(f"Nothing has changed that a patch of kind {wanted} can hold.", "Leave --kind out.")
-        return wanted
-    fitting = [kind for kind in (VECTORS, *WEIGHTS) if kind in taken]
-    prefixes = {get_kind(kind).prefix: kind for kind in reversed(fitting)}
+        return holding[wanted]
+    prefixes = {kind.prefix: kind for kind in reversed(holding.values())}
     found = [kind for prefix, kind in prefixes.items() if any(name.startswith(prefix) for name in slots)]
     if len(found) > 1:
         raise InvalidInput(
             "Vectors and weights have changed, which do not fit into one patch.",
-            f"Merge them one after the other: --kind {' and --kind '.join(sorted(found))}.",
+            f"Merge them one after the other: --kind {' and --kind '.join(sorted(kind.name for kind in found))}.",
         )
     if not found:
         raise InvalidInput(f"No patch that {mine.manifest.name} takes can hold what has changed.")
     return found[0]
 
 
-def _adapter(kind: str, own: State, updates: State, rank: int) -> tuple[dict[str, Tensor], float]:
-    """(what the blob holds, the share of the update that it has room for). Raises InvalidInput."""
-    if kind == VECTORS:
-        return {name: (own[name].double() + update.double()).float() for name, update in updates.items()}, 1.0
-    if kind == "lora@1":
-        matrices = {name: update for name, update in updates.items() if update.ndim == 2}
-        if not matrices:
-            raise InvalidInput("Only matrices can be merged into factors, and none has changed.")
-        return factored(matrices, rank)
-    if kind == "fish@1":
-        flat = {name: update.reshape(-1) for name, update in updates.items() if bool(update.any())}
-        places = {name: update.nonzero().view(-1) for name, update in flat.items()}
-        held = {name + fish.INDEX: index.to(torch.int32) for name, index in places.items()}
-        return held | {name + fish.VALUE: flat[name][index] for name, index in places.items()}, 1.0
-    return dict(updates), 1.0
-
-
-def _fisher(kind: str, name: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
-    """What the Fisher blob is of, of one slot."""
-    if kind == VECTORS:
-        return {name: mass}
-    if kind == "fish@1":
-        index = update.reshape(-1).nonzero().view(-1)
-        return {name + fish.VALUE: mass.reshape(-1)[index]} if len(index) else {}
-    return {} if kind == "lora@1" and update.ndim != 2 else factors(name, mass)
-
-
 def _rank(lineage: Lineage, patch: PatchId) -> int:
     """The largest rank that a patch's update of a matrix can have."""
-    noun = lineage.patches[patch]
-    if noun.kind != "lora@1":
-        return MAX_RANK
-    raw = lineage.home.objects.load(noun.adapter.digest, lineage.largest_patch)
-    return max(len(tensor) for name, tensor in blob.unpack(raw, None, len(raw)).items() if name.endswith(lora.A))
+    values = patch_change(lineage, lineage.patches[patch]).values
+    return values.rank if isinstance(values, Product) else MAX_RANK
 
 
 def _shape(state: State, name: str) -> tuple[int, ...] | None:

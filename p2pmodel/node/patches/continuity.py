@@ -5,7 +5,7 @@ and gives the same patch.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from p2pmodel.domain.errors import NotFound, StorageError
 from p2pmodel.domain.ids import Digest, VersionId
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.notes import CONTRIBUTING
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.control import CONTINUED
+from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.wire import canonical
 
 
@@ -33,10 +34,10 @@ class Inheritance:
 def inherited(lineage: Lineage, kind: str, parent: VersionId, layout: str) -> Inheritance | None:
     """From the latest training on an ancestor of `parent`; None when there is none, or it was of other parameters, or
     the home has lost it."""
-    if kind not in CONTINUED:
+    if not get_kind(kind).continued:
         return None
-    for version in _ancestors(lineage, parent):
-        text = lineage.home.refs.get(_name(lineage, kind, version))
+    for made in reversed(lineage.chain(parent)):
+        text = lineage.home.refs.get(_name(lineage, kind, made.parent))
         if text is None:
             continue
         noted = json.loads(text)
@@ -61,7 +62,7 @@ def bequeath(
     error: Mapping[str, Tensor] | None,
 ) -> None:
     """Notes it for the trainings on later versions than `parent`."""
-    if kind not in CONTINUED:
+    if not get_kind(kind).continued:
         return
     put = lineage.home.objects.put
     digests = {
@@ -80,14 +81,8 @@ def layout_of(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -
     return canonical.digest(canonical.encode([shapes, blob.pack(places)]))[:32]  # no object has this digest
 
 
-def _ancestors(lineage: Lineage, version: VersionId) -> Iterator[VersionId]:
-    while version != lineage.model:
-        version = lineage.version(version).candidate.parent
-        yield version
-
-
 def _name(lineage: Lineage, kind: str, version: VersionId) -> str:
-    return f"models/{lineage.model}/contributing/{kind.replace('@', '-')}/{version}"
+    return lineage.notes.ref(CONTRIBUTING, kind.replace("@", "-"), version)
 
 
 def _tensors(lineage: Lineage, digest: str | None) -> dict[str, Tensor] | None:

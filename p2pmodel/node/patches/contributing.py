@@ -16,29 +16,23 @@ from transformers import PreTrainedModel
 from p2pmodel import __version__
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import Digest, PatchId, VersionId
-from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
 from p2pmodel.engine.training.loop import OPTIMIZER, Step, Trained, train
 from p2pmodel.engine.training.pace import Pace, measure
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.node.machine.processor import processor
 from p2pmodel.node.patches import continuity
 from p2pmodel.node.patches.savepoints import Savepoints
-from p2pmodel.store.scratch import Scratch
+from p2pmodel.store import patchfile
 from p2pmodel.tensors import blob, compact, control, fourbit
-from p2pmodel.tensors.kinds import Trainee, get_kind
-from p2pmodel.tensors.variates import KINDS
+from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.tensors.patch_kind import Fit, KindOptions, Trainee
 from p2pmodel.wire import bundle, canonical
-
-FOUR_BITS = KINDS
-"""Kinds whose updates can be sent in four bits a value."""
-KIND_OPTIONS = {"expert@1": ("rank", "router"), "fish@1": ("density", "mask_examples"), "lora@1": ("alpha", "rank")}
-"""By kind, those of `KindOptions` that it asks for; sorted."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Assignment:
 
     @property
     def options_of_kind(self) -> tuple[tuple[str, float], ...]:
-        return tuple((name, float(getattr(self.kind_options, name))) for name in KIND_OPTIONS.get(self.kind, ()))
+        return tuple((name, float(getattr(self.kind_options, name))) for name in get_kind(self.kind).options)
 
 
 class Workplace(Protocol):
@@ -228,7 +222,7 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
     load = partial(data.load, tokenizer=tokenizer, skip_broken=assignment.skip_broken)
     if assignment.bits not in (4, 32):
         raise InvalidInput(f"A value of a patch takes 4 or 32 bits, not {assignment.bits}.")
-    if assignment.bits == 4 and kind.name not in FOUR_BITS:
+    if assignment.bits == 4 and kind.fit is not Fit.SLOTS:
         raise InvalidInput(f"Patches of kind {kind.name} cannot be rounded to 4 bits a value.", "Use --bits 32.")
     corpus = load(assignment.files)
     validation = load(assignment.validation) if assignment.validation else None
@@ -245,7 +239,7 @@ def _ready(assignment: Assignment, workplace: Workplace) -> Iterator[_Ready]:
         adapter = trainee.adapter()
         if options.fisher == "adam":
             kind.fisher_of({name: torch.zeros_like(p, device="cpu") for name, p in trainee.parameters.items()})
-        if options.control and kind.name not in control.CONTINUED:
+        if options.control and not kind.continued:
             raise InvalidInput(f"Patches of kind {kind.name} have no control variate.", "Leave out --control.")
         layout = continuity.layout_of(trainee.parameters, adapter)
         past = (
@@ -321,14 +315,12 @@ def _written(ready: _Ready, trained: Trained, output: Path) -> NewPatch:
         (trained.checkpoints, trained.states),
         None if adapter == exact else canonical.digest(exact),
     )
-    header = lineage.home.key.sign("patch", patch)
-    file = bundle.pack(header, adapter, fisher, variate)
-    Scratch(output.resolve().parent).write(output, file, 0o644)
+    patch_id, size = patchfile.write(output, lineage.home.key, patch, adapter, fisher, variate)
     read = None if variate is None else control.read(variate, control.parameters(trained.adapter), len(variate))
     continuity.bequeath(lineage, assignment.kind, assignment.parent, ready.layout, trained.final_state, read, left)
     ready.savepoints.forget(keep=trained.states[-1])
     skipped = sum(source.skipped for source in (*ready.sources, *ready.validation))
-    return NewPatch(canonical.digest(header), patch, trained, len(file), skipped)
+    return NewPatch(patch_id, patch, trained, size, skipped)
 
 
 def _patch(
@@ -354,8 +346,8 @@ def _patch(
         model=lineage.model,
         parent=assignment.parent,
         kind=assignment.kind,
-        adapter=_ref(adapter),
-        fisher=_ref(fisher),
+        adapter=canonical.blob_ref(adapter),
+        fisher=canonical.blob_ref(fisher),
         samples=max(1, samples),
         loss_before=losses[0],
         loss_after=losses[1],
@@ -372,7 +364,7 @@ def _patch(
             correction=None if ready.correction is None else canonical.digest(blob.pack(ready.correction)),
             chosen=chosen,
         ),
-        control=None if variate is None else _ref(variate),
+        control=None if variate is None else canonical.blob_ref(variate),
     )
 
 
@@ -382,8 +374,7 @@ def _adapter_blob(assignment: Assignment, adapter: Mapping[str, Tensor], parent:
 
 def rounded(kind: str, adapter: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> bytes:
     """The blob of the updates in four bits a value. adapter: as the kind has it in 32; parent: values by slot."""
-    relative = kind == "dense@1"
-    updates = adapter if relative else {name: value - parent[name] for name, value in adapter.items()}
+    updates = adapter if get_kind(kind).relative else {name: value - parent[name] for name, value in adapter.items()}
     return blob.pack(fourbit.encode(updates)[0])
 
 
@@ -397,7 +388,3 @@ def _data_files(sources: tuple[data.Source, ...], licence: str) -> tuple[DataFil
 
 def _packages() -> tuple[tuple[str, str], ...]:
     return ("p2pmodel", __version__), *((name, installed(name)) for name in ("torch", "transformers"))
-
-
-def _ref(raw: bytes) -> BlobRef:
-    return BlobRef(canonical.digest(raw), len(raw))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from p2pmodel.domain.ids import short
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import read_texts
 from p2pmodel.engine.evaluation import evaluate
@@ -39,7 +40,7 @@ def evaluate_files(
     else:
         entry = read_patch(home, patch)
         state = patch_state(lineage, entry.patch)
-        what = f"{lineage.manifest.name} {entry.parent_number} with patch {entry.id[:10]}"
+        what = f"{lineage.manifest.name} {entry.parent_number} with patch {short(entry.id)}"
     folder_of_base = find_base(folder, lineage, base)
     result = evaluate(
         load_whole(folder_of_base),

@@ -26,7 +26,7 @@ from p2pmodel.engine.weights import read_json
 from p2pmodel.node.lineages import hub
 from p2pmodel.node.lineages.branches import Family
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import read_change, version_state
+from p2pmodel.node.lineages.states import neutral_state, read_change, version_state
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.store.disk import storage_error
 from p2pmodel.tensors import blob, ia3
@@ -66,7 +66,7 @@ def export_adapter(opened: OpenedPatch, base: Path, folder: Path, onto: Path | N
             adapter = adapters.through_vectors(adapter, model, parent)
     else:
         others = {n: t for n, t in parent.items() if not (patch.kind == "ia3@1" and n.startswith(ia3.PREFIX))}
-        if patch.kind in adapters.KINDS.values() and _differs(others):
+        if patch.kind in adapters.KINDS.values() and _differs(others, lineage):
             number = lineage.number(patch.parent)
             raise InvalidInput(
                 f"The patch is on {lineage.manifest.name} {number}, which an adapter on the base cannot contain.",
@@ -210,8 +210,10 @@ def _relative(adapter: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> di
     return {n: (t.double() / parent[n].double()).float() for n, t in adapter.items()}
 
 
-def _differs(state: Mapping[str, Tensor]) -> bool:
-    return any(bool((t != (1 if name.startswith(ia3.PREFIX) else 0)).any()) for name, t in state.items())
+def _differs(state: Mapping[str, Tensor], lineage: Lineage) -> bool:
+    """From the base."""
+    neutral = neutral_state(lineage.manifest)
+    return any(name not in neutral or not torch.equal(tensor, neutral[name]) for name, tensor in state.items())
 
 
 def _source(lineage: Lineage) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 from p2pmodel import __version__
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import PatchId, VersionId
-from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.engine import data
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole, read_checkpoint
@@ -22,10 +21,10 @@ from p2pmodel.node.lineages.bases import is_base_of
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import read_change, version_state
 from p2pmodel.node.patches.exporting import marked_version, skeleton
-from p2pmodel.store.scratch import Scratch
+from p2pmodel.store import patchfile
 from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.changes import Change
-from p2pmodel.wire import bundle, canonical
+from p2pmodel.wire import canonical
 
 IMPORTED, FLAT = "imported", "flat"
 """In a recipe: who the optimiser was, and a Fisher that says the same of all values."""
@@ -88,8 +87,8 @@ def import_adapter(
         model=lineage.model,
         parent=parent,
         kind=adapter.kind,
-        adapter=_ref(raw),
-        fisher=_ref(fisher),
+        adapter=canonical.blob_ref(raw),
+        fisher=canonical.blob_ref(fisher),
         samples=max(1, sum(source.examples for source in sources)),
         loss_before=measured.loss_before,
         loss_after=measured.loss_after,
@@ -102,10 +101,8 @@ def import_adapter(
             checkpoints=(),
         ),
     )
-    header = lineage.home.key.sign("patch", patch)
-    file = bundle.pack(header, raw, fisher)
-    Scratch(output.resolve().parent).write(output, file, 0o644)
-    return ImportedPatch(canonical.digest(header), patch, how, len(file))
+    patch_id, size = patchfile.write(output, lineage.home.key, patch, raw, fisher)
+    return ImportedPatch(patch_id, patch, how, size)
 
 
 def _parent(lineage: Lineage, named: str, version: VersionId | None, assume_base: bool) -> VersionId:
@@ -143,7 +140,3 @@ def _measured(
     parts = data.split(corpus, sequence=options.sequence, seed=options.seed)
     found = measure(load_whole(base), kind, state, values, change.fisher_places, parts, options)
     return tuple(corpus.sources), found
-
-
-def _ref(raw: bytes) -> BlobRef:
-    return BlobRef(canonical.digest(raw), len(raw))

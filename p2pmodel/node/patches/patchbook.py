@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2pmodel.domain.errors import InvalidInput, NotFound
-from p2pmodel.domain.ids import PatchId, short
+from p2pmodel.domain.errors import NotFound
+from p2pmodel.domain.ids import PatchId, abbreviates, short
 from p2pmodel.domain.patch import Patch
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
+from p2pmodel.store import patchfile
 from p2pmodel.store.home import Home
-from p2pmodel.wire import bundle
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def read_patch(home: Path | None, text: str) -> PatchEntry:
     folder = Home.open(home)
     path = Path(text)
     if path.is_file():
-        opened = bundle.open_bundle(_read(path))
+        opened = patchfile.read(path)
         lineage = next((x for x in known_lineages(folder) if x.model == opened.patch.model), None)
         if lineage is None:
             return PatchEntry(
@@ -45,7 +45,7 @@ def read_patch(home: Path | None, text: str) -> PatchEntry:
             opened.id, opened.patch, lineage.manifest.name, _parent(lineage, opened.patch), "not published"
         )
     for lineage in known_lineages(folder):
-        matching = [p for p in lineage.patches if len(text) >= 4 and p.startswith(text)]
+        matching = [p for p in lineage.patches if abbreviates(text, p)]
         if len(matching) == 1:
             return _entry(lineage, matching[0])
     raise NotFound(f"{text!r} is neither a patch file nor the id of a known patch.", "See: p2pmodel patch list")
@@ -70,7 +70,7 @@ def open_patch(home: Path | None, text: str) -> OpenedPatch:
     if path.is_file():
         from p2pmodel.node.lineages.intake import check_tensors  # loads torch, which a patch's header can do without
 
-        opened = bundle.open_bundle(_read(path))
+        opened = patchfile.read(path)
         lineage = _lineage(folder, opened.patch)
         raw = opened.raw
         check_tensors(lineage, opened.patch, *raw.blobs)
@@ -96,8 +96,7 @@ def verify_patch(home: Path | None, text: str) -> PatchEntry:
     folder = Home.open(home)
     path = Path(text)
     if path.is_file():
-        raw = _read(path)
-        check_patch_file(_lineage(folder, bundle.open_bundle(raw).patch), raw)
+        check_patch_file(_lineage(folder, patchfile.read(path).patch), path.read_bytes())
     else:
         entry = read_patch(home, text)
         check_stored_patch(_lineage(folder, entry.patch), entry.id)
@@ -111,15 +110,6 @@ def _lineage(home: Home, patch: Patch) -> Lineage:
     raise NotFound(
         f"The patch is for model {short(patch.model)}, which is not known here.", "Join its swarm first: p2pmodel join"
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if (size := path.stat().st_size) > bundle.MAX_BUNDLE_BYTES:
-            raise InvalidInput(f"{path} has {size} bytes, and a patch file {bundle.MAX_BUNDLE_BYTES} at most.")
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"{path} can't be read: {error.strerror}.") from None
 
 
 def _entry(lineage: Lineage, patch_id: PatchId) -> PatchEntry:

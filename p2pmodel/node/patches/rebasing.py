@@ -1,7 +1,7 @@
 """`p2pmodel rebase`: a patch moves to another version, of its own lineage or of one with another base."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,22 +11,20 @@ from torch import Tensor
 from p2pmodel import __version__
 from p2pmodel.domain.errors import InvalidInput, NotFound
 from p2pmodel.domain.ids import PatchId, VersionId
-from p2pmodel.domain.model import BlobRef
 from p2pmodel.domain.modular import KIND
 from p2pmodel.domain.patch import Patch
-from p2pmodel.domain.version import Candidate
 from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import read_texts
 from p2pmodel.engine.evaluation import evaluate
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import read_change, read_masses, version_state
 from p2pmodel.node.patches.patchbook import OpenedPatch
-from p2pmodel.store.scratch import Scratch
-from p2pmodel.tensors import blob, compact, fish, lora
+from p2pmodel.store import patchfile
+from p2pmodel.tensors import blob, compact
 from p2pmodel.tensors.changes import NOT_HELD, Change
-from p2pmodel.tensors.kinds import Kinds
-from p2pmodel.tensors.rebase import factored, moved
-from p2pmodel.wire import bundle, canonical
+from p2pmodel.tensors.kinds import Kinds, get_kind
+from p2pmodel.tensors.rebase import moved
+from p2pmodel.wire import canonical
 
 REBASED = "rebased"
 """In a recipe: nothing was trained."""
@@ -89,7 +87,7 @@ def rebase(
     same = [name for name in names if name in state and tuple(state[name].shape) == change.shape(name)]
     if not same:
         raise InvalidInput(f"{lineage.manifest.name} has none of the slots that the patch changes.")
-    upstream = None if _incomplete(old, patch.parent, lineage, version) else list(_between(opened, lineage, version))
+    upstream = _between(opened, lineage, version)
     sources = None if upstream is None else [masses_of(lineage, p) for p in upstream]
     updates: dict[str, Tensor] = {}
     for name in same:
@@ -100,7 +98,8 @@ def rebase(
             updates[name] = update
             continue
         updates[name] = moved(update, shift.expand(change.shape(name)), masses[name], mass)
-    raw, kept = _adapter(opened, change, updates, state)
+    values, kept = get_kind(patch.kind).adapter_of(updates, state, rank=0, like=change)
+    raw = blob.pack(values)
     fisher = opened.fisher if same == names else _fisher(opened, change, same)
     recipe = dataclasses.replace(patch.provenance.recipe, optimizer=REBASED, steps=0, continued=False)
     provenance = dataclasses.replace(
@@ -120,20 +119,18 @@ def rebase(
         contributor=lineage.home.key.peer,
         model=lineage.model,
         parent=version,
-        adapter=_ref(raw),
-        fisher=_ref(fisher),
+        adapter=canonical.blob_ref(raw),
+        fisher=canonical.blob_ref(fisher),
         control=None,
         loss_before=losses.version if losses else 0.0,
         loss_after=losses.rebased if losses else 0.0,
         provenance=provenance,
     )
-    header = lineage.home.key.sign("patch", new)
-    file = bundle.pack(header, raw, fisher)
-    Scratch(output.resolve().parent).write(output, file, 0o644)
+    patch_id, size = patchfile.write(output, lineage.home.key, new, raw, fisher)
     return Rebased(
-        canonical.digest(header),
+        patch_id,
         new,
-        len(file),
+        size,
         tuple(name for name in names if name not in same),
         None if upstream is None else len(upstream),
         kept,
@@ -156,63 +153,25 @@ def _make_room(
             )
 
 
-def _adapter(
-    opened: OpenedPatch, change: Change, updates: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> tuple[bytes, float]:
-    """The blob, as the kind writes it."""
-    if opened.patch.kind in ("ia3@1", KIND):
-        return blob.pack({name: (state[name].double() + u).float() for name, u in updates.items()}), 1.0
-    if opened.patch.kind == "dense@1":
-        return blob.pack({name: update.float() for name, update in updates.items()}), 1.0
-    held = blob.unpack(opened.adapter, None, len(opened.adapter))
-    if opened.patch.kind == "fish@1":
-        indices = {name: held[name + fish.INDEX] for name in updates}
-        values = {n + fish.VALUE: updates[n].reshape(-1)[i.long()].float() for n, i in indices.items()}
-        return blob.pack({n + fish.INDEX: i for n, i in indices.items()} | values), 1.0
-    if opened.patch.kind == "lora@1":
-        if all(torch.equal(updates[name].float(), change.values[name]) for name in updates):
-            wanted = {name + part for name in updates for part in (lora.A, lora.B)} | {lora.SCALE}
-            return blob.pack({name: tensor for name, tensor in held.items() if name in wanted}), 1.0
-        rank = max(held[name + lora.A].shape[0] for name in updates)
-        factors, kept = factored(updates, rank)
-        return blob.pack(factors), kept
-    raise InvalidInput(f"Patches of kind {opened.patch.kind} cannot be moved to another version.", "Train it again.")
-
-
 def _fisher(opened: OpenedPatch, change: Change, slots: Sequence[str]) -> bytes:
     """Of some of the slots."""
     held = compact.decode(opened.fisher, change.fisher_places, len(opened.fisher))
     return blob.pack(compact.encode({name: t for name, t in held.items() if name.partition("#")[0] in slots}))
 
 
-def _between(opened: OpenedPatch, lineage: Lineage, version: VersionId) -> Iterator[Patch]:
-    """The patches that make the difference between the two versions; of another lineage all that were merged."""
-    mine = _merged(opened.lineage, opened.patch.parent) if opened.lineage.model == lineage.model else set()
-    theirs = _merged(lineage, version)
-    yield from (lineage.patches[patch] for patch in sorted(mine ^ theirs))
-
-
-def _merged(lineage: Lineage, version: VersionId) -> set[PatchId]:
-    return {patch for candidate in _chain(lineage, version) for patch in candidate.patches}
-
-
-def _incomplete(old: Lineage, parent: VersionId, lineage: Lineage, version: VersionId) -> bool:
-    """Whether it cannot be told how much the version depends on its values: patches are missing, or it came about
+def _between(opened: OpenedPatch, lineage: Lineage, version: VersionId) -> list[Patch] | None:
+    """The patches that make the difference between the two versions; of another lineage all that were merged. None
+    where it cannot be told how much the version depends on its values: patches are missing, or it came about
     otherwise."""
-    chains = [*_chain(lineage, version), *(_chain(old, parent) if old.model == lineage.model else ())]
+    chains = lineage.chain(version), lineage.chain(opened.patch.parent)  # the latter is empty in another lineage
+    mine, theirs = ({patch for made in chain for patch in made.patches} for chain in chains)
     here = lineage.home.objects.has
-    return any(c.restores for c in chains) or any(
-        p not in lineage.patches or not all(here(ref.digest) for ref in lineage.patches[p].blobs)
-        for candidate in chains
-        for p in candidate.patches
-    )
-
-
-def _chain(lineage: Lineage, version: VersionId) -> Iterator[Candidate]:
-    while version != lineage.model:
-        candidate = lineage.version(version).candidate
-        yield candidate
-        version = candidate.parent
+    if any(made.restores for chain in chains for made in chain) or not all(
+        patch in lineage.patches and all(here(ref.digest) for ref in lineage.patches[patch].blobs)
+        for patch in mine | theirs
+    ):
+        return None
+    return [lineage.patches[patch] for patch in sorted(mine ^ theirs)]
 
 
 def masses_of(lineage: Lineage, patch: Patch) -> Mapping[str, Tensor]:
@@ -249,7 +208,3 @@ def _compare(
         new, kinds, tokenizer = load_whole(bases[1]), Kinds(lineage.manifest.kinds), load_tokenizer(bases[1])
     alone, rebased = (evaluate(new or old, tokenizer, kinds, each, texts) for each in (state, result))
     return Losses(before.nats_per_byte, alone.nats_per_byte, rebased.nats_per_byte, rebased.bytes)
-
-
-def _ref(raw: bytes) -> BlobRef:
-    return BlobRef(canonical.digest(raw), len(raw))

@@ -10,9 +10,9 @@ from p2pmodel.domain.modular import KIND, place_of
 from p2pmodel.domain.patch import MAX_COUNT, Patch
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions
 from p2pmodel.node.lineages.states import read_change
 from p2pmodel.node.patches.patchbook import OpenedPatch
+from p2pmodel.tensors.patch_kind import KindOptions
 
 EXPERT = "expert"
 """The option of a kind that is no number: the patch's slots say it, and no recipe does."""

@@ -19,7 +19,7 @@ class Savepoints:
 
     def __init__(self, lineage: Lineage, key: Digest) -> None:
         self._lineage, self._objects, self._refs = lineage, lineage.home.objects, lineage.home.refs
-        self._name = f"models/{lineage.model}/training/{key}"
+        self._name = lineage.notes.ref("training", key)
 
     def keep(self, raw: bytes) -> Digest:
         return self._objects.put(raw).digest

@@ -117,9 +117,9 @@ class Maintainer:
             left_out=tuple(sorted(selection.left_out, key=lambda x: x.patch)),
             merge=manifest.merge,
             alpha=found.alpha,
-            result=_ref(result),
+            result=canonical.blob_ref(result),
             weights=() if all(x.weight == 1 for x in found.sources) else tuple(x.weight for x in found.sources),
-            control=None if control is None else _ref(control),
+            control=None if control is None else canonical.blob_ref(control),
             experts=selection.experts,
         )
         return Proposal(candidate, (result,) if control is None else (result, control))
@@ -130,7 +130,7 @@ class Maintainer:
         """The patches merged at the best scale for the tuning split; None where no scale gives finite values. tuning:
         the parent's scores there."""
         lineage, limits, rules = self.lineage, self.lineage.manifest.limits, self._examiner.suite.rules
-        sources = [stored(lineage, patch, lineage.weight_of(patch)) for patch in sorted(patches)]
+        sources = [stored(lineage, patch, lineage.notes.weight_of(patch)) for patch in sorted(patches)]
         unit = get_strategy(lineage.manifest.merge.strategy).unit(len(sources))
         try:
             merged = self._merge(parent, before, sources, lineage.manifest.merge)
@@ -169,7 +169,7 @@ class Maintainer:
             return self._verdict(candidate, version, "", scores)
         if candidate.restores:
             # Who goes back knows something that the exam does not: people decide, not scores.
-            agreed = self.lineage.agrees(candidate)
+            agreed = self.lineage.agrees_to(candidate)
             return self._verdict(
                 candidate, version, "" if agreed else "its maintainer did not agree to go back", scores
             )
@@ -196,7 +196,7 @@ class Maintainer:
             return self._scores_of(before, old)
         if candidate.removes:
             left = without_experts(before, candidate.experts)
-            if _ref(blob.pack(left)) != candidate.result:
+            if canonical.blob_ref(blob.pack(left)) != candidate.result:
                 raise Rejected("digest", "The candidate has other values than its parent without the experts.")
             return self._scores_of(before, left)
         if candidate.merge != manifest.merge:
@@ -210,10 +210,10 @@ class Maintainer:
                 "copies", f"The candidate merges patches {short(original)} and {short(copy)}: one is a copy."
             )
         after = self._merge(candidate.parent, before, sources, candidate.merge).at(candidate.alpha)
-        if _ref(blob.pack(after)) != candidate.result:
+        if canonical.blob_ref(blob.pack(after)) != candidate.result:
             raise Rejected("digest", "Recomputing the merge gives another result than the candidate's.")
         control = mean_control(lineage, sources)
-        if (None if control is None else _ref(control)) != candidate.control:
+        if (None if control is None else canonical.blob_ref(control)) != candidate.control:
             raise Rejected("digest", "Recomputing the mean of the control variates gives another than the candidate's.")
         return self._scores_of(before, after, self._plain_mean(candidate.parent, before, sources))
 
@@ -285,7 +285,3 @@ class Maintainer:
     def _demand_running(self) -> None:
         if self._stopped.is_set():
             raise NotRunning("The node is stopping.")
-
-
-def _ref(raw: bytes) -> BlobRef:
-    return BlobRef(canonical.digest(raw), len(raw))

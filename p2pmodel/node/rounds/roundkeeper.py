@@ -105,13 +105,14 @@ class RoundKeeper:
 
     def _see_candidates(self, *, asides_alone: bool = False) -> None:
         for version, candidate in self._lineage.candidates.items():
-            aside = candidate.amends or candidate.removes or candidate.restores
-            if candidate.parent == self._head and (aside or not asides_alone):
+            if candidate.parent == self._head and (candidate.aside or not asides_alone):
                 patches = tuple(sorted({*candidate.patches, *(x.patch for x in candidate.left_out)}))
                 wanted = electorates(self._lineage.manifest, candidate)
                 also = wanted[1] if len(wanted) > 1 else None
                 for proposer in self._lineage.proposers[version]:
-                    self._advance(round_state.CandidateSeen(version, proposer, patches, candidate.round, also, aside))
+                    self._advance(
+                        round_state.CandidateSeen(version, proposer, patches, candidate.round, also, candidate.aside)
+                    )
                 for verdict in self._lineage.verdicts.values() if also else ():
                     if verdict.version == version:
                         self._advance(round_state.VerdictSeen(verdict))
@@ -187,7 +188,7 @@ class RoundKeeper:
             if not known.aside:
                 continue
             candidate = self._lineage.candidates[known.version]
-            if self._lineage.decision(known.version) or (candidate.restores and self._lineage.agrees(candidate)):
+            if self._lineage.notes.decision(known.version) or self._lineage.agrees_to(candidate):
                 self._advance(round_state.Decided(known.version))
             elif known.proposer not in self._named:
                 self._named.add(known.proposer)
@@ -261,6 +262,7 @@ class RoundKeeper:
         verdict = await asyncio.to_thread(self._maintainer.examine, task.version)
         if verdict.accept and (candidate.amends or candidate.removes or (self._ask and not candidate.restores)):
             self._asked[task.version] = verdict
+            self._lineage.notes.note_scores(task.version, verdict.scores)
             log.warning("version %s waits for your word: p2pmodel round approve %s", *[short(task.version)] * 2)
             await self._hear_decision(task.version)
         else:
@@ -270,7 +272,7 @@ class RoundKeeper:
         return [patch for patch in candidate.patches if patch not in self._lineage.patches]
 
     async def _hear_decision(self, version: VersionId) -> None:
-        decision = self._lineage.decision(version)
+        decision = self._lineage.notes.decision(version)
         if decision is not None and version in self._asked:
             accept, reason = decision
             await self._sign(replace(self._asked[version], accept=accept, reason=reason))

@@ -4,22 +4,30 @@ from dataclasses import dataclass
 
 from p2pmodel.domain.ids import PatchId, PeerId, VersionId
 from p2pmodel.domain.modular import removed
+from p2pmodel.domain.version import Candidate, DomainScore, LeftOut
 from p2pmodel.logic.lineage import forks
 from p2pmodel.logic.quorum import Electorate, double_signers, electorates, tally
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.rounds.deciding import closing
 
 
 @dataclass(frozen=True)
 class CandidateView:
-    """what: `merges 3 patches`, `restores 1.0.1` or `amends …`. accepts … silent: those who decide on it, each in one.
-    decision: what this home's maintainer has said, empty as long as it has said nothing. electorates: who has to
-    accept it."""
+    """what: `merges 3 patches`, `restores 1.0.1` or `amends …`. patches: what it merges, and whose they are, empty
+    where that is not known here. scores: as this home's node has examined it, none as long as it has not. until: when
+    people have to have decided, in seconds since the epoch. accepts … silent: those who decide on it, each in one.
+    decision: what this home's maintainer has said, empty as long as it has said nothing. electorates: who has to accept
+    it."""
 
     version: VersionId
     round: int
     proposer: PeerId
     what: str
     alpha: float
+    patches: tuple[tuple[PatchId, str], ...]
+    left_out: tuple[LeftOut, ...]
+    scores: tuple[DomainScore, ...]
+    until: float
     electorates: tuple[Electorate, ...]
     accepts: tuple[PeerId, ...]
     rejects: tuple[tuple[PeerId, str], ...]
@@ -78,13 +86,19 @@ def _candidate(lineage: Lineage, version: VersionId) -> CandidateView:
     everyone = sorted({peer for each in wanted for peer in each.maintainers})
     counted = tally(version, candidate.round, lineage.verdicts.values(), everyone)
     reasons = {v.maintainer: v.reason for v in lineage.verdicts.values() if v.version == version}
-    decision = lineage.decision(version)
+    decision = lineage.notes.decision(version)
+    me = lineage.home.key.peer
+    mine = [v for v in lineage.verdicts.values() if v.version == version and v.maintainer == me]
     return CandidateView(
         version,
         candidate.round,
         lineage.proposers[version][0],
-        _what(lineage, version),
+        describe(lineage, candidate),
         candidate.alpha,
+        tuple((p, lineage.patches[p].contributor if p in lineage.patches else "") for p in candidate.patches),
+        candidate.left_out,
+        mine[0].scores if mine else lineage.notes.scores(version),
+        closing(lineage, version),
         wanted,
         counted.accepts,
         tuple((peer, reasons[peer]) for peer in counted.rejects),
@@ -93,16 +107,18 @@ def _candidate(lineage: Lineage, version: VersionId) -> CandidateView:
     )
 
 
-def _what(lineage: Lineage, version: VersionId) -> str:
-    candidate = lineage.candidates[version]
+def describe(lineage: Lineage, candidate: Candidate) -> str:
+    """What a candidate, or a version that it became, does to its parent."""
     if candidate.restores:
         return f"restores {lineage.number(lineage.restored_by(candidate))}"
     if candidate.removes:
         return f"removes {', '.join(removed(candidate.experts, lineage.experts(candidate.parent)))}"
     if candidate.amendment is not None:
-        return "amends " + "; ".join(lineage.manifest.amendment.differences(candidate.amendment))
+        before = lineage.manifest_at(candidate.parent).amendment
+        return "amends " + "; ".join(before.differences(candidate.amendment))
     left_out = f", leaves out {len(candidate.left_out)}" if candidate.left_out else ""
-    return f"merges {len(candidate.patches)} patches by {candidate.merge.strategy}, α {candidate.alpha:g}{left_out}"
+    many = "1 patch" if len(candidate.patches) == 1 else f"{len(candidate.patches)} patches"
+    return f"merges {many} by {candidate.merge.strategy}, α {candidate.alpha:g}{left_out}"
 
 
 def _double_signers(lineage: Lineage) -> tuple[DoubleSigner, ...]:

@@ -17,7 +17,7 @@ from p2pmodel.domain import modular
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId, short
 from p2pmodel.domain.modular import Experts
-from p2pmodel.domain.version import LeftOut
+from p2pmodel.domain.version import MAX_REASON, LeftOut
 from p2pmodel.engine.exams.screening import Screened
 from p2pmodel.logic.copies import copies
 from p2pmodel.logic.pooling import pooled
@@ -29,8 +29,6 @@ from p2pmodel.tensors.changes import Change
 
 State = Mapping[str, Tensor]
 log = logging.getLogger(__name__)
-
-MAX_REASON = 256
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class _Selecting:
         self._known: dict[tuple[str, str], str] = {}
 
     def of(self, patches: Sequence[PatchId]) -> Selection:
-        weighed = [patch for patch in patches if self._lineage.weight_of(patch) != 0]
+        weighed = [patch for patch in patches if self._lineage.notes.weight_of(patch) != 0]
         self._reasons |= dict.fromkeys(set(patches) - set(weighed), "its proposer gives it no weight")
         comparable = without_experts(self._lineage, weighed)
         found = sketches(self._parent, self._read(comparable if len(comparable) > 1 else ()))

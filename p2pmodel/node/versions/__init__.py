@@ -1,1 +1,1 @@
-"""Versions as people handle them: compared, tested, checked out, gone back to."""
+"""Versions as people handle them: compared, tested, checked out, branched off."""

@@ -12,7 +12,7 @@ from p2pmodel.domain.ids import Digest, PeerId, VersionId
 from p2pmodel.domain.model import Origin
 from p2pmodel.node.lineages.bases import inherit_base
 from p2pmodel.node.lineages.lineage import Lineage, known_lineages
-from p2pmodel.node.versions.checkout import state_bytes
+from p2pmodel.node.lineages.states import state_bytes
 
 
 def branch(

@@ -13,21 +13,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
 
 from p2pmodel import __version__
-from p2pmodel.domain.errors import InvalidInput, NotFound, Rejected
-from p2pmodel.domain.ids import Digest, VersionId, short
+from p2pmodel.domain.errors import InvalidInput, Rejected
+from p2pmodel.domain.ids import ModelId, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.modular import Experts, slots_at
 from p2pmodel.domain.version import BASE_NUMBER, Candidate, Verdict, Version
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.logic.lineage import verify_chain
+from p2pmodel.node.lineages import hub
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import base_ref, version_state
+from p2pmodel.node.lineages.states import base_ref, state_bytes
 from p2pmodel.store.disk import storage_errors
 from p2pmodel.store.scratch import Scratch
 from p2pmodel.tensors import blob
@@ -35,6 +36,7 @@ from p2pmodel.wire import canonical, records
 
 STATE, DESCRIPTION, PROOF = "state.safetensors", "version.json", "proof.msgpack"
 MAX_PROOF_BYTES = 256 << 20
+MAX_DESCRIPTION_BYTES = 16 << 20
 SOFTWARE = ("torch", "transformers", "tokenizers", "safetensors")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)\s*([<>=!~0-9.,*]+)")
 
@@ -53,7 +55,7 @@ class Proven:
     slots."""
 
     manifest: Manifest
-    model: Digest
+    model: ModelId
     versions: tuple[Version, ...]
     state: BlobRef | None
 
@@ -87,23 +89,23 @@ def check_out(lineage: Lineage, version: VersionId, folder: Path, base: Path | N
             names.append(file.name)
     scratch.write(folder / STATE, state, 0o644)
     scratch.write(folder / PROOF, canonical.encode(prove(lineage, version)), 0o644)
-    description = json.dumps(describe(lineage, version, state), indent=2, ensure_ascii=False) + "\n"
+    told = describe(lineage.manifest, lineage.model, version, str(lineage.number(version)), canonical.blob_ref(state))
+    description = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
     scratch.write(folder / DESCRIPTION, description.encode(), 0o644)
     return tuple(names)
 
 
-def describe(lineage: Lineage, version: VersionId, state: bytes) -> dict[str, object]:
+def describe(manifest: Manifest, model: ModelId, version: VersionId, number: str, state: BlobRef) -> dict[str, object]:
     """What version.json holds."""
-    manifest = lineage.manifest
     return {
-        "model": lineage.model,
+        "model": model,
         "name": manifest.name,
         "version": version,
-        "number": str(lineage.number(version)),
+        "number": number,
         "licence": manifest.licence,
         "architecture": manifest.architecture,
         "kinds": list(manifest.kinds),
-        "state": {"file": STATE, "digest": canonical.digest(state), "bytes": len(state)},
+        "state": {"file": STATE, "digest": state.digest, "bytes": state.size},
         "origin": manifest.origin and dataclasses.asdict(manifest.origin),
         "base": {
             "source": manifest.source,
@@ -117,19 +119,6 @@ def software() -> dict[str, str]:
     """The versions that this release takes of what computes a model, by package."""
     wanted = (_REQUIREMENT.fullmatch(text) for text in requires("p2pmodel") or ())
     return {want[1]: want[2] for want in wanted if want and want[1] in SOFTWARE}
-
-
-def state_bytes(lineage: Lineage, version: VersionId) -> bytes:
-    """The blob of the version's slots; a neutral base's is made here. Raises NotFound."""
-    ref = lineage.result(version)
-    if ref is None:
-        return blob.pack(version_state(lineage, version))
-    if not lineage.home.objects.has(ref.digest):
-        raise NotFound(
-            f"The values of version {short(version)} are not on this machine yet.",
-            "A node of this home fetches them: p2pmodel join",
-        )
-    return lineage.home.objects.load(ref.digest)
 
 
 def prove(lineage: Lineage, version: VersionId) -> Proof:
@@ -171,7 +160,7 @@ def verify_proof(proof: Proof) -> Proven:
             raise Rejected(
                 "merge", f"Version {short(link.id)} amends the Manifest, and has other values than its parent."
             )
-    return Proven(manifest, model, chain, chain[-1].candidate.result if chain else manifest.base_values)
+    return Proven(manifest, ModelId(model), chain, chain[-1].candidate.result if chain else manifest.base_values)
 
 
 def _older(manifest: Manifest, chain: Sequence[Version]) -> list[BlobRef]:
@@ -195,22 +184,40 @@ def verify_version(lineage: Lineage, version: VersionId) -> tuple[Proven, int]:
     return proven, here
 
 
-def verify_folder(folder: Path) -> Proven:
-    """Of a checked out version, without any home. Raises InvalidInput, Rejected."""
+def verify_folder(folder: Path) -> tuple[Proven, int]:
+    """Of a checked out version, without any home: its values, what its description says, and such files of the base as
+    are there. -> what is proven, and how many these are. Raises InvalidInput, Rejected."""
     proof = canonical.decode(_read(folder / PROOF, MAX_PROOF_BYTES), Proof, MAX_PROOF_BYTES)
     proven = verify_proof(proof)
     raw = _read(folder / STATE, result_limit(proven.manifest, proven.experts))
-    if proven.state is None:
-        # Nobody signed neutral values, but they follow from the slots.
-        blob.unpack(raw, slots_at(proven.manifest.slots, ()), len(raw))
-    else:
-        check_state(proven.manifest, proven.state, proven.experts, raw)
-    return proven
+    # Nobody signed neutral values, but they follow from the slots.
+    state = proven.state or base_ref(proven.manifest)
+    check_state(proven.manifest, state, proven.experts, raw)
+    _check_description(folder, describe(proven.manifest, proven.model, proven.id, proven.number, state))
+    there = [file for file in proven.manifest.files if (folder / file.name).exists()]
+    for file in there:
+        if hub.describe(folder / file.name) != file.blob:
+            raise Rejected(
+                "digest", f"{file.name} is not the base's file of that name.", "Check the version out again."
+            )
+    return proven, len(there)
+
+
+def _check_description(folder: Path, expected: Mapping[str, object]) -> None:
+    try:
+        told = json.loads(_read(folder / DESCRIPTION, MAX_DESCRIPTION_BYTES))
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise Rejected("schema", f"{DESCRIPTION} is no JSON object.", "Check the version out again.")
+    for key, value in json.loads(json.dumps(expected)).items():
+        if key != "software" and told.get(key) != value:  # of the release that wrote it
+            raise Rejected("schema", f"{DESCRIPTION} says something else of {key} than what is proven.")
 
 
 def check_state(manifest: Manifest, promised: BlobRef, experts: Experts, raw: bytes) -> None:
     """Raises Rejected."""
-    if BlobRef(canonical.digest(raw), len(raw)) != promised:
+    if canonical.blob_ref(raw) != promised:
         raise Rejected("digest", f"The values are not those that the version names ({short(promised.digest)}).")
     slots = slots_at(manifest.slots, experts)
     if blob.unpack(raw, slots, len(raw)).keys() != {slot.name for slot in slots}:

@@ -71,10 +71,7 @@ def compare(lineage: Lineage, before: VersionId, after: VersionId) -> Comparison
 
 
 def scores_of(lineage: Lineage, version: VersionId) -> dict[str, float]:
-    """By section, from the verdicts that adopted the version, or for the base those of any; empty when there are
-    none."""
+    """By section, from the verdicts that adopted the version, or for the base those of any version."""
     if version == lineage.model:
-        found = [score for v in lineage.versions for verdict in v.verdicts for score in verdict.scores]
-        return {score.domain: score.base for score in reversed(found)}
-    adopting = [verdict for verdict in lineage.version(version).verdicts if verdict.scores]
-    return {score.domain: score.candidate for score in adopting[0].scores} if adopting else {}
+        return {score.domain: score.base for v in reversed(lineage.versions) for score in v.scores}
+    return {score.domain: score.candidate for score in lineage.version(version).scores}

@@ -16,8 +16,10 @@ from p2pmodel.domain.ids import VersionId, short
 from p2pmodel.engine.checkpoint import TOKENIZER_FILES
 from p2pmodel.node.lineages.bases import find_base
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.versions.checkout import DESCRIPTION, describe, state_bytes
+from p2pmodel.node.lineages.states import state_bytes
+from p2pmodel.node.versions.checkout import DESCRIPTION, describe
 from p2pmodel.tensors.kinds import get_kind
+from p2pmodel.wire import canonical
 
 MAX_DESCRIPTION_BYTES = 4 << 20
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -64,7 +66,9 @@ def needs_of(lineage: Lineage, version: VersionId, base: Path | None) -> list[Ne
         state = state_bytes(lineage, version)
     except NotFound:
         state = b""
-    description = msgspec.convert(describe(lineage, version, state), _Description)
+    number = str(lineage.number(version))
+    told = describe(lineage.manifest, lineage.model, version, number, canonical.blob_ref(state))
+    description = msgspec.convert(told, _Description)
     try:
         folder = str(find_base(lineage.home, lineage, base))
     except P2PModelError:
@@ -98,7 +102,7 @@ def needs_of_folder(folder: Path) -> list[Need]:
 
 def _file(file: _File, folder: str, here: bool) -> Need:
     kind = "tokenizer" if file.name in TOKENIZER_FILES else "base"
-    return Need(kind, file.name, file.digest[:10], f"in {folder}" if here else "", here)
+    return Need(kind, file.name, short(file.digest), f"in {folder}" if here else "", here)
 
 
 def _rest(description: _Description) -> Iterator[Need]:

@@ -69,8 +69,7 @@ class Gauges:
         if head == self._examined:
             return
         self._examined = head
-        verdicts = [] if head == self._lineage.model else self._lineage.version(head).verdicts
-        self._metrics.set_exam(next((verdict.scores for verdict in verdicts if verdict.scores), ()))
+        self._metrics.set_exam(() if head == self._lineage.model else self._lineage.version(head).scores)
 
     def _show_traffic(self) -> None:
         metrics, gossip, carry = self._metrics, self._community.gossip, self._growth.carry

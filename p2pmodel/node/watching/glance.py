@@ -178,8 +178,7 @@ class Glancer:
             what = "rollback"
         elif candidate.amends:
             what = "amendment"
-        scores = next((verdict.scores for verdict in version.verdicts if verdict.scores), ())
-        domains = [score for score in scores if "/" not in score.domain]
+        domains = [score for score in version.scores if "/" not in score.domain]
         loss = sum(score.candidate for score in domains) / len(domains) if domains else None
         before = sum(score.parent for score in domains) / len(domains) if domains else None
         return VersionGlance(str(candidate.number), version.id, what, loss, before)

@@ -133,7 +133,6 @@ class Overview:
         }
 
     def _version(self, version: Version) -> dict[str, Any]:
-        accepting = [verdict for verdict in version.verdicts if verdict.accept]
         candidate = version.candidate
         return {
             "id": version.id,
@@ -144,7 +143,7 @@ class Overview:
             "patches": [self._patch(patch) for patch in candidate.patches],
             "left_out": [asdict(left) for left in candidate.left_out],
             "verdicts": [_verdict(verdict) for verdict in version.verdicts],
-            "scores": [asdict(score) for score in accepting[0].scores] if accepting else [],
+            "scores": [asdict(score) for score in version.scores],
         }
 
 

@@ -1,4 +1,4 @@
-"""The walk through the columns of all patches that every strategy shares.
+"""What every strategy shares: its parameters, and the walk through the columns of all patches.
 
 The slots are laid end to end, sorted by name, and worked through in blocks of columns for all patches at once, since
 medians and votes need all of them; what a block takes is bounded, however many patches there are. A lineage of (IA)³
@@ -6,15 +6,17 @@ vectors is one block, and is read once; the more there is, the more often `contr
 read.
 """
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
-from p2pmodel.tensors.merging.contributions import Contributions
+from p2pmodel.tensors.merging.contributions import Contributions, Parameter, chosen
 from p2pmodel.tensors.merging.layout import F32, F64, Layout, Measure, fold, gather, survey, updates_of
 
 BLOCK_ELEMENTS = 16 << 20
@@ -46,33 +48,51 @@ class Columns:
         return fold(self.weights.copy())
 
 
-def combine(
-    parent: Mapping[str, Tensor],
-    contributions: Contributions,
-    rule: Callable[[Columns], F64],
-    norm_clip: float = inf,
-    measure: Measure | None = None,
-) -> dict[str, Tensor]:
-    """rule: the merged update [C] of some columns, the same whatever columns it is given at a time. norm_clip: the
-    largest norm of an update, as a multiple of the lower median norm. Raises Rejected."""
-    layout = Layout(parent)
-    found = survey(layout, contributions, measure, BLOCK_ELEMENTS, CACHED_ELEMENTS)
-    scales = _norm_scales(found.norms, norm_clip)
-    patches = len(scales)
-    columns = layout.size if found.block else max(1, BLOCK_ELEMENTS // patches)
-    step = max(16, CACHED_ELEMENTS // patches)
-    result = np.empty(layout.size, np.float64)
-    for begin in range(0, layout.size, columns):
-        end = min(begin + columns, layout.size)
-        values, fishers = found.block or gather(layout, contributions, patches, begin, end)
-        for low in range(begin, end, step):
-            high = min(low + step, end)
-            here = slice(low - begin, high - begin)
-            updates = updates_of(values[:, here], layout.parent[low:high], found.relative)
-            result[low:high] = rule(Columns(updates, fishers[:, here], found.weights, scales, found.measures))
-    if not np.isfinite(result).all():
-        raise Rejected("finite", "The patches' values are too large to be merged.")
-    return layout.split(result)
+class ColumnStrategy(ABC):
+    """Implements `MergeStrategy` for all but its rule. known: its parameters; `norm_clip` is the largest norm of an
+    update, as a multiple of the lower median norm."""
+
+    name: str
+    known: ClassVar[Mapping[str, Parameter]]
+
+    @abstractmethod
+    def rule(self, columns: Columns, given: Mapping[str, float]) -> F64:
+        """The merged update [C] of some columns, the same whatever columns it is given at a time. given: all of the
+        parameters."""
+
+    def measure(self, given: Mapping[str, float]) -> Measure | None:
+        """What `Columns.measures` are to be, of all of an update."""
+        return None
+
+    def check(self, parameters: Mapping[str, float]) -> None:
+        chosen(self.name, parameters, self.known)
+
+    def unit(self, patches: int) -> float:
+        return 1.0
+
+    def combine(
+        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        given = chosen(self.name, parameters, self.known)
+        layout = Layout(parent)
+        found = survey(layout, contributions, self.measure(given), BLOCK_ELEMENTS, CACHED_ELEMENTS)
+        scales = _norm_scales(found.norms, given["norm_clip"])
+        patches = len(scales)
+        columns = layout.size if found.block else max(1, BLOCK_ELEMENTS // patches)
+        step = max(16, CACHED_ELEMENTS // patches)
+        result = np.empty(layout.size, np.float64)
+        for begin in range(0, layout.size, columns):
+            end = min(begin + columns, layout.size)
+            values, fishers = found.block or gather(layout, contributions, patches, begin, end)
+            for low in range(begin, end, step):
+                high = min(low + step, end)
+                here = slice(low - begin, high - begin)
+                updates = updates_of(values[:, here], layout.parent[low:high], found.relative)
+                some = Columns(updates, fishers[:, here], found.weights, scales, found.measures)
+                result[low:high] = self.rule(some, given)
+        if not np.isfinite(result).all():
+            raise Rejected("finite", "The patches' values are too large to be merged.")
+        return layout.split(result)
 
 
 def _norm_scales(norms: F64, clip: float) -> F64:

@@ -6,49 +6,35 @@ it the same way. Sparse patches of different masks therefore hardly move anythin
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from p2pmodel.tensors.merging.columns import Columns, combine
-from p2pmodel.tensors.merging.contributions import Contributions, Parameter, chosen
+from p2pmodel.tensors.merging.columns import Columns, ColumnStrategy
+from p2pmodel.tensors.merging.contributions import Parameter
 from p2pmodel.tensors.merging.layout import F64
 
-_KNOWN = {"norm_clip": Parameter(3.0)}
 
-
-class CoordinateMedian:
+class CoordinateMedian(ColumnStrategy):
     """Parameter: norm_clip (3), a multiple of the median norm."""
 
     name = "coordinate-median@1"
+    known: ClassVar = {"norm_clip": Parameter(3.0)}
 
-    def check(self, parameters: Mapping[str, float]) -> None:
-        chosen(self.name, parameters, _KNOWN)
-
-    def unit(self, patches: int) -> float:
-        return 1.0
-
-    def combine(
-        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        clip = chosen(self.name, parameters, _KNOWN)["norm_clip"]
-        return combine(parent, contributions, _median, clip)
-
-
-def _median(columns: Columns) -> F64:
-    updates, weights = columns.updates, columns.weights
-    updates *= columns.scales[:, None]
-    if (weights == weights[0]).all():
-        updates.sort(axis=0)
-        low, high = (len(updates) - 1) // 2, len(updates) // 2
-        return _between(updates[low], updates[high])
-    order = np.argsort(updates, axis=0, kind="stable")
-    updates = np.take_along_axis(updates, order, axis=0)
-    reached = np.add.accumulate(weights[order], axis=0)
-    half = reached[-1] / 2
-    first = (reached >= half).argmax(axis=0)[None]
-    after = (reached > half).argmax(axis=0)[None]
-    return _between(*(np.take_along_axis(updates, at, axis=0)[0] for at in (first, after)))
+    def rule(self, columns: Columns, given: Mapping[str, float]) -> F64:
+        updates, weights = columns.updates, columns.weights
+        updates *= columns.scales[:, None]
+        if (weights == weights[0]).all():
+            updates.sort(axis=0)
+            low, high = (len(updates) - 1) // 2, len(updates) // 2
+            return _between(updates[low], updates[high])
+        order = np.argsort(updates, axis=0, kind="stable")
+        updates = np.take_along_axis(updates, order, axis=0)
+        reached = np.add.accumulate(weights[order], axis=0)
+        half = reached[-1] / 2
+        first = (reached >= half).argmax(axis=0)[None]
+        after = (reached > half).argmax(axis=0)[None]
+        return _between(*(np.take_along_axis(updates, at, axis=0)[0] for at in (first, after)))
 
 
 def _between(low: F64, high: F64) -> F64:

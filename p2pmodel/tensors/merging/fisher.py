@@ -6,43 +6,29 @@ no mass the parent's value stays.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from p2pmodel.tensors.merging.columns import Columns, combine
-from p2pmodel.tensors.merging.contributions import Contributions, Parameter, chosen
+from p2pmodel.tensors.merging.columns import Columns, ColumnStrategy
+from p2pmodel.tensors.merging.contributions import Parameter
 from p2pmodel.tensors.merging.layout import F32, F64, fold
 
-_KNOWN = {"fisher_clip": Parameter(2.0), "norm_clip": Parameter(3.0)}
 
-
-class FisherMean:
+class FisherMean(ColumnStrategy):
     """Parameters: fisher_clip (2), norm_clip (3); both are multiples of a median."""
 
     name = "fisher@1"
+    known: ClassVar = {"fisher_clip": Parameter(2.0), "norm_clip": Parameter(3.0)}
 
-    def check(self, parameters: Mapping[str, float]) -> None:
-        chosen(self.name, parameters, _KNOWN)
-
-    def unit(self, patches: int) -> float:
-        return 1.0
-
-    def combine(
-        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        clips = chosen(self.name, parameters, _KNOWN)
-
-        def rule(columns: Columns) -> F64:
-            mass = clipped(columns.fishers, clips["fisher_clip"])
-            updates = columns.updates
-            updates *= mass
-            updates *= (columns.weights * columns.scales)[:, None]
-            mass *= columns.weights[:, None]
-            total, weighted = fold(mass), fold(updates)
-            return np.divide(weighted, total, out=np.zeros_like(total), where=total > 0)
-
-        return combine(parent, contributions, rule, clips["norm_clip"])
+    def rule(self, columns: Columns, given: Mapping[str, float]) -> F64:
+        mass = clipped(columns.fishers, given["fisher_clip"])
+        updates = columns.updates
+        updates *= mass
+        updates *= (columns.weights * columns.scales)[:, None]
+        mass *= columns.weights[:, None]
+        total, weighted = fold(mass), fold(updates)
+        return np.divide(weighted, total, out=np.zeros_like(total), where=total > 0)
 
 
 def clipped(fishers: F32, clip: float) -> F64:

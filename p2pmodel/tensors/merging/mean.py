@@ -2,28 +2,18 @@
 
 from collections.abc import Mapping
 from math import inf
+from typing import ClassVar
 
-from torch import Tensor
-
-from p2pmodel.tensors.merging.columns import combine
-from p2pmodel.tensors.merging.contributions import Contributions, Parameter, chosen
-
-_KNOWN = {"norm_clip": Parameter(inf)}
+from p2pmodel.tensors.merging.columns import Columns, ColumnStrategy
+from p2pmodel.tensors.merging.contributions import Parameter
+from p2pmodel.tensors.merging.layout import F64
 
 
-class PlainMean:
+class PlainMean(ColumnStrategy):
     """Parameter: norm_clip, a multiple of the median norm; no limit when it is not given."""
 
     name = "mean@1"
+    known: ClassVar = {"norm_clip": Parameter(inf)}
 
-    def check(self, parameters: Mapping[str, float]) -> None:
-        chosen(self.name, parameters, _KNOWN)
-
-    def unit(self, patches: int) -> float:
-        return 1.0
-
-    def combine(
-        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        clip = chosen(self.name, parameters, _KNOWN)["norm_clip"]
-        return combine(parent, contributions, lambda columns: columns.total() / columns.weight, clip)
+    def rule(self, columns: Columns, given: Mapping[str, float]) -> F64:
+        return columns.total() / columns.weight

@@ -5,28 +5,21 @@ a patch's λ says by how much of it the model moves, whatever the others are.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
-from torch import Tensor
-
-from p2pmodel.tensors.merging.columns import combine
-from p2pmodel.tensors.merging.contributions import Contributions, Parameter, chosen
-
-_KNOWN = {"norm_clip": Parameter(3.0)}
+from p2pmodel.tensors.merging.columns import Columns, ColumnStrategy
+from p2pmodel.tensors.merging.contributions import Parameter
+from p2pmodel.tensors.merging.layout import F64
 
 
-class TaskArithmetic:
+class TaskArithmetic(ColumnStrategy):
     """Parameter: norm_clip (3), a multiple of the median norm."""
 
     name = "task-arithmetic@1"
-
-    def check(self, parameters: Mapping[str, float]) -> None:
-        chosen(self.name, parameters, _KNOWN)
+    known: ClassVar = {"norm_clip": Parameter(3.0)}
 
     def unit(self, patches: int) -> float:
         return 1.0 / patches
 
-    def combine(
-        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        clip = chosen(self.name, parameters, _KNOWN)["norm_clip"]
-        return combine(parent, contributions, lambda columns: columns.total(), clip)
+    def rule(self, columns: Columns, given: Mapping[str, float]) -> F64:
+        return columns.total()

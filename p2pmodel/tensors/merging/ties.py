@@ -6,33 +6,34 @@ Of each update the share `density` with the largest magnitudes stays. In each co
 
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from p2pmodel.tensors.merging.columns import Columns, combine
-from p2pmodel.tensors.merging.contributions import Contributions, Parameter, chosen
-from p2pmodel.tensors.merging.layout import F64, fold
-
-_KNOWN = {"density": Parameter(0.2, highest=1.0), "norm_clip": Parameter(3.0)}
+from p2pmodel.tensors.merging.columns import Columns, ColumnStrategy
+from p2pmodel.tensors.merging.contributions import Parameter
+from p2pmodel.tensors.merging.layout import F64, Measure, fold
 
 
-class Ties:
+class Ties(ColumnStrategy):
     """Parameters: density (0.2), the share of each update that stays; norm_clip (3), a multiple of the median norm."""
 
     name = "ties@1"
+    known: ClassVar = {"density": Parameter(0.2, highest=1.0), "norm_clip": Parameter(3.0)}
 
-    def check(self, parameters: Mapping[str, float]) -> None:
-        chosen(self.name, parameters, _KNOWN)
+    def measure(self, given: Mapping[str, float]) -> Measure:
+        return partial(_smallest_kept, given["density"])
 
-    def unit(self, patches: int) -> float:
-        return 1.0
-
-    def combine(
-        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        given = chosen(self.name, parameters, _KNOWN)
-        return combine(parent, contributions, _elect, given["norm_clip"], partial(_smallest_kept, given["density"]))
+    def rule(self, columns: Columns, given: Mapping[str, float]) -> F64:
+        assert columns.measures is not None
+        updates = columns.updates
+        updates[np.abs(updates) < columns.measures[:, None]] = 0.0
+        updates *= columns.scales[:, None]
+        weighted = updates * columns.weights[:, None]
+        elected = np.sign(fold(weighted.copy()))
+        agree = (np.sign(updates) == elected) & (elected != 0)
+        total = fold(np.where(agree, columns.weights[:, None], 0.0))
+        return np.divide(fold(np.where(agree, weighted, 0.0)), total, out=np.zeros_like(total), where=total > 0)
 
 
 def _smallest_kept(density: float, updates: F64) -> F64:
@@ -41,15 +42,3 @@ def _smallest_kept(density: float, updates: F64) -> F64:
     at = size - max(1, round(density * size))
     kept: F64 = np.partition(np.abs(updates), at, axis=1)[:, at].copy()
     return kept
-
-
-def _elect(columns: Columns) -> F64:
-    assert columns.measures is not None
-    updates = columns.updates
-    updates[np.abs(updates) < columns.measures[:, None]] = 0.0
-    updates *= columns.scales[:, None]
-    weighted = updates * columns.weights[:, None]
-    elected = np.sign(fold(weighted.copy()))
-    agree = (np.sign(updates) == elected) & (elected != 0)
-    total = fold(np.where(agree, columns.weights[:, None], 0.0))
-    return np.divide(fold(np.where(agree, weighted, 0.0)), total, out=np.zeros_like(total), where=total > 0)

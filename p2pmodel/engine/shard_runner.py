@@ -46,7 +46,7 @@ class _Work:
     outer: Tensor | None
 
 
-class ExpertRunner:
+class ShardRunner:
     """Implements `domain.ports.ExpertRunner`; the handle of a trunk is its codec. rows, pairs: how many were computed
     since the start; forwards: in how many forwards; loads: pairs by expert."""
 

@@ -1,20 +1,19 @@
-"""Writes docs/control-api.md from the comments of proto/p2pmodel/wire/v1/control.proto; --check only compares.
+"""docs/control-api.md, from the comments of proto/p2pmodel/wire/v1/control.proto.
 
-scripts/proto runs it. Every service, call, message and field has to have a comment: one without is an error.
+Every service, call, message and field has to have a comment: one without is an error.
 """
 
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto, FileDescriptorSet
 from grpc_tools import protoc
 
-ROOT = Path(__file__).resolve().parents[1]
+from scripts.generate import ROOT
+
 PROTO = "p2pmodel/wire/v1/control.proto"
-PAGE = ROOT / "docs" / "control-api.md"
 
 _MESSAGE, _ENUM, _SERVICE, _SYNTAX = 4, 5, 6, 12
 _FIELD, _METHOD = 2, 2
@@ -51,6 +50,10 @@ that the API does. To take that back, make new certificates.
 """
 
 
+def files() -> dict[str, str]:
+    return {"docs/control-api.md": page()}
+
+
 def page() -> str:
     file = _described()
     comments = {
@@ -78,7 +81,7 @@ def page() -> str:
 def _described() -> FileDescriptorProto:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "set"
-        includes = [f"-I{ROOT / 'proto'}", f"-I{files('grpc_tools') / '_proto'}"]
+        includes = [f"-I{ROOT / 'proto'}", f"-I{resources.files('grpc_tools') / '_proto'}"]
         arguments = ["protoc", *includes, "--include_source_info", f"--descriptor_set_out={target}", PROTO]
         if protoc.main(arguments):
             raise SystemExit(f"{PROTO} cannot be compiled")
@@ -116,15 +119,3 @@ def _comment(comments: Comments, path: tuple[int, ...], what: str) -> str:
     if path not in comments:
         raise SystemExit(f"{what} has no comment in {PROTO}")
     return comments[path].replace("|", "\\|")
-
-
-def main(arguments: Sequence[str]) -> None:
-    made = page()
-    if arguments != ["--check"]:
-        PAGE.write_text(made, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != made:
-        raise SystemExit("docs/control-api.md is not what the proto's comments say. Run scripts/proto and commit it.")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,13 +1,11 @@
-"""Writes the Grafana dashboards that ship with p2pmodel: `python monitoring/dashboards.py`, or with `--check`.
+"""The Grafana dashboards that ship with p2pmodel.
 
 Needs grafana-foundation-sdk (`pip install '.[dev]'`). Every panel's query has to give data on a live swarm:
 tests/integration/test_monitoring.py asks each of them.
 """
 
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from grafana_foundation_sdk.builders import bargauge, dashboard, prometheus, stat, table, timeseries
@@ -15,7 +13,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-FOLDER = Path(__file__).parents[1] / "p2pmodel" / "telemetry" / "monitoring" / "grafana" / "dashboards"
+FOLDER = "p2pmodel/telemetry/monitoring/grafana/dashboards"
 SOURCE = DataSourceRef(type_val="prometheus", uid="p2pmodel")
 WIDE, HALF, THIRD, QUARTER = 24, 12, 8, 6
 
@@ -297,14 +295,8 @@ NODE = board(
 BOARDS = {"swarm": SWARM, "collective": COLLECTIVE, "node": NODE}
 
 
-def main(*, check: bool) -> None:
-    for name, made in BOARDS.items():
-        path, text = FOLDER / f"{name}.json", json.dumps(made.build(), cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
-        if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"{path} is out of date: run python monitoring/dashboards.py")
-        if not check:
-            path.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(check="--check" in sys.argv)
+def files() -> dict[str, str]:
+    return {
+        f"{FOLDER}/{name}.json": json.dumps(made.build(), cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
+        for name, made in BOARDS.items()
+    }

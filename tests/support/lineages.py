@@ -9,7 +9,7 @@ import torch
 
 from p2pmodel import starter
 from p2pmodel.domain.ids import PatchId, VersionId
-from p2pmodel.domain.model import BlobRef, MergeSpec
+from p2pmodel.domain.model import MergeSpec
 from p2pmodel.domain.patch import DataFile, Patch, Provenance, Recipe
 from p2pmodel.domain.version import Candidate, DomainScore, LeftOut, Verdict, VersionNumber
 from p2pmodel.node.lineages.founding import DEFAULT_MERGE, Founding, found
@@ -18,7 +18,7 @@ from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import version_state
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
-from p2pmodel.wire import canonical
+from p2pmodel.wire import canonical, records
 from p2pmodel.wire.signing import Key
 
 LICENCE = "CC0-1.0"
@@ -66,8 +66,8 @@ def add_patch_of(
         model=lineage.model,
         parent=lineage.head,
         kind=lineage.manifest.kinds[0],
-        adapter=BlobRef(canonical.digest(raw[0]), len(raw[0])),
-        fisher=BlobRef(canonical.digest(raw[1]), len(raw[1])),
+        adapter=canonical.blob_ref(raw[0]),
+        fisher=canonical.blob_ref(raw[1]),
         samples=1,
         loss_before=2.0,
         loss_after=1.9,
@@ -91,9 +91,10 @@ def adopt(
     state: Mapping[str, torch.Tensor] | None = None,
     mean: Mapping[str, torch.Tensor] | None = None,
     alpha: float = 1.0,
+    verdict: bool = True,
 ) -> VersionId:
     """A version with these values, or that goes three quarters of the way to its first patch, adopted by the home's
-    key. mean: of the patches' control variates, where they are said to have any."""
+    key, unless there is to be no `verdict`. mean: of the patches' control variates, where they are said to have any."""
     key, objects = lineage.home.key, lineage.home.objects
     before = lineage.head if parent is None else parent
     number = lineage.number(before)
@@ -118,7 +119,7 @@ def adopt(
     record = key.sign("candidate", candidate)
     store(lineage, "candidate", record, needed_blobs(lineage, "candidate", record))
     lineage.refresh()
-    return accept(lineage, candidate, scores)
+    return accept(lineage, candidate, scores) if verdict else records.version_id(candidate)
 
 
 def accept(lineage: Lineage, candidate: Candidate, scores: tuple[DomainScore, ...] = ()) -> VersionId:

@@ -4,7 +4,9 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
+from p2pmodel.cli.output import printable
 from p2pmodel.domain.experts import describe
+from p2pmodel.domain.ids import short
 from p2pmodel.wire.v1 import control_pb2 as pb
 
 MOST_EXPERTS_DRAWN = 64
@@ -17,8 +19,8 @@ def status_data(reply: pb.StatusReply) -> dict[str, Any]:
 
 def status_text(reply: pb.StatusReply) -> str:
     blocks = [
-        f"peer {reply.peer}, up {reply.uptime_seconds:.0f} s, {_plain(reply.software)}\n"
-        + "\n".join(f"join with: p2pmodel join --peers {_plain(address)}" for address in reply.addresses)
+        f"peer {reply.peer}, up {reply.uptime_seconds:.0f} s, {printable(reply.software)}\n"
+        + "\n".join(f"join with: p2pmodel join --peers {printable(address)}" for address in reply.addresses)
     ]
     return "\n\n".join([*blocks, *(_model(reply, model) for model in reply.models)])
 
@@ -29,21 +31,21 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> str:
         "every layer is served" if covered == model.layers else f"only {covered} of {model.layers} layers are served"
     )
     lines = [
-        f"{_plain(model.name)} {model.head.number} ({model.id[:10]}): {model.layers} layers, {state}",
+        f"{printable(model.name)} {model.head.number} ({short(model.id)}): {model.layers} layers, {state}",
         f"  {'layers':<10}" + "".join(str(min(n, 9)) for n in model.coverage) + "   (how many peers serve each)",
     ]
     for lease in model.leases:
         mine = "  this node" if lease.peer == reply.peer else ""
-        versions = ", ".join(v.number or v.id[:10] for v in lease.versions)
+        versions = ", ".join(v.number or short(v.id) for v in lease.versions)
         lines.append(
-            f"  {lease.span.start}:{lease.span.end:<8}{lease.peer}  {versions}  {_plain(lease.dtype)}, "
+            f"  {lease.span.start}:{lease.span.end:<8}{lease.peer}  {versions}  {printable(lease.dtype)}, "
             f"{lease.layer_seconds * 1e3:.2f} ms a layer, "
             f"{lease.queue} sessions{mine}"
         )
     lines += _experts(reply, model)
     lines.append(
         f"  {len(model.presences)} peers: "
-        + ", ".join(f"{p.peer[-8:]} ({_plain(', '.join(p.roles))})" for p in model.presences)
+        + ", ".join(f"{p.peer[-8:]} ({printable(', '.join(p.roles))})" for p in model.presences)
     )
     r = model.round
     lines.append(
@@ -65,11 +67,11 @@ def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> list[str]:
     lines = [f"  {'experts':<10}{row}   (how many peers host each)"]
     for lease in model.expert_leases:
         mine = "  this node" if lease.peer == reply.peer else ""
-        versions = ", ".join(v.number or v.id[:10] for v in lease.versions)
+        versions = ", ".join(v.number or short(v.id) for v in lease.versions)
         moving = f", exchanging {describe(lease.going)} for {describe(lease.coming)}" if lease.coming else ""
         layers = f"{lease.span.start}:{lease.span.end}"
         lines.append(
-            f"  {describe(lease.experts)} of {layers}  {lease.peer}  {versions}  {_plain(lease.dtype)}, "
+            f"  {describe(lease.experts)} of {layers}  {lease.peer}  {versions}  {printable(lease.dtype)}, "
             f"{lease.pair_seconds * 1e3:.2f} ms a row, {rows_said(lease)}{moving}{mine}"
         )
     return lines
@@ -83,8 +85,3 @@ def rows_said(lease: pb.ExpertLeaseStatus) -> str:
     said = f"{sum(rates):.1f} rows a second and layer"
     most = max(rates)
     return f"{said}, {most:.1f} of them for expert {lease.experts[rates.index(most)]}" if most else said
-
-
-def _plain(text: str) -> str:
-    """A peer's text on its way to a terminal."""
-    return "".join(c if c.isprintable() else "�" for c in text)

@@ -1,20 +1,15 @@
-"""Writes docs/reference/ from the commands themselves: `python -m p2pmodel.cli.reference docs`, or with `--check`."""
+"""docs/reference/, from the commands themselves."""
 
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import typer.main
 
 from p2pmodel.cli.app import app
 from p2pmodel.cli.recipes import KEYS, NAMES
-from p2pmodel.domain.errors import InvalidInput
 
-COMMANDS, RECIPES = "reference/commands.md", "reference/recipes.md"
-
-_WRITTEN = "<!-- Written by `python -m p2pmodel.cli.reference docs`; a test fails when it is out of date. -->"
+_WRITTEN = "<!-- Written by `python -m scripts.generate`; a test fails when it is out of date. -->"
 
 _COMMANDS_HEAD = f"""\
 # Commands
@@ -46,6 +41,10 @@ wins over it. Files are looked for beside the recipe. What the options do is in 
 | Key | Value | What it is | Default |
 |---|---|---|---|
 """
+
+
+def files() -> dict[str, str]:
+    return {"docs/reference/commands.md": commands_page(), "docs/reference/recipes.md": recipes_page()}
 
 
 def command_tree() -> Any:
@@ -125,22 +124,3 @@ def _first(help: str | None) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def main(folder: Path, *, check: bool) -> None:
-    """Raises InvalidInput with `check`, when a page is out of date."""
-    for name, text in {COMMANDS: commands_page(), RECIPES: recipes_page()}.items():
-        file = folder / name
-        if check and (not file.exists() or file.read_text(encoding="utf-8") != text):
-            raise InvalidInput(f"{file} is out of date.", "Run: python -m p2pmodel.cli.reference docs")
-        if not check:
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    named = [argument for argument in sys.argv[1:] if argument != "--check"]
-    try:
-        main(Path(named[0] if named else "docs"), check="--check" in sys.argv)
-    except InvalidInput as error:
-        sys.exit(str(error))

@@ -11,7 +11,7 @@ MODEL = canonical.digest(b"model")
 
 
 def blob(content: bytes = b"blob") -> BlobRef:
-    return BlobRef(canonical.digest(content), len(content))
+    return canonical.blob_ref(content)
 
 
 def manifest(*keys: Key, name: str = "test", layers: int = 6, threshold: int = 1) -> Manifest:

@@ -7,13 +7,13 @@ point: the softmax over them is the posterior of a Gaussian for each expert and 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from p2pmodel.engine.data import Blocks
-from p2pmodel.tensors.experts import Gate
+from p2pmodel.domain.modular import GATE, PREFIX, ROUTER
 from p2pmodel.tensors.smear import EPS, LEAD, norm, seen_by_router
 
 OWN_EXAMPLES, WRITTEN_EXAMPLES = 256, 160
@@ -23,10 +23,24 @@ SHRINKAGE = 0.3
 BATCH = 32
 
 
-def fit_gates(model: PreTrainedModel, blocks: Blocks, layers: Sequence[str], seed: int) -> dict[str, Gate]:
-    """By layer, its path below the base model. The model is as the parent version has it, its experts apart."""
+@dataclass(frozen=True)
+class Gate:
+    """A row of one layer's router: row [H], scale and bias. See `smear`."""
+
+    row: Tensor
+    scale: float
+    bias: float
+
+    def slots(self, layer: str, expert: str) -> dict[str, Tensor]:
+        pool = f"{PREFIX}{layer}.experts.{expert}"
+        return {f"{pool}.{ROUTER}": self.row, f"{pool}.{GATE}": torch.tensor([self.scale, self.bias])}
+
+
+def fit_gates(model: Any, ids: Tensor, layers: Sequence[str], seed: int) -> dict[str, Gate]:
+    """By layer, its path below the base model. model: the causal one, as the parent version has it, its experts apart;
+    ids: [N, T] of the contributor's own text."""
     generator = torch.Generator().manual_seed(seed)
-    own = _seen(model, _cuts(blocks, _start(model), generator), layers)
+    own = _seen(model, _cuts(ids, _start(model), generator), layers)
     written = _seen(model, _written(model, generator), layers)
     return {layer: discriminant(own[layer], written[layer]) for layer in layers}
 
@@ -50,7 +64,7 @@ def discriminant(own: Tensor, other: Tensor) -> Gate:
 
 
 @torch.inference_mode()
-def _seen(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+def _seen(model: Any, ids: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
     """[N, LEAD] -> by layer [N, H]."""
     base = model.base_model
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
@@ -72,17 +86,17 @@ def _seen(model: PreTrainedModel, ids: Tensor, layers: Sequence[str]) -> dict[st
     return {layer: torch.cat(parts).clone() for layer, parts in found.items()}
 
 
-def _cuts(blocks: Blocks, start: int, generator: torch.Generator) -> Tensor:
-    """[N, LEAD]: from anywhere in the blocks, behind the token that a text begins with."""
-    width = blocks.ids.shape[1]
-    rows = torch.randint(len(blocks), (OWN_EXAMPLES,), generator=generator)
+def _cuts(ids: Tensor, start: int, generator: torch.Generator) -> Tensor:
+    """[OWN_EXAMPLES, LEAD]: from anywhere in the examples, behind the token that a text begins with."""
+    width = ids.shape[1]
+    rows = torch.randint(len(ids), (OWN_EXAMPLES,), generator=generator)
     places = torch.randint(max(1, width - LEAD + 1), (OWN_EXAMPLES,), generator=generator)
     index = (places[:, None] + torch.arange(LEAD - 1)).clamp(max=width - 1)
-    return torch.cat([torch.full((OWN_EXAMPLES, 1), start), blocks.ids[rows[:, None], index]], dim=1)
+    return torch.cat([torch.full((OWN_EXAMPLES, 1), start), ids[rows[:, None], index]], dim=1)
 
 
 @torch.inference_mode()
-def _written(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
+def _written(model: Any, generator: torch.Generator) -> Tensor:
     """[M, LEAD]: out of texts that the model writes from nothing."""
     start = _start(model)
     current, cache = torch.full((WRITTEN_EXAMPLES, 1), start), None
@@ -96,7 +110,7 @@ def _written(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.full((WRITTEN_EXAMPLES, 1), start), *tokens[SKIPPED:]], dim=1)
 
 
-def _start(model: PreTrainedModel) -> int:
+def _start(model: Any) -> int:
     config = model.config.get_text_config()
     for token in (config.bos_token_id, config.eos_token_id):
         if token is not None:

@@ -1,4 +1,4 @@
-"""Experts hosted by several shards of this process: what a trunk's exchange does, without a network."""
+"""Experts hosted by several shards of this process: what remote experts do for a trunk, without a network."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from p2pmodel.domain.swarm import Span
 from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.expert_calls import Pairs
 from p2pmodel.engine.experts import ExpertShard, load_experts
-from p2pmodel.engine.remote_experts import Traffic
-from tests.families import save_small, small_fields
+from p2pmodel.engine.remote_experts import ForwardContext
+from tests.support.families import save_small, small_fields
 
 EXPERTS = 8
 MANY = {"num_local_experts": EXPERTS, "num_experts": EXPERTS, "n_routed_experts": EXPERTS}
@@ -26,8 +26,8 @@ def save_experts(kind: str, folder: Path, **changes: Any) -> None:
     save_small(kind, folder, **known, num_experts_per_tok=4, **changes)
 
 
-class LocalExchange:
-    """Implements `remote_experts.Exchange`. rows: how many were handed to each shard."""
+class LocalExperts:
+    """Implements `remote_experts.RemoteExperts`. rows: how many were handed to each shard."""
 
     def __init__(self, shards: Sequence[ExpertShard], states: Sequence[Mapping[str, Tensor]] = ()) -> None:
         self.shards = shards
@@ -40,7 +40,7 @@ class LocalExchange:
         rows: Tensor,
         experts: Tensor,
         gates: Tensor,
-        traffic: Traffic,
+        context: ForwardContext,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> Tensor:
         meanwhile()
@@ -56,7 +56,7 @@ class LocalExchange:
         return total
 
     def gradients(
-        self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, traffic: Traffic
+        self, layer: int, rows: Tensor, experts: Tensor, gates: Tensor, outer: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         of_rows, of_gates = torch.zeros(rows.shape), torch.zeros(gates.shape)
         for shard in self.shards:

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from p2pmodel.engine.data import Parts, load, split
 from p2pmodel.engine.training.loop import Trained, train
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions, new_trainee
+from p2pmodel.engine.training.trainees import new_trainee
+from p2pmodel.tensors.patch_kind import KindOptions
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs away. "
 END = 256

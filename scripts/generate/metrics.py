@@ -1,20 +1,18 @@
-"""Writes docs/metrics.md from the metrics themselves: `python -m p2pmodel.telemetry.document docs`, or with `--check`.
+"""docs/metrics.md, from the metrics themselves.
 
 Beside it docs/metrics-released.txt has what was ever released, a line a metric: name, type, labels. A line may be
 added; one that is changed or taken out has to be named in DEPRECATED first.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from p2pmodel.domain.errors import InvalidInput
-from p2pmodel.telemetry.families import Families, Family
+from p2pmodel.telemetry.families import Family
 from p2pmodel.telemetry.gateway import GatewayMetrics
 from p2pmodel.telemetry.metrics import Metrics
 from p2pmodel.telemetry.swarm_view import SwarmView
+from scripts.generate import ROOT
 
-DOCUMENT, RELEASED = "metrics.md", "metrics-released.txt"
+RELEASED = "docs/metrics-released.txt"
 
 DEPRECATED: dict[str, str] = {}
 """Released lines that hold no longer, and since which version, with what to use instead."""
@@ -22,7 +20,7 @@ DEPRECATED: dict[str, str] = {}
 _HEAD = """\
 # Metrics
 
-<!-- Written by `python -m p2pmodel.telemetry.document docs`; a test fails when it is out of date. -->
+<!-- Written by `python -m scripts.generate`; a test fails when it is out of date. -->
 
 `p2pmodel join --http 9100` and `p2pmodel serve` have `/metrics`, in Prometheus' text format, on 127.0.0.1 unless told
 otherwise ([monitoring.md](monitoring.md)). Names, units and meanings stay as they are once released
@@ -37,6 +35,11 @@ Prometheus client's own, of the node or gateway itself; its two child processes 
 the time that this node's own forwards take is `rate(p2pmodel_step_seconds_total[1m])`; how busy its GPU is takes the
 library nvidia-ml-py (`pip install '.[gpu]'`), which asks the driver.
 """
+
+
+def files() -> dict[str, str]:
+    before = (ROOT / RELEASED).read_text(encoding="utf-8").splitlines()
+    return {"docs/metrics.md": document(), RELEASED: "".join(f"{line}\n" for line in released(before))}
 
 
 def document() -> str:
@@ -57,19 +60,18 @@ def document() -> str:
     return "".join([*parts, _TAIL])
 
 
-def signatures(families: Sequence[Families]) -> list[str]:
-    """A line a metric, sorted: name, type, labels."""
-    found = {" ".join((x.name, x.kind, *sorted(x.labels))) for one in families for x in one.made}
-    return sorted(found)
-
-
 def current() -> list[str]:
-    return signatures((Metrics(), GatewayMetrics()))
+    """A line a metric, sorted: name, type, labels."""
+    made = (family for families in (Metrics(), GatewayMetrics()) for family in families.made)
+    return sorted({" ".join((family.name, family.kind, *sorted(family.labels))) for family in made})
 
 
-def broken_promises(released: Sequence[str]) -> list[str]:
-    """Released lines that no metric keeps, and that are not deprecated."""
-    return sorted(set(released) - set(current()) - set(DEPRECATED))
+def released(before: Sequence[str]) -> list[str]:
+    """What was ever released, with what there is now. Ends the program where a line of before holds no longer, and is
+    not deprecated."""
+    if broken := sorted(set(before) - set(current()) - set(DEPRECATED)):
+        raise SystemExit(f"Released metrics are changed or gone: {'; '.join(broken)}. Deprecate them first.")
+    return sorted({*before, *current()})
 
 
 def _labels(family: Family) -> str:
@@ -77,25 +79,3 @@ def _labels(family: Family) -> str:
         return given if isinstance(given, str) else ", ".join(f"`{value}`" for value in given)
 
     return "; ".join(f"`{label}`: {values(given)}" for label, given in family.labels.items())
-
-
-def main(folder: Path, *, check: bool) -> None:
-    """Raises InvalidInput when a released metric is gone; with `check`, also when the page is out of date."""
-    path, released = folder / DOCUMENT, folder / RELEASED
-    lines = released.read_text(encoding="utf-8").split("\n")[:-1] if released.exists() else []
-    if broken := broken_promises(lines):
-        raise InvalidInput(f"Released metrics are changed or gone: {'; '.join(broken)}.", "Deprecate them first.")
-    texts = {path: document(), released: "".join(f"{line}\n" for line in sorted({*lines, *current()}))}
-    for file, text in texts.items():
-        if check and (not file.exists() or file.read_text(encoding="utf-8") != text):
-            raise InvalidInput(f"{file} is out of date.", "Run: python -m p2pmodel.telemetry.document docs")
-        if not check:
-            file.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
-    try:
-        main(Path(arguments[0] if arguments else "docs"), check="--check" in sys.argv)
-    except InvalidInput as error:
-        sys.exit(str(error))

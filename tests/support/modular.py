@@ -11,14 +11,14 @@ import torch
 
 from p2pmodel import starter
 from p2pmodel.domain.model import Limits, Schedule
-from p2pmodel.engine.training import gates
 from p2pmodel.engine.training.recipes import TrainingOptions
-from p2pmodel.engine.training.trainees import KindOptions
 from p2pmodel.node.lineages import intake
 from p2pmodel.node.lineages.founding import Founding, found
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.store.home import Home
+from p2pmodel.tensors import gates
+from p2pmodel.tensors.patch_kind import KindOptions
 
 KINDS = ("ia3@1", "expert@1")
 OPTIONS = TrainingOptions(

@@ -18,7 +18,7 @@ from p2pmodel.engine.checkpoint import Checkpoint
 from p2pmodel.engine.head import NO_VECTORS, RemoteCache, RemoteTape
 from p2pmodel.engine.stage import Stage, load_stage
 from p2pmodel.engine.steps import Note
-from tests.families import VOCABULARY
+from tests.support.families import VOCABULARY
 
 PROMPT, NEW_TOKENS, ROOM = 7, 48, 64
 PARTS = (1, 1, 5, 1)

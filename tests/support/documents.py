@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GENERATED = ("reference/commands.md", "reference/recipes.md", "metrics.md", "models.md", "control-api.md")
 
