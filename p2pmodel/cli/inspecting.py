@@ -1,5 +1,6 @@
 """`p2pmodel status`, `log`, `doctor` and `fsck`."""
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -170,18 +171,29 @@ def doctor(
 
 
 def fsck(home: options.Home = None, json: options.Json = False) -> None:
-    """Verify every object of the home, put corrupt ones aside, and rebuild the index."""
-    from p2pmodel.domain.errors import StorageError
+    """Verify every object of the home, put corrupt ones aside, rebuild the index, and look for all versions' values."""
+    from p2pmodel.domain.errors import NotFound, StorageError
+    from p2pmodel.node.lineages.lineage import Lineage
     from p2pmodel.store.fsck import fsck as check
     from p2pmodel.store.home import Home
 
-    report = check(Home.open(home))
+    folder = Home.open(home)
+    report = check(folder)
+    lost: list[str] = []
+    for model in folder.index.models():
+        with contextlib.suppress(NotFound):  # its Manifest was put aside
+            lineage = Lineage(folder, model)
+            missing = [v for v in lineage.versions if not folder.objects.has(v.candidate.result.digest)]
+            lost += [f"{lineage.manifest.name} {version.candidate.number}" for version in missing]
     emit(
-        report,
+        plain(report) | {"lost_versions": lost},
         f"{report.objects} objects ({size(report.bytes)}), {report.records} records, {len(report.corrupt)} corrupt, "
-        f"{len(report.dangling_refs)} dangling refs",
+        f"{len(report.dangling_refs)} dangling refs, {len(lost)} versions without their values",
         json,
     )
+    if lost:
+        advice = "Those of a head are fetched by the next node on this home."
+        raise StorageError(f"The values of {', '.join(lost)} are not here.", advice)
     if report.corrupt or report.dangling_refs:
         raise StorageError(
             "The store was damaged.", "Corrupt objects are put aside and fetched again by the next node on this home."

@@ -140,7 +140,7 @@ def test_a_branch_has_the_values_that_it_begins_with_and_a_life_of_its_own(home:
 
 def test_a_chain_that_begins_elsewhere_is_proven_offline(home: Home, tmp_path: Path) -> None:
     said = run(home.path, "version", "verify", "--model", "side")
-    assert "1 versions after the base" in said
+    assert "1 version after the base" in said
     assert "main 1.0.1" in said
     assert "is proven too" in said
     for version in ("base", "head"):

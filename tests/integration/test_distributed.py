@@ -95,7 +95,7 @@ def test_a_draft_and_a_long_prompt_leave_the_answer_as_it_is(model: Any, whole: 
 
 
 def test_a_prompt_that_the_stages_know_is_not_computed_again(peers: list[str], tmp_path: Path) -> None:
-    text = (starter.DRAFT / "README.md").read_text()[:900]
+    text = (starter.DOMAINS / "xml.txt").read_text()[:900]
     answers, alone = [], "import os\n"
     with SwarmClient.connect(tmp_path, tuple(peers), None, None) as client:
         for prompt in (text, alone, text, text + "\n\ndef f(x):"):

@@ -72,7 +72,7 @@ def test_an_expert_comes_serves_and_goes(tmp_path: Path) -> None:
     assert noted[0] == "1.1.0"
     assert noted[1].names == ("table", "none")
     assert noted[1].rows[0][0] == "prose.txt"
-    assert "removes expert table" in run("log")
+    assert "removes table" in run("log")
 
 
 @torch.inference_mode()

@@ -161,9 +161,9 @@ async def test_both_patches_of_a_contributor_at_once_are_one(node: Node) -> None
     assert len(node.here.patches) == 1
 
 
-async def test_a_round_takes_as_many_patches_as_the_manifest_says(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = dataclasses.replace(node.here.manifest.schedule, min_patches=1, max_patches=2)
-    node.here.manifest = dataclasses.replace(node.here.manifest, schedule=schedule)
+async def test_a_round_takes_as_many_patches_as_the_manifest_says(node: Node) -> None:
+    schedule = dataclasses.replace(node.here.founding.schedule, min_patches=1, max_patches=2)
+    node.here.founding = dataclasses.replace(node.here.founding, schedule=schedule)
     for seed in (1, 2):
         await node.bring(add_patch(node.there, Key.generate(), seed))
     before = node.objects

@@ -174,7 +174,7 @@ def test_a_late_comer_verifies_the_chain_and_arrives_at_the_head(council: Counci
     assert lineage.manifest.threshold == 3
     assert run(late.home, "version", "verify", "--model", "council")
     said = CliRunner().invoke(app, ["log", "--model", "council", "--home", str(late.home)]).stdout
-    assert "amends the Manifest" in said
+    assert "amends maintainer " in said
     until(lambda: lineage.home.objects.has(lineage.manifest.exam.digest))
 
 

@@ -206,6 +206,9 @@ def test_a_damaged_value_is_found(grown: Names, home: Path) -> None:
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises((StorageError, Rejected)):
         run("version", "verify", home=home)
+    for _ in range(2):  # put aside by the first, and still not here
+        with pytest.raises(StorageError, match=r"values of starter 1\.0\.1 are not here"):
+            run("fsck", home=home)
 
 
 def test_tags_name_versions(grown: Names, home: Path) -> None:
