@@ -7,7 +7,7 @@ import typer
 
 from p2pmodel.cli import options
 from p2pmodel.cli.lineages import lineage_of
-from p2pmodel.cli.output import emit, size
+from p2pmodel.cli.output import demand_place, emit, size
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 
@@ -81,6 +81,7 @@ def import_(
 
     lineage = lineage_of(home, model)
     path = output or Path(f"{adapter.resolve().name}{options.PATCH_SUFFIX}")
+    demand_place(path)
     done = import_adapter(
         lineage,
         find_base(lineage.home, lineage, base),

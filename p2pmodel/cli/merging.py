@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import options
-from p2pmodel.cli.output import emit, size, table
+from p2pmodel.cli.output import demand_place, emit, size, table
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 from p2pmodel.domain.model import MergeSpec
@@ -44,6 +44,7 @@ def merge(
     """Merge patches into one, on this machine: to look at, to evaluate, to export, or to publish."""
     given = parse_weights(weights or ())
     spec = None if strategy is None else parse_strategy(strategy)
+    demand_place(output)
     from p2pmodel.node.patches.blending import blend
     from p2pmodel.store.home import Home
 

@@ -1,11 +1,15 @@
-"""What commands print: results on stdout, as text or JSON; everything else on stderr."""
+"""What commands print: results on stdout, as text or JSON, or in a file; everything else on stderr."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from p2pmodel.domain.errors import InvalidInput
 
 
 def emit(data: Any, text: str, as_json: bool) -> None:
@@ -71,3 +75,12 @@ def counted(count: int, noun: str) -> str:
 
 def _is_figure(text: str) -> bool:
     return text.strip("-+% ").replace(".", "").replace(",", "").isdigit() or text in ("", "-")
+
+
+def demand_place(path: Path) -> None:
+    """Raises InvalidInput where no file can be written to: before the work, not after it."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidInput(f"{path} cannot be written: there is no folder {folder}.", "Make it, or name another file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInput(f"{path} cannot be written: {folder} may not be changed by you.", "Name another file.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from p2pmodel.cli import options
-from p2pmodel.cli.output import emit, plain, size, table
+from p2pmodel.cli.output import demand_place, emit, plain, size, table
 from p2pmodel.domain.errors import UsageError
 from p2pmodel.domain.ids import short
 
@@ -58,6 +58,7 @@ def rebase(
         same = opened.lineage.model == lineage.model
         bases = (new if same else find_base(folder, opened.lineage, old_base), new)
     path = output or Path(f"{short(opened.id)}-{number}{options.PATCH_SUFFIX}")
+    demand_place(path)
     done = move(opened, lineage, version, path, texts=evaluate or (), bases=bases)
     how = (
         "both sides weighed the same, since not all patches of the version are here"

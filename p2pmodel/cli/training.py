@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from p2pmodel.cli import options
+from p2pmodel.cli.output import demand_place
 from p2pmodel.domain.errors import UsageError
 
 PLACES = ("through_swarm", "peers", "swarm_key", "codec")
@@ -196,7 +197,7 @@ def train(
     """
     given = {name: value for name, value in locals().items() if name not in PLACES and value is not None}
     from p2pmodel.cli.recipes import read_recipe
-    from p2pmodel.cli.training_display import TrainingDisplay, demand_place, demand_plots, show_patch
+    from p2pmodel.cli.training_display import TrainingDisplay, demand_plots, show_patch
     from p2pmodel.cli.training_display import plot as draw
     from p2pmodel.cli.training_plan import assignment_of, show_estimate
     from p2pmodel.node.lineages.bases import find_base

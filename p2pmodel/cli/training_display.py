@@ -1,6 +1,5 @@
 """What a training shows: a bar on a terminal, a line a checkpoint elsewhere; at the end its losses."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from p2pmodel.cli.output import emit, size
+from p2pmodel.cli.output import demand_place, emit, size
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.ids import short
 
@@ -119,15 +118,6 @@ def show_patch(new: "NewPatch", path: Path, lineage: "Lineage", number: str, jso
         "\n".join(lines),
         json,
     )
-
-
-def demand_place(path: Path) -> None:
-    """Raises InvalidInput where no file can be written to: before a training, not after it."""
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise InvalidInput(f"{path} cannot be written: there is no folder {folder}.", "Make it, or name another file.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInput(f"{path} cannot be written: {folder} may not be changed by you.", "Name another file.")
 
 
 def demand_plots(path: Path) -> None:

@@ -103,6 +103,8 @@ def test_what_does_not_fit_together_is_refused(lineage: Lineage, tmp_path: Path)
         run(lineage, "0123456789", *output)
     with pytest.raises(UsageError, match="scale nan"):
         run(lineage, old, "--alpha", "nan", *output[2:])
+    with pytest.raises(InvalidInput, match="there is no folder"):
+        run(lineage, old, "--alpha", "1", "--output", str(tmp_path / "nowhere" / "merged.p2patch"))
     (tmp_path / "broken.p2patch").write_bytes(b"no patch")
     with pytest.raises(Rejected, match=r"broken\.p2patch is no patch file"):
         run(lineage, str(tmp_path / "broken.p2patch"), *output)
