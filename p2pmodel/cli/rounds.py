@@ -149,10 +149,7 @@ def _candidate_lines(candidate: "CandidateView") -> list[str]:
     lines += [f"  accepts    {peer}" for peer in candidate.accepts]
     lines += [f"  rejects    {peer}: {printable(reason)}" for peer, reason in candidate.rejects]
     lines += [f"  silent     {peer}" for peer in candidate.silent]
-    left = candidate.until - time.time()
-    until = (
-        f"until {time.strftime('%H:%M:%S', time.localtime(candidate.until))}, {left:.0f} s more" if left > 0 else "over"
-    )
-    lines += [f"to decide    {until}"]
+    until = f"until {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(candidate.until))}"
+    lines += [f"to decide    {until if time.time() < candidate.until else 'the time is over'}"]
     lines += [f"this home    {candidate.decision}"] if candidate.decision else []
     return lines + (["", *score_table(candidate.scores, "then").splitlines()] if candidate.scores else [])

@@ -71,7 +71,8 @@ def test_what_is_proposed_is_shown(lineage: Lineage) -> None:
     assert version[:10] in shown
     assert "needs        2 of these as well" in shown
     assert all(f"             {peer}" in shown for peer in both)
-    assert "s more\nthis home    approved" in shown
+    assert "\nto decide    until " in shown
+    assert "\nthis home    approved" in shown
     lineage.heard[version] -= 700
     assert look(lineage).candidates[0].until < time.time()
 
