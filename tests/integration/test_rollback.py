@@ -61,6 +61,13 @@ def test_the_base_can_be_restored(lineage: Lineage) -> None:
         assert "restores 1.0.0" in said
 
 
+def test_a_rollback_that_is_refused_changes_nothing_of_what_was_agreed(lineage: Lineage) -> None:
+    _, first = propose_rollback(lineage, lineage.versions[0].id)
+    with pytest.raises(Rejected, match=f"accepted version {first[:10]}"):
+        propose_rollback(lineage, lineage.model)
+    assert lineage.agrees_to(lineage.candidates[first])
+
+
 def test_agreement_is_to_one_step(lineage: Lineage) -> None:
     agree_to_rollback(lineage, lineage.model)
     _, version = propose_rollback(lineage, lineage.versions[0].id)

@@ -55,16 +55,22 @@ def propose_removal(lineage: Lineage, names: Sequence[str]) -> tuple[Digest, Ver
 
 def propose_rollback(lineage: Lineage, version: VersionId) -> tuple[Digest, VersionId]:
     """Agreed to by this home. Raises UsageError, Rejected, NotFound when the old values are not here."""
-    agree_to_rollback(lineage, version)
-    return _propose(lineage, RESTORE, state_bytes(lineage, version), lineage.experts(version))
+    _demand_step_back(lineage, version)
+    record, proposed = _propose(lineage, RESTORE, state_bytes(lineage, version), lineage.experts(version))
+    lineage.notes.agree_to_rollback(lineage.head, version)
+    return record, proposed
 
 
 def agree_to_rollback(lineage: Lineage, version: VersionId) -> None:
     """For as long as the head is what it is now. Raises UsageError, Rejected."""
+    _demand_step_back(lineage, version)
+    lineage.notes.agree_to_rollback(lineage.head, version)
+
+
+def _demand_step_back(lineage: Lineage, version: VersionId) -> None:
     _demand_maintainer(lineage, "decide on a rollback")
     if lineage.result(version) == lineage.result(lineage.head):
         raise UsageError(f"The head of {lineage.manifest.name} has these values already.", "Name an older version.")
-    lineage.notes.agree_to_rollback(lineage.head, version)
 
 
 def next_round(lineage: Lineage) -> int:

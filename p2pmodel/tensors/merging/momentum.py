@@ -7,7 +7,7 @@ gives δ̄ back, so that
 
     v' = (s/α + μ·v) / (1 + μ)
 
-and what was N steps ago counts for less than half a time per step: after REACH of them it is below 1e-5.
+and what was N steps ago counts for less than half a time per step: after REACH of them it is below 2e-5.
 """
 
 from collections.abc import Iterable, Mapping
