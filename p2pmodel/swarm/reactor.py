@@ -64,7 +64,7 @@ class Reactor(ABC, Generic[Member]):
     def _call(self, what: Callable[[], None]) -> None:
         """Has the thread do it."""
         self._calls.put(what)
-        with contextlib.suppress(BlockingIOError):  # then it is being woken already
+        with contextlib.suppress(OSError):  # then it is being woken already, or has ended
             self._waker.send(b"\0")
 
     def _finish(self) -> None:

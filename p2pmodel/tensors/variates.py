@@ -43,7 +43,7 @@ def write_mean(variates: Callable[[], Iterable[Variate]], kinds: Sequence[str], 
     """The blob; None when no patch has a control variate that counts. variates: sorted by patch id, and the same
     whenever it is called. kinds, slots: the lineage's. Raises Rejected."""
     weights: dict[str, float] = {}
-    for variate in variates():
+    for variate in filter(_counts, variates()):
         prefix = get_kind(variate.kind).prefix
         weights[prefix] = weights.get(prefix, 0.0) + variate.weight
     mean: dict[str, Tensor] = {}
@@ -80,7 +80,11 @@ def _slots(kinds: Sequence[str], slots: Sequence[Slot]) -> dict[str, tuple[Slot,
     return {kind.prefix: slots_of(kind, slots) for kind in known}
 
 
+def _counts(variate: Variate) -> bool:
+    return has_mean(variate.kind)
+
+
 def _of_prefix(variates: Callable[[], Iterable[Variate]], prefix: str) -> Iterator[Contribution]:
-    for variate in variates():
+    for variate in filter(_counts, variates()):
         if get_kind(variate.kind).prefix == prefix:
             yield Contribution(variate.patch, variate.gradient, {}, variate.weight, relative=True)

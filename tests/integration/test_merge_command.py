@@ -11,6 +11,7 @@ from p2pmodel.cli.app import app
 from p2pmodel.cli.merging import parse_strategy, parse_weights
 from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, Rejected, UsageError
 from p2pmodel.domain.ids import PatchId
+from p2pmodel.domain.model import MergeSpec
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_file_state, patch_state, version_state
 from p2pmodel.tensors.merging import BUILT_IN
@@ -126,3 +127,14 @@ def test_strategies_and_weights_are_spelled_plainly() -> None:
     for wrong in ("x", "x=", "=1", "x=-1", "x=nan"):
         with pytest.raises(UsageError):
             parse_weights([wrong])
+
+
+def test_a_merge_by_hand_has_no_momentum_that_its_round_would_add_again(tmp_path: Path) -> None:
+    lineage = begin(tmp_path / "home", merge=MergeSpec("mean@1", (("momentum", 0.5),)))
+    adopt(lineage, [add_patch(lineage, Key.generate(), 1, size=0.1)])
+    patch = add_patch(lineage, Key.generate(), 2)
+    output = tmp_path / "merged.p2patch"
+    run(lineage, patch, "--alpha", "1", "--output", str(output))
+    alone = patch_state(lineage, lineage.patches[patch])
+    for slot, value in patch_file_state(lineage, output).items():
+        torch.testing.assert_close(value, alone[slot])

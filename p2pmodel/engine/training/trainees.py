@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.engine.data import Blocks
 from p2pmodel.engine.training.losses import row_nats
+from p2pmodel.tensors import weights
 from p2pmodel.tensors.kinds import get_kind, kinds_of
 from p2pmodel.tensors.patch_kind import Applier, Fit, KindOptions, Lesson, Trainee
 
@@ -29,7 +30,9 @@ def new_trainee(
         raise InvalidInput(
             f"Patches of kind {kind[:64]!r} cannot be trained here.", "See what the model takes: p2pmodel model show"
         )
-    others = {name: tensor.to(model.device) for name, tensor in parent.items() if name not in own}
+    # Updates of weights are as large as the model: those that nobody has made yet take no room on the device.
+    still = {name for name, tensor in parent.items() if name.startswith(weights.PREFIX) and not tensor.any()}
+    others = {name: tensor.to(model.device) for name, tensor in parent.items() if name not in own.keys() | still}
     with ExitStack() as stack:
         applier = kinds_of(others).applier(model.base_model, sorted(others))
         stack.callback(applier.remove)

@@ -72,7 +72,7 @@ def merge(
     own = [source for source in sources if source.kind == modular.KIND and source.weight]
     update: Mapping[str, Tensor] = {}
     if shared:
-        update = combine(lineage, version, _shared(parent), shared, spec)
+        update = _going_on(lineage, version, combine(lineage, _shared(parent), shared, spec), len(shared), spec)
     placed = experts.merge(parent, list(_contributions(lineage, own)))
     return Merged(parent, update, placed)
 
@@ -100,16 +100,21 @@ def _shared(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def combine(
-    lineage: Lineage, version: VersionId, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
+    lineage: Lineage, parent: Mapping[str, Tensor], sources: Sequence[Source], spec: MergeSpec
 ) -> dict[str, Tensor]:
-    """δ̄ by slot, float64, of kinds that change slots of the parent, with the momentum of the versions before.
-    version: with the values `parent`; sources: sorted by id. Raises Rejected, NotFound."""
-    strategy = get_strategy(spec.strategy)
-    update = strategy.combine(parent, lambda: _contributions(lineage, sources), spec.of_strategy)
+    """δ̄ by slot, float64, of kinds that change slots of the parent, without momentum. sources: sorted by id. Raises
+    Rejected, NotFound."""
+    return get_strategy(spec.strategy).combine(parent, lambda: _contributions(lineage, sources), spec.of_strategy)
+
+
+def _going_on(
+    lineage: Lineage, version: VersionId, update: Mapping[str, Tensor], patches: int, spec: MergeSpec
+) -> Mapping[str, Tensor]:
+    """δ̄ of so many patches on the version, with the momentum of the versions before, where there is to be any."""
     if not spec.momentum:
         return update
+    unit = get_strategy(spec.strategy).unit(patches)
     moving = momentum.velocity(_steps(lineage, version), spec.momentum)
-    unit = strategy.unit(len(sources))
     return momentum.accelerated(update, {name: v / unit for name, v in moving.items()}, spec.momentum)
 
 

@@ -93,7 +93,7 @@ def blend(
     chosen = spec or lineage.manifest.merge
     parent = headers[0].parent
     before = version_state(lineage, parent)
-    update = combine(lineage, parent, before, sources, chosen)
+    update = combine(lineage, before, sources, chosen)
     tuned: tuple[float, float] | None = None
     if alpha is None:
         alpha, tuned = _tune(lineage, home, base, before, update, get_strategy(chosen.strategy).unit(len(sources)))
@@ -119,7 +119,7 @@ def blend(
         {source.id: source.weight for source in sources},
         size,
         tuned,
-        _influences(lineage, parent, before, sources, chosen, update, alpha) if explain else (),
+        _influences(lineage, before, sources, chosen, update, alpha) if explain else (),
     )
 
 
@@ -250,19 +250,13 @@ def merged_header(
 
 
 def _influences(
-    lineage: Lineage,
-    parent: VersionId,
-    before: State,
-    sources: Sequence[Source],
-    spec: MergeSpec,
-    update: State,
-    alpha: float,
+    lineage: Lineage, before: State, sources: Sequence[Source], spec: MergeSpec, update: State, alpha: float
 ) -> tuple[Influence, ...]:
     found = []
     for left_out in sources:
         rest = [source for source in sources if source is not left_out]
         nothing = not any(source.weight for source in rest)
-        without = {} if nothing else combine(lineage, parent, before, rest, spec)
+        without = {} if nothing else combine(lineage, before, rest, spec)
         for slot, own in update.items():
             difference = own if nothing else own - without[slot]
             distance = abs(alpha) * float(difference.norm())

@@ -17,7 +17,7 @@ from p2pmodel.engine.checkpoint import load_tokenizer, load_whole
 from p2pmodel.engine.data import read_texts
 from p2pmodel.engine.evaluation import evaluate
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import read_change, read_masses, version_state
+from p2pmodel.node.lineages.states import patch_change, read_change, read_masses, version_state
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.store import patchfile
 from p2pmodel.tensors import blob, compact
@@ -177,8 +177,7 @@ def _between(opened: OpenedPatch, lineage: Lineage, version: VersionId) -> list[
 def masses_of(lineage: Lineage, patch: Patch) -> Mapping[str, Tensor]:
     """The Fisher of a patch of the home, by slot, see `PatchKind.read_fisher`. Raises NotFound, Rejected."""
     objects, limit = lineage.home.objects, lineage.largest_patch
-    change = read_change(lineage, patch.kind, objects.load(patch.adapter.digest, limit))
-    return read_masses(lineage, patch.kind, change, objects.load(patch.fisher.digest, limit))
+    return read_masses(lineage, patch.kind, patch_change(lineage, patch), objects.load(patch.fisher.digest, limit))
 
 
 def mean_mass(sources: Sequence[Mapping[str, Tensor]], slot: str, shape: tuple[int, ...]) -> Tensor:
