@@ -71,17 +71,19 @@ class ObjectStore:
         are not what they were, after which the object is absent.
         """
         with self._open(digest) as file, storage_errors(self._path(digest)):
-            size = os.fstat(file.fileno()).st_size
-            if limit is not None and size > limit:
-                raise Rejected("size", f"Object {short(digest)} of {size} bytes is over the limit of {limit}.")
+            _check_size(digest, os.fstat(file.fileno()).st_size, limit)
             raw = file.readall()
         if canonical.digest(raw) != digest:
             self._set_aside(digest)
-            raise StorageError(
-                f"Object {short(digest)} was damaged on the disk.",
-                "It was moved aside and will be fetched again; check the disk with p2pmodel fsck.",
-            )
+            raise _damaged(digest)
         return raw
+
+    def verified(self, digest: Digest, limit: int | None = None) -> Path:
+        """The file of an object that was verified just now, for readers that map it into memory. Raises as `load`."""
+        _check_size(digest, self.size(digest) or 0, limit)
+        if not self.verify(digest):
+            raise _damaged(digest)
+        return self._path(digest)
 
     def read(self, digest: Digest, offset: int, length: int) -> bytes:
         """The bytes from `offset` on, at most `length`, fewer at the end. Not verified: its receiver does that.
@@ -197,6 +199,18 @@ class ObjectSink:
     def abort(self) -> None:
         """Leaves nothing; may be called again, and after `finish`."""
         self._file.discard()
+
+
+def _check_size(digest: Digest, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise Rejected("size", f"Object {short(digest)} of {size} bytes is over the limit of {limit}.")
+
+
+def _damaged(digest: Digest) -> StorageError:
+    return StorageError(
+        f"Object {short(digest)} was damaged on the disk.",
+        "It was moved aside and will be fetched again; check the disk with p2pmodel fsck.",
+    )
 
 
 def _absent(digest: str) -> NotFound:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -36,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _CODES}
+Raw = bytes | bytearray | memoryview
 MAX_TENSORS = 100_000
 MAX_EXTENT = 1 << 48
 _CACHED_HEADER_BYTES = 1 << 16
@@ -74,8 +76,8 @@ class Tensors(dict[str, Tensor]):
     places: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
-def unpack(raw: bytes | bytearray | memoryview, slots: Sequence[Slot] | None, limit: int) -> Tensors:
-    """The tensors in `raw`, sorted by name; they share one copy of the data.
+def unpack(raw: Raw, slots: Sequence[Slot] | None, limit: int) -> Tensors:
+    """The tensors in `raw`, sorted by name: views of it where it is `mapped`, and else of one copy.
 
     slots: what may be in it, with the shape and dtype of each; None takes whatever there is. limit: bytes.
     Raises Rejected("size" | "schema" | "shape" | "finite").
@@ -90,21 +92,35 @@ def unpack(raw: bytes | bytearray | memoryview, slots: Sequence[Slot] | None, li
     layout = parse(bytes(view[8 : 8 + length]), len(view) - 8 - length)
     if slots is not None:
         _check(layout, slots)
-    data = np.frombuffer(view, np.uint8, offset=8 + length).copy()
+    data = np.frombuffer(view, np.uint8, offset=8 + length)
+    if view.readonly or not isinstance(raw, memoryview) or (layout.flat and data.ctypes.data % 4):
+        data = data.copy()
     tensors = _flat(layout, data) if layout.flat else _separate(layout, torch.from_numpy(data))
     if not _finite(tensors):
         raise Rejected("finite", "The blob holds values that are not finite.")
     return tensors
 
 
-def names(raw: bytes) -> frozenset[str]:
+def mapped(path: Path) -> memoryview:
+    """A file's bytes, read where they are looked at. Nothing is ever written to it. Raises OSError."""
+    size = path.stat().st_size
+    if not size:
+        return memoryview(bytearray())
+    # Python's own map keeps a file descriptor open, of which there are fewer than patches.
+    try:
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
+    except RuntimeError as error:
+        raise OSError(f"{path} can't be mapped: {error}") from None
+
+
+def names(raw: Raw) -> frozenset[str]:
     """Of the tensors that a blob says it holds; none when it is no blob."""
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or length > len(raw) - 8:
         return frozenset()
     parse = _cached_layout if length <= _CACHED_HEADER_BYTES else _layout
     try:
-        return frozenset(parse(raw[8 : 8 + length], len(raw) - 8 - length).names)
+        return frozenset(parse(bytes(raw[8 : 8 + length]), len(raw) - 8 - length).names)
     except Rejected:
         return frozenset()
 
@@ -137,8 +153,9 @@ def _separate(layout: _Layout, data: Tensor) -> Tensors:
         if begin == end:
             tensors[name] = torch.empty(shape, dtype=dtype)
             continue
+        part = data[begin:end]
         # A view has to begin at a multiple of its element size.
-        part = data[begin:end].clone() if begin % dtype.itemsize else data[begin:end]
+        part = part.clone() if part.data_ptr() % dtype.itemsize or begin % dtype.itemsize else part
         tensors[name] = part.view(dtype).view(shape)
     return tensors
 

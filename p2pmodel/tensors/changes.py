@@ -8,9 +8,13 @@ and in a fixed order, and no library's matrix products or sums.
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from math import fsum, prod
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
@@ -72,25 +76,80 @@ class Lazy(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
+class EndToEnd(Lazy):
+    """Tensors that lie one after the other in the order of their names."""
+
+    def __init__(self, places: Places) -> None:
+        self.places, self._shapes, self._starts, self.size = _frame(places)
+
+    @abstractmethod
+    def across(self, low: int, high: int) -> Tensor:
+        """[high - low] float32, on the CPU: of all of them as one vector."""
+
+    def part(self, name: str, low: int, high: int) -> Tensor:
+        start = self._starts[name]
+        return self.across(start + low, start + high)
+
+
+@lru_cache(maxsize=64)
+def _frame(places: Places) -> tuple[Places, dict[str, Shape], dict[str, int], int]:
+    """(places, shapes, where each begins, values of all): the same objects for the patches of a lineage, of which many
+    are held at a time."""
+    *starts, size = accumulate((prod(shape) for _, shape in places), initial=0)
+    return places, dict(places), {name: start for (name, _), start in zip(places, starts, strict=True)}, size
+
+
+def blocks_of(codes: NDArray[np.uint8], low: int, high: int) -> NDArray[np.uint8]:
+    """[high - low]: with zeros after the last of them."""
+    found = codes[low:high]
+    if len(found) < high - low:
+        found = np.concatenate([found, np.zeros(high - low - len(found), np.uint8)])
+    return found
+
+
+class Flat(EndToEnd):
+    """Views of one vector."""
+
+    def __init__(self, flat: Tensor, places: Places) -> None:
+        """flat: [N] float32."""
+        super().__init__(places)
+        self._flat = flat
+
+    def across(self, low: int, high: int) -> Tensor:
+        return self._flat[low:high]
+
+
 class Sparse(Lazy):
-    """`elsewhere`, but at `indices` (by slot, [k] int32, rising, into the flat tensor), where it is `values` ([k])."""
+    """`elsewhere`, but at `indices` (by slot, [k] int32, rising, into the flat tensor), where it is `values` ([k], by
+    slot and suffix)."""
 
     def __init__(
-        self, shapes: Mapping[str, Shape], indices: Mapping[str, Tensor], values: Mapping[str, Tensor], elsewhere: float
+        self,
+        shapes: Mapping[str, Shape],
+        indices: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        suffix: str,
+        elsewhere: float,
     ) -> None:
         super().__init__(shapes)
-        self.indices, self._values, self._elsewhere = indices, values, elsewhere
+        self.indices, self._values, self._suffix, self._elsewhere = indices, values, suffix, elsewhere
 
     def part(self, name: str, low: int, high: int) -> Tensor:
         index = self.indices[name]
         begin, end = torch.searchsorted(index, torch.tensor([low, high], dtype=index.dtype)).tolist()
         flat = torch.full((high - low,), self._elsewhere)
-        flat[index[begin:end].long() - low] = self._values[name][begin:end]
+        if begin < end:
+            flat[index[begin:end].long() - low] = part_of(self._values, name + self._suffix, begin, end)
         return flat
 
     def alike(self, values: Mapping[str, Tensor], elsewhere: float) -> "Sparse":
         """With other values at the same indices."""
-        return Sparse(self._shapes, self.indices, values, elsewhere)
+        return Sparse(self._shapes, self.indices, values, self._suffix, elsewhere)
+
+
+def part_of(tensors: Mapping[str, Tensor], name: str, low: int, high: int) -> Tensor:
+    """[high - low]: of the tensor laid out flat."""
+    return tensors.part(name, low, high) if isinstance(tensors, Lazy) else tensors[name].reshape(-1)[low:high]
 
 
 class _ByRows(Lazy):
@@ -142,31 +201,36 @@ class Factored(_ByRows):
         Raises Rejected("finite") where a product of them is beyond what a float32 holds."""
         super().__init__(shapes)
         self._means = means
-        self._scaled = {name: _by_their_mean(means[name + ROWS]) for name, shape in shapes.items() if len(shape) > 1}
-        for name, scaled in self._scaled.items():
-            largest = scaled.amax(-1) * means[name + COLUMNS].double().amax(-1)
+        self._by_matrix = {name: _mean_rows(means[name + ROWS]) for name, shape in shapes.items() if len(shape) > 1}
+        for name, by_matrix in self._by_matrix.items():
+            rows = self._scaled(name, 0, prod(shapes[name][:-1])).view(len(by_matrix), -1)
+            largest = rows.amax(-1) * means[name + COLUMNS].double().reshape(len(by_matrix), -1).amax(-1)
             if not bool(largest.to(torch.float32).isfinite().all()):
                 raise Rejected("finite", f"The Fisher of slot {name[:128]!r} is too large to be merged.")
 
     def part(self, name: str, low: int, high: int) -> Tensor:
         if len(self._shapes[name]) < 2:
-            return self._means[name][low:high]
+            return part_of(self._means, name, low, high)
         return super().part(name, low, high)
 
     def rows(self, name: str, low: int, high: int) -> Tensor:
-        *stacked, count, columns = self._shapes[name]
-        by_column = self._means[name + COLUMNS].double().reshape(prod(stacked), columns)
-        own = self._scaled[name].reshape(-1)[low:high, None]
-        if not stacked:
-            return own * by_column
-        return own * by_column[torch.arange(low, high) // count]
+        *_, count, columns = self._shapes[name]
+        first, last = low // count, -(-high // count)
+        by_column = part_of(self._means, name + COLUMNS, first * columns, last * columns).double().view(-1, columns)
+        own = self._scaled(name, low, high)[:, None]
+        return own * (by_column if len(by_column) == 1 else by_column[torch.arange(low, high) // count - first])
+
+    def _scaled(self, name: str, low: int, high: int) -> Tensor:
+        """[high - low] float64: the means of these rows of all matrices, each by the mean of its matrix's."""
+        own = part_of(self._means, name + ROWS, low, high).double()
+        return own / self._by_matrix[name][torch.arange(low, high) // self._shapes[name][-2]]
 
 
-def _by_their_mean(rows: Tensor) -> Tensor:
-    """[..., n] -> [..., n] float64: each by the mean of its matrix's."""
-    by_row = rows.double().reshape(-1, rows.shape[-1])
-    means = torch.tensor([fsum(matrix.tolist()) / len(matrix) for matrix in by_row], dtype=torch.float64)
-    return (by_row / torch.where(means > 0, means, 1.0)[:, None]).reshape(rows.shape)
+def _mean_rows(rows: Tensor) -> Tensor:
+    """[..., n] -> [matrices] float64: the mean of each; 1 where it is 0."""
+    by_matrix = rows.double().reshape(-1, rows.shape[-1])
+    means = torch.tensor([fsum(matrix.tolist()) / len(matrix) for matrix in by_matrix], dtype=torch.float64)
+    return torch.where(means > 0, means, 1.0)
 
 
 def slot_places(slots: Sequence[Slot]) -> Places:
@@ -194,10 +258,6 @@ def end_to_end(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Places]:
     return torch.cat(parts) if parts else torch.empty(0), places
 
 
-def taken_apart(flat: Tensor, places: Places) -> Tensors:
-    """The reverse of `end_to_end`: views of `flat`."""
-    parts = torch.split(flat, [prod(shape) for _, shape in places])
-    tensors = Tensors((name, part.view(shape)) for (name, shape), part in zip(places, parts, strict=True))
-    if flat.dtype == torch.float32:
-        tensors.flat, tensors.places = flat, places
-    return tensors
+def laid_out(tensors: Tensors) -> Mapping[str, Tensor]:
+    """The same, end to end where the blob was."""
+    return tensors if tensors.flat is None else Flat(tensors.flat, tensors.places)

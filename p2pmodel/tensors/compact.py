@@ -9,16 +9,17 @@ Decoding gives the same bits everywhere: one multiplication in float64 and one r
 """
 
 from collections.abc import Mapping
-from math import ldexp, prod
+from math import ldexp
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.blob import Tensors
-from p2pmodel.tensors.changes import Places, end_to_end, taken_apart
+from p2pmodel.tensors.blob import Raw
+from p2pmodel.tensors.changes import EndToEnd, Places, blocks_of, end_to_end
 
 BLOCK = 1024
 _STEPS = 8
@@ -33,9 +34,7 @@ _OCTAVE = (
     0.5946035575013605,
     0.5452538663326288,
 )
-_TABLE = torch.tensor(
-    [0.0] + [ldexp(_OCTAVE[below % _STEPS], -(below // _STEPS)) for below in range(254, -1, -1)], dtype=torch.float64
-)
+_TABLE = np.array([0.0] + [ldexp(_OCTAVE[below % _STEPS], -(below // _STEPS)) for below in range(254, -1, -1)])
 
 
 def encode(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,15 +49,23 @@ def encode(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"codes": codes.view(-1)[: len(flat)].clone(), "scales": scales}
 
 
-def decode(raw: bytes, places: Places, limit: int) -> Tensors:
-    """float32 tensors at these places. Raises Rejected("size" | "schema" | "shape" | "finite")."""
-    size = sum(prod(shape) for _, shape in places)
-    expected = (Slot("codes", (size,), "uint8"), Slot("scales", (-(-size // BLOCK),), "float32"))
-    found = blob.unpack(raw, expected, limit)
-    if found.keys() != {slot.name for slot in expected}:
-        raise Rejected("schema", "The patch's Fisher lacks its codes or scales.")
-    scales = found["scales"]
-    if bool((scales < 0).any()):
-        raise Rejected("finite", "The patch's Fisher has negative values.")
-    spread = scales.double().repeat_interleave(BLOCK)[:size]
-    return taken_apart((_TABLE[found["codes"].int()] * spread).to(torch.float32), places)
+class Decoded(EndToEnd):
+    """float32 tensors, made where they are looked at."""
+
+    def __init__(self, raw: Raw, places: Places, limit: int) -> None:
+        """Keeps what the blob holds. Raises Rejected("size" | "schema" | "shape" | "finite")."""
+        super().__init__(places)
+        expected = (Slot("codes", (self.size,), "uint8"), Slot("scales", (-(-self.size // BLOCK),), "float32"))
+        found = blob.unpack(raw, expected, limit)
+        if found.keys() != {slot.name for slot in expected}:
+            raise Rejected("schema", "The patch's Fisher lacks its codes or scales.")
+        self._codes, self._scales = found["codes"].numpy(), found["scales"].numpy()
+        if (self._scales < 0).any():
+            raise Rejected("finite", "The patch's Fisher has negative values.")
+
+    def across(self, low: int, high: int) -> Tensor:
+        first, last = low // BLOCK, -(-high // BLOCK)
+        values = np.take(_TABLE, blocks_of(self._codes, first * BLOCK, last * BLOCK), mode="clip").reshape(-1, BLOCK)
+        values *= self._scales[first:last].astype(np.float64)[:, None]
+        flat = values.astype(np.float32).reshape(-1)
+        return torch.from_numpy(flat[low - first * BLOCK : high - first * BLOCK])

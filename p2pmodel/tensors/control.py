@@ -11,8 +11,8 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.tensors import blob, fourbit
-from p2pmodel.tensors.blob import Tensors
-from p2pmodel.tensors.changes import Change, Places
+from p2pmodel.tensors.blob import Raw
+from p2pmodel.tensors.changes import Change, EndToEnd, Places
 
 LARGEST = torch.finfo(torch.bfloat16).max
 """Of any value: the mean of a round's control variates is written in bfloat16."""
@@ -24,15 +24,15 @@ def write(gradient: Mapping[str, Tensor], error: Mapping[str, Tensor] | None = N
     return blob.pack(encoded), left
 
 
-def read(control: bytes, places: Places, limit: int) -> Tensors:
+def read(control: Raw, places: Places, limit: int) -> EndToEnd:
     """By parameter, float32. Raises Rejected("size" | "schema" | "shape" | "finite")."""
-    gradient = fourbit.decode(control, places, limit)
+    gradient = fourbit.Decoded(control, places, limit)
     if any(tensor.numel() and float(tensor.abs().max()) > LARGEST for tensor in gradient.values()):
         raise Rejected("finite", f"The control variate has values beyond {LARGEST:.3g}, which no gradient has.")
     return gradient
 
 
-def places(adapter: bytes, change: Change, limit: int) -> Places:
+def places(adapter: Raw, change: Change, limit: int) -> Places:
     """Of the parameters that a patch was trained in, which its gradient is of. change: what the adapter blob holds."""
     if fourbit.holds(adapter):
         return tuple((slot, change.shape(slot)) for slot in sorted(change.values))

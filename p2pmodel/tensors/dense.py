@@ -9,7 +9,8 @@ from torch import Tensor
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob, fourbit
-from p2pmodel.tensors.changes import Change, factored_places, factors, slot_places
+from p2pmodel.tensors.blob import Raw
+from p2pmodel.tensors.changes import Change, factored_places, factors, laid_out, slot_places
 from p2pmodel.tensors.patch_kind import Fit, Lesson
 from p2pmodel.tensors.weights import FactoredKind, Ground, WeightTrainee, leaf
 
@@ -31,12 +32,17 @@ class Trainee(WeightTrainee):
         return factors(slot, squares)
 
 
-def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
+def read(raw: Raw, slots: Sequence[Slot], limit: int) -> Change:
     """Raises Rejected."""
-    values = fourbit.decode(raw, slot_places(slots), limit) if fourbit.holds(raw) else blob.unpack(raw, slots, limit)
+    values: Mapping[str, Tensor]
+    if fourbit.holds(raw):
+        values = fourbit.Decoded(raw, slot_places(slots), limit)
+    else:
+        values = laid_out(blob.unpack(raw, slots, limit))
     if not values:
         raise Rejected("shape", "The patch changes nothing.")
-    places = sorted(place for slot, update in values.items() for place in factored_places(slot, tuple(update.shape)))
+    shapes = {slot.name: slot.shape for slot in slots}
+    places = sorted(place for slot in values for place in factored_places(slot, shapes[slot]))
     return Change(values, True, tuple(places))
 
 
@@ -50,7 +56,7 @@ class Kind(FactoredKind):
     def trainee(self, lesson: Lesson) -> Trainee:
         return Trainee(Ground(lesson.base, lesson.parent))
 
-    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+    def read(self, adapter: Raw, slots: Sequence[Slot], limit: int) -> Change:
         return read(adapter, slots, limit)
 
     def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:

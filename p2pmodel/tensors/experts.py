@@ -31,6 +31,7 @@ from p2pmodel.domain.modular import (
     slots_of_expert,
 )
 from p2pmodel.tensors import blob, compact, patch_kind
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.gates import fit_gates, gate_slots
 from p2pmodel.tensors.ia3 import layers_path
@@ -54,7 +55,7 @@ def find_pools(base: nn.Module) -> tuple[Slot, ...]:
     return tuple(sorted((pool_slot(f"{path}{index}", width) for index in range(count)), key=lambda slot: slot.name))
 
 
-def read(raw: bytes, pools: Sequence[Slot], limit: int) -> Change:
+def read(raw: Raw, pools: Sequence[Slot], limit: int) -> Change:
     """Raises Rejected."""
     values = blob.unpack(raw, None, limit)
     known = {pool.name: pool for pool in pools}
@@ -127,7 +128,7 @@ def merge(parent: Mapping[str, Tensor], contributions: Sequence[Contribution]) -
         own = [
             Contribution(c.patch, {slot: c.adapter[slot]}, {slot: c.fisher[slot]}, c.weight, c.relative) for c in some
         ]
-        update = FisherMean().combine({slot: start}, lambda own=own: own, {})[slot]  # type: ignore[misc]
+        update = FisherMean().combine({slot: start}, own, {})[slot]
         merged[slot] = (start.double() + update).to(torch.float32)
     return merged
 
@@ -237,11 +238,11 @@ class Kind:
             trained, brought = _new_expert(lesson)
         return Trainee(lesson.base, state, trained, brought, lesson.device)
 
-    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+    def read(self, adapter: Raw, slots: Sequence[Slot], limit: int) -> Change:
         return read(adapter, slots, limit)
 
-    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
-        return compact.decode(fisher, change.fisher_places, limit)
+    def read_fisher(self, change: Change, fisher: Raw, limit: int) -> Mapping[str, Tensor]:
+        return compact.Decoded(fisher, change.fisher_places, limit)
 
     def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With the rows of routers that an adapter comes with."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob, compact
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import NOT_HELD, Change, Sparse
 from p2pmodel.tensors.patch_kind import Fit, Lesson
 from p2pmodel.tensors.weights import Ground, WeightKind, WeightTrainee, leaf
@@ -67,7 +68,7 @@ class Trainee(WeightTrainee):
         return {slot + VALUE: squares.flatten()[self._mask[slot]]}
 
 
-def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
+def read(raw: Raw, slots: Sequence[Slot], limit: int) -> Change:
     """Raises Rejected. What it takes is in proportion to `raw`, whatever that claims."""
     tensors = blob.unpack(raw, None, limit)
     known = {slot.name: slot for slot in slots}
@@ -89,13 +90,13 @@ def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
             raise Rejected("shape", f"The indices of {slot[:64]!r} do not rise within its {size} values, one each.")
     shapes = {slot: known[slot].shape for slot in indices}
     places = tuple(sorted((slot + VALUE, tuple(value.shape)) for slot, value in values.items()))
-    return Change(Sparse(shapes, indices, values, 0.0), True, places)
+    return Change(Sparse(shapes, indices, tensors, VALUE, 0.0), True, places)
 
 
 def masses(change: Change, fisher: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """fisher: {slot#value: [k]}. -> by slot, with NOT_HELD outside of the mask."""
     assert isinstance(change.values, Sparse)
-    return change.values.alike({slot: fisher[slot + VALUE] for slot in change.values}, NOT_HELD)
+    return change.values.alike(fisher, NOT_HELD)
 
 
 class Kind(WeightKind):
@@ -115,11 +116,11 @@ class Kind(WeightKind):
                     fisher[slot] += gradients.pop(slot).square()
         return Trainee(ground, choose(fisher, lesson.options.density))
 
-    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+    def read(self, adapter: Raw, slots: Sequence[Slot], limit: int) -> Change:
         return read(adapter, slots, limit)
 
-    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
-        return masses(change, compact.decode(fisher, change.fisher_places, limit))
+    def read_fisher(self, change: Change, fisher: Raw, limit: int) -> Mapping[str, Tensor]:
+        return masses(change, compact.Decoded(fisher, change.fisher_places, limit))
 
     def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(moments)

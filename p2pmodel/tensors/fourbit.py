@@ -6,23 +6,25 @@ so that small gradients do not fall out of its range. What rounding takes away c
 """
 
 from collections.abc import Mapping
-from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob
-from p2pmodel.tensors.blob import Tensors
-from p2pmodel.tensors.changes import Places, end_to_end, taken_apart
+from p2pmodel.tensors.blob import Raw
+from p2pmodel.tensors.changes import EndToEnd, Flat, Places, blocks_of, end_to_end
 
 BLOCK = 64
 LARGEST = 7
+_PAIRS = np.array([[(code & 15) - 8, (code >> 4) - 8] for code in range(256)], np.float32).view(np.uint64).reshape(-1)
+"""Of each byte the two whole numbers that it says, as one number of 64 bits, so that they are looked up at once."""
 _NAMES = frozenset(("codes", "scales", "unit"))
 
 
-def holds(raw: bytes) -> bool:
+def holds(raw: Raw) -> bool:
     """Whether a blob is of four bits a value."""
     return blob.names(raw) == _NAMES
 
@@ -49,24 +51,34 @@ def encode(
     halves = (whole.view(-1)[: len(flat)] + 8).to(torch.uint8)
     halves = torch.nn.functional.pad(halves, (0, len(halves) % 2))
     encoded = {"codes": halves[::2] | (halves[1::2] << 4), "scales": scales, "unit": unit}
-    return encoded, dict(taken_apart(flat - (whole * steps).view(-1)[: len(flat)], places))
+    return encoded, dict(Flat(flat - (whole * steps).view(-1)[: len(flat)], places))
 
 
-def decode(raw: bytes, places: Places, limit: int) -> Tensors:
-    """float32 tensors at these places, the same bits everywhere. Raises Rejected("size" | "schema" | "shape" |
-    "finite")."""
-    size = sum(prod(shape) for _, shape in places)
-    expected = (
-        Slot("codes", (-(-size // 2),), "uint8"),
-        Slot("scales", (-(-size // BLOCK),), "float16"),
-        Slot("unit", (1,), "float32"),
-    )
-    found = blob.unpack(raw, expected, limit)
-    if found.keys() != _NAMES:
-        raise Rejected("schema", "A blob of four bits a value lacks its codes, scales or unit.")
-    codes = found["codes"]
-    whole = torch.stack([codes & 15, codes >> 4], 1).view(-1)[:size].to(torch.float32) - 8
-    flat = whole * (found["scales"].float() * found["unit"]).repeat_interleave(BLOCK)[:size]
-    if not bool(flat.isfinite().all()):
-        raise Rejected("finite", "A blob of four bits a value holds what is not finite.")
-    return taken_apart(flat, places)
+class Decoded(EndToEnd):
+    """float32 tensors, made where they are looked at, the same bits everywhere."""
+
+    def __init__(self, raw: Raw, places: Places, limit: int) -> None:
+        """Keeps what the blob holds. Raises Rejected("size" | "schema" | "shape" | "finite")."""
+        super().__init__(places)
+        expected = (
+            Slot("codes", (-(-self.size // 2),), "uint8"),
+            Slot("scales", (-(-self.size // BLOCK),), "float16"),
+            Slot("unit", (1,), "float32"),
+        )
+        found = blob.unpack(raw, expected, limit)
+        if found.keys() != _NAMES:
+            raise Rejected("schema", "A blob of four bits a value lacks its codes, scales or unit.")
+        self._codes = found["codes"].numpy()
+        self._steps = (found["scales"].float() * found["unit"]).numpy()
+        with np.errstate(over="ignore"):
+            farthest = self._steps * np.float32(-8)  # the largest of what four bits can say
+        if not np.isfinite(farthest).all() and not bool(self.across(0, self.size).isfinite().all()):
+            raise Rejected("finite", "A blob of four bits a value holds what is not finite.")
+
+    def across(self, low: int, high: int) -> Tensor:
+        first, last = low // BLOCK, -(-high // BLOCK)
+        pairs = np.take(_PAIRS, blocks_of(self._codes, first * BLOCK // 2, last * BLOCK // 2), mode="clip")
+        values = pairs.view(np.float32).reshape(-1, BLOCK)
+        with np.errstate(over="ignore"):  # of what lies beyond the last value
+            values *= self._steps[first:last, None]
+        return torch.from_numpy(values.reshape(-1)[low - first * BLOCK : high - first * BLOCK])

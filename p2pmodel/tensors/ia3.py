@@ -27,7 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob, compact, fourbit, patch_kind
-from p2pmodel.tensors.changes import Change, slot_places
+from p2pmodel.tensors.blob import Raw
+from p2pmodel.tensors.changes import Change, laid_out, slot_places
 from p2pmodel.tensors.patch_kind import Fit, Lesson
 
 PREFIX, OUT, IN = "ia3:", "ia3:out:", "ia3:in:"
@@ -257,17 +258,18 @@ class Kind:
     def trainee(self, lesson: Lesson) -> Trainee:
         return Trainee(self.applier(lesson.base, sorted(lesson.parent)), lesson.parent, lesson.device)
 
-    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+    def read(self, adapter: Raw, slots: Sequence[Slot], limit: int) -> Change:
         if fourbit.holds(adapter):
             places = slot_places(slots)
-            return Change(fourbit.decode(adapter, places, limit), True, places)
+            return Change(fourbit.Decoded(adapter, places, limit), True, places)
         values = blob.unpack(adapter, slots, limit)
         if not values:
             raise Rejected("shape", "The patch changes nothing.")
-        return Change(values, False, tuple((name, tuple(vector.shape)) for name, vector in sorted(values.items())))
+        places = tuple((name, tuple(vector.shape)) for name, vector in sorted(values.items()))
+        return Change(laid_out(values), False, places)
 
-    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
-        return compact.decode(fisher, change.fisher_places, limit)
+    def read_fisher(self, change: Change, fisher: Raw, limit: int) -> Mapping[str, Tensor]:
+        return compact.Decoded(fisher, change.fisher_places, limit)
 
     def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(moments)

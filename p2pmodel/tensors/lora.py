@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from p2pmodel.domain.errors import InvalidInput, Rejected
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import blob
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import Change, Product, factored_places, factors
 from p2pmodel.tensors.ia3 import widths
 from p2pmodel.tensors.patch_kind import MAX_SCALE, Fit, Lesson
@@ -82,7 +83,7 @@ class Trainee(WeightTrainee):
         return factors(slot, squares)
 
 
-def read(raw: bytes, slots: Sequence[Slot], limit: int) -> Change:
+def read(raw: Raw, slots: Sequence[Slot], limit: int) -> Change:
     """Raises Rejected. What it takes is in proportion to `raw`: the product is made in parts, by whoever merges it."""
     tensors = blob.unpack(raw, None, limit)
     known = {slot.name: slot.shape for slot in slots if len(slot.shape) == 2}
@@ -139,7 +140,7 @@ class Kind(FactoredKind):
         inputs_last, options = targets(lesson.base, list(lesson.parent)), lesson.options
         return Trainee(Ground(lesson.base, lesson.parent), inputs_last, options.rank, options.alpha, lesson.seed)
 
-    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+    def read(self, adapter: Raw, slots: Sequence[Slot], limit: int) -> Change:
         return read(adapter, slots, limit)
 
     def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:

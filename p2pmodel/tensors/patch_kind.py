@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.model import Slot
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import Change
 
 
@@ -162,10 +163,10 @@ class PatchKind(Protocol):
     def trainee(self, lesson: Lesson) -> Trainee:
         """Puts its hooks on the model at once. Raises InvalidInput."""
 
-    def read(self, adapter: bytes, slots: Sequence[Slot], limit: int) -> Change:
+    def read(self, adapter: Raw, slots: Sequence[Slot], limit: int) -> Change:
         """Of a blob that nobody vouches for, of slots of this kind, of `limit` bytes at most. Raises Rejected."""
 
-    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+    def read_fisher(self, change: Change, fisher: Raw, limit: int) -> Mapping[str, Tensor]:
         """By slot, float32 and not negative, or `changes.NOT_HELD`. Raises Rejected."""
 
     def fisher_of(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,9 +10,8 @@ common mean. The blob holds it in bfloat16, by slot: in four bits, as the cᵢ a
 Σ (mean(c) - cᵢ) would pull all contributors the same way.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,18 +38,19 @@ class Variate:
     weight: float
 
 
-def write_mean(variates: Callable[[], Iterable[Variate]], kinds: Sequence[str], slots: Sequence[Slot]) -> bytes | None:
-    """The blob; None when no patch has a control variate that counts. variates: sorted by patch id, and the same
-    whenever it is called. kinds, slots: the lineage's. Raises Rejected."""
-    weights: dict[str, float] = {}
-    for variate in filter(_counts, variates()):
-        prefix = get_kind(variate.kind).prefix
-        weights[prefix] = weights.get(prefix, 0.0) + variate.weight
+def write_mean(variates: Sequence[Variate], kinds: Sequence[str], slots: Sequence[Slot]) -> bytes | None:
+    """The blob; None when no patch has a control variate that counts. variates: sorted by patch id. kinds, slots: the
+    lineage's. Raises Rejected."""
     mean: dict[str, Tensor] = {}
     for prefix, own in _slots(kinds, slots).items():
-        if weights.get(prefix):
+        given = [
+            Contribution(variate.patch, variate.gradient, {}, variate.weight, relative=True)
+            for variate in variates
+            if has_mean(variate.kind) and get_kind(variate.kind).prefix == prefix
+        ]
+        if any(contribution.weight for contribution in given):
             zero = {slot.name: torch.zeros(slot.shape) for slot in own}
-            found = PlainMean().combine(zero, partial(_of_prefix, variates, prefix), {"norm_clip": NORM_CLIP})
+            found = PlainMean().combine(zero, given, {"norm_clip": NORM_CLIP})
             mean |= {name: tensor.to(torch.float32).to(torch.bfloat16) for name, tensor in found.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in mean.values()):
         raise Rejected("finite", "The control variates are too large for their mean to be written.")
@@ -78,13 +78,3 @@ def _slots(kinds: Sequence[str], slots: Sequence[Slot]) -> dict[str, tuple[Slot,
     """By the prefix of kinds."""
     known = [get_kind(kind) for kind in kinds if has_mean(kind)]
     return {kind.prefix: slots_of(kind, slots) for kind in known}
-
-
-def _counts(variate: Variate) -> bool:
-    return has_mean(variate.kind)
-
-
-def _of_prefix(variates: Callable[[], Iterable[Variate]], prefix: str) -> Iterator[Contribution]:
-    for variate in filter(_counts, variates()):
-        if get_kind(variate.kind).prefix == prefix:
-            yield Contribution(variate.patch, variate.gradient, {}, variate.weight, relative=True)

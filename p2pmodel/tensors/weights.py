@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from p2pmodel.domain.errors import InvalidInput
 from p2pmodel.domain.model import Slot
 from p2pmodel.tensors import compact
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import Change, Factored, factors
 from p2pmodel.tensors.ia3 import layers_path
 
@@ -220,9 +221,9 @@ class WeightKind:
 class FactoredKind(WeightKind):
     """Of those whose Fisher is kept as means of rows and columns."""
 
-    def read_fisher(self, change: Change, fisher: bytes, limit: int) -> Mapping[str, Tensor]:
+    def read_fisher(self, change: Change, fisher: Raw, limit: int) -> Mapping[str, Tensor]:
         shapes = {slot: change.shape(slot) for slot in change.values}
-        return Factored(shapes, compact.decode(fisher, change.fisher_places, limit))
+        return Factored(shapes, compact.Decoded(fisher, change.fisher_places, limit))
 
     def reduced(self, slot: str, mass: Tensor, update: Tensor) -> dict[str, Tensor]:
         return factors(slot, mass)

@@ -29,11 +29,12 @@ class Bundle:
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """A bundle that was checked: `id` is the header record's digest."""
+    """A bundle that was checked: `id` is the header record's digest. offsets: where its blobs begin in the file."""
 
     id: PatchId
     patch: Patch
     raw: Bundle
+    offsets: tuple[int, ...]
 
 
 def pack(header: bytes, adapter: bytes, fisher: bytes, control: bytes | None = None) -> bytes:
@@ -46,7 +47,9 @@ def open_bundle(raw: bytes, limit: int = MAX_BUNDLE_BYTES) -> OpenBundle:
     patch = records.open_patch(bundle.header)
     if (bundle.control is None) != (patch.control is None):
         raise Rejected("digest", "The file has a control variate that its signed header does not name, or lacks it.")
+    offsets: list[int] = []
     for name, blob, ref in zip(("adapter", "Fisher", "control variate"), bundle.blobs, patch.blobs, strict=False):
         if canonical.blob_ref(blob) != ref:
             raise Rejected("digest", f"The file's {name} is not the one that its signed header names.")
-    return OpenBundle(canonical.digest(bundle.header), patch, bundle)
+        offsets.append(raw.index(blob))
+    return OpenBundle(canonical.digest(bundle.header), patch, bundle, tuple(offsets))

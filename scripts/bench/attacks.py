@@ -154,7 +154,7 @@ class Workshop:
             if patches:
                 ordered = sorted((Contribution(g.id, g.values, g.fisher, 1.0) for g in patches), key=lambda c: c.patch)
                 known = get_strategy(strategy)
-                update = known.combine(self.parent, lambda: ordered, {})
+                update = known.combine(self.parent, ordered, {})
                 state = apply_update(self.parent, update, known.unit(len(ordered)))
             self._losses[key] = mean(self.examiner.score(state, "test")), self.trigger_loss(state)
         return self._losses[key]

@@ -110,7 +110,7 @@ def forged_fisher(bench: Bench) -> OpenedPatch:
     """That claims a thousand times the weight in the merge for every other value."""
     held = blob.unpack(bench.opened.fisher, None, len(bench.opened.fisher))
     shapes = {n: t.shape for n, t in blob.unpack(bench.opened.adapter, None, len(bench.opened.adapter)).items()}
-    fisher = compact.decode(bench.opened.fisher, tuple((n, tuple(s)) for n, s in sorted(shapes.items())), 1 << 30)
+    fisher = compact.Decoded(bench.opened.fisher, tuple((n, tuple(s)) for n, s in sorted(shapes.items())), 1 << 30)
     assert held
     forged = {name: torch.where(torch.arange(len(t)) % 2 == 0, t * 1000, t) for name, t in fisher.items()}
     raw = blob.pack(compact.encode(forged))

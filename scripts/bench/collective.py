@@ -231,7 +231,7 @@ class Bench:
             given.sort(key=lambda contribution: contribution.patch)
             if arm.exam:
                 given = self.those_that_help(state, given)
-            merged = strategy.combine(state, partial(iter, given), {}) if given else {}
+            merged = strategy.combine(state, given, {}) if given else {}
             if arm.momentum:
                 velocity = {name: arm.momentum * velocity[name] + merged[name] for name in merged}
                 merged = {name: merged[name] + arm.momentum * velocity[name] for name in merged}
@@ -383,7 +383,7 @@ def four_bits(delta: State, error: State | None) -> tuple[State, State, int]:
     encoded, left = fourbit.encode(delta, error)
     raw = blob.pack(encoded)
     places = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(delta.items()))
-    return fourbit.decode(raw, places, UNBOUNDED), left, len(raw)
+    return fourbit.Decoded(raw, places, UNBOUNDED), left, len(raw)
 
 
 def one_bit(delta: State, error: State | None) -> tuple[State, State, int]:

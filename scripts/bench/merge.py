@@ -14,8 +14,7 @@ import argparse
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +73,13 @@ def error(slots: list[Slot], patches: int) -> float:
         name = Digest(hashlib.sha256(str(number).encode()).hexdigest())
         adapter = {s.name: 1 + 0.1 * torch.randn(s.shape, generator=generator) for s in slots}
         fisher = fisher_of(slots, generator)
-        back = compact.decode(blob.pack(compact.encode(fisher)), end_to_end(fisher)[1], LIMIT)
+        back = compact.Decoded(blob.pack(compact.encode(fisher)), end_to_end(fisher)[1], LIMIT)
         exact.append(Contribution(name, adapter, fisher, 1.0))
         rounded.append(Contribution(name, adapter, back, 1.0))
     merged = []
     for given in (exact, rounded):
         given.sort(key=lambda contribution: contribution.patch)
-        update = get_strategy("fisher@1").combine(parent, partial(iter, given), {})
+        update = get_strategy("fisher@1").combine(parent, given, {})
         merged.append(torch.cat([update[name].view(-1) for name in sorted(update)]))
     return float((merged[1] - merged[0]).norm() / merged[0].norm())
 
@@ -95,17 +94,19 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         files = write(Path(folder), slots, patches)
 
-        def stored() -> Iterator[Contribution]:
+        def patches_of(raw: Callable[[Path], blob.Raw]) -> list[Contribution]:
+            found = []
             for name, adapter, fisher in files:
-                change = kind.read(adapter.read_bytes(), slots, LIMIT)
-                masses = kind.read_fisher(change, fisher.read_bytes(), LIMIT)
-                yield Contribution(name, change.values, masses, 1.0, change.relative)
+                change = kind.read(raw(adapter), slots, LIMIT)
+                masses = kind.read_fisher(change, raw(fisher), LIMIT)
+                found.append(Contribution(name, change.values, masses, 1.0, change.relative))
+            return found
 
-        held = list(stored())
+        held = patches_of(Path.read_bytes)
         runs: list[Callable[[], object]] = [
             lambda: [np.fromfile(file, np.uint8) for _, *pair in files for file in pair],
-            lambda: strategy.combine(parent, stored, {}),
-            lambda: strategy.combine(parent, lambda: held, {}),
+            lambda: strategy.combine(parent, patches_of(blob.mapped), {}),
+            lambda: strategy.combine(parent, held, {}),
         ]
         best = [float("inf")] * len(runs)
         for _ in range(repeat):

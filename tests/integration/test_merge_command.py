@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from p2pmodel.cli.app import app
 from p2pmodel.cli.merging import parse_strategy, parse_weights
-from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, Rejected, UsageError
+from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, Rejected, StorageError, UsageError
 from p2pmodel.domain.ids import PatchId
 from p2pmodel.domain.model import MergeSpec
+from p2pmodel.node.lineages import states
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_file_state, patch_state, version_state
 from p2pmodel.tensors.merging import BUILT_IN
@@ -138,3 +139,20 @@ def test_a_merge_by_hand_has_no_momentum_that_its_round_would_add_again(tmp_path
     alone = patch_state(lineage, lineage.patches[patch])
     for slot, value in patch_file_state(lineage, output).items():
         torch.testing.assert_close(value, alone[slot])
+
+
+def test_large_blobs_are_mapped_and_verified(lineage: Lineage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patches = [add_patch(lineage, Key.generate(), seed) for seed in range(2)]
+    texts = [str(as_file(lineage, patches[0], tmp_path / "first.p2patch")), patches[1]]
+    small, large = tmp_path / "small.p2patch", tmp_path / "large.p2patch"
+    run(lineage, *texts, "--alpha", "1", "--output", str(small))
+    monkeypatch.setattr(states, "_MAPPED_BYTES", 0)
+    run(lineage, *texts, "--alpha", "1", "--output", str(large))
+    merged = patch_file_state(lineage, large)
+    for slot, value in patch_file_state(lineage, small).items():
+        assert torch.equal(merged[slot], value)
+    hurt = lineage.home.objects.path(lineage.patches[patches[1]].adapter.digest)
+    hurt.chmod(0o600)
+    hurt.write_bytes(hurt.read_bytes()[:-1] + b"!")
+    with pytest.raises(StorageError, match="damaged"):
+        run(lineage, *texts, "--alpha", "1", "--output", str(large))

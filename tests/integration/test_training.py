@@ -71,7 +71,7 @@ def test_two_contributors_merge_to_something_better(
         patch = trained_patch(model, parent, parts, dataclasses.replace(OPTIONS, seed=seed))
         given.append(Contribution(canonical.digest(pack(patch.adapter)), patch.adapter, patch.fisher, 1.0))
     given.sort(key=lambda contribution: contribution.patch)
-    update = get_strategy("fisher@1").combine(parent, lambda: given, {})
+    update = get_strategy("fisher@1").combine(parent, given, {})
     alpha = search_alpha(lambda a: examiner.score(apply_update(parent, update, a), "tune")["prose"])
     merged = examiner.score(apply_update(parent, update, alpha), "test")
     assert merged["prose"] < examiner.score(parent, "test")["prose"]

@@ -1,6 +1,8 @@
 """Blobs of tensors: one byte string for one set of tensors, and nothing but Rejected for bytes that are none."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -160,3 +162,34 @@ def test_data_that_is_not_aligned_is_read() -> None:
 def test_complex_numbers_are_not_packed() -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         blob.pack({"a": torch.ones(1, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_mapped_blob_is_the_same_wherever_it_lies_in_its_file(tmp_path: Path, before: int) -> None:
+    state = {"codes": torch.arange(9, dtype=torch.uint8), "scales": torch.rand(3), "unit": torch.rand(1).double()}
+    for tensors in (state, STATE):
+        raw = blob.pack(tensors)
+        (tmp_path / "file").write_bytes(b"-" * before + raw)
+        found = blob.unpack(blob.mapped(tmp_path / "file")[before:], None, LIMIT)
+        assert blob.pack(found) == raw
+        found["scales" if tensors is state else "a"].zero_()
+        assert (tmp_path / "file").read_bytes() == b"-" * before + raw
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what is held")
+def test_what_is_mapped_is_not_held(tmp_path: Path) -> None:
+    size = 32 << 20
+    (tmp_path / "file").write_bytes(blob.pack({"a": torch.ones(size // 4)}))
+    before = held()
+    mapped = blob.unpack(blob.mapped(tmp_path / "file"), None, 2 * size)
+    assert held() - before < size // 4
+    read = blob.unpack((tmp_path / "file").read_bytes(), None, 2 * size)
+    assert held() - before >= size
+    assert torch.equal(mapped["a"], read["a"])
+
+
+def held() -> int:
+    """Bytes of memory that are of no file."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

@@ -1,6 +1,8 @@
 """Fishers in a byte a value, and gradients in four bits: what comes back, and what is refused."""
 
 import math
+from collections.abc import Mapping
+from random import Random
 
 import pytest
 import torch
@@ -17,8 +19,8 @@ fishers = st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40).ma
 values = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=200).map(torch.tensor)
 
 
-def there_and_back(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
-    return compact.decode(blob.pack(compact.encode(fisher)), end_to_end(fisher)[1], LIMIT)
+def there_and_back(fisher: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    return compact.Decoded(blob.pack(compact.encode(fisher)), end_to_end(fisher)[1], LIMIT)
 
 
 @given(fishers)
@@ -71,19 +73,20 @@ def test_hostile_fishers_are_refused(change: dict[str, Tensor | None], reason: s
     tensors = {**compact.encode(fisher), **change}
     raw = blob.pack({name: tensor for name, tensor in tensors.items() if tensor is not None})
     with pytest.raises(Rejected) as refused:
-        compact.decode(raw, (("s", (5,)),), LIMIT)
+        compact.Decoded(raw, (("s", (5,)),), LIMIT)
     assert refused.value.reason == reason
 
 
 @given(values)
 def test_four_bits_are_within_half_a_step_of_their_block(flat: Tensor) -> None:
     encoded, error = fourbit.encode({"s": flat})
-    back = fourbit.decode(blob.pack(encoded), (("s", tuple(flat.shape)),), LIMIT)["s"]
+    back = fourbit.Decoded(blob.pack(encoded), (("s", tuple(flat.shape)),), LIMIT)["s"]
     torch.testing.assert_close(back + error["s"], flat, rtol=1e-5, atol=float(flat.abs().max()) * 1e-6)
     for at in range(0, len(flat), fourbit.BLOCK):
         block = slice(at, at + fourbit.BLOCK)
         largest = float(flat[block].abs().max())
-        smallest = float(flat.abs().max()) * 1e-7  # what a scale of a block can be
+        # What a scale of a block can be, and what a float32 can be without losing digits.
+        smallest = float(flat.abs().max()) * 1e-7 + torch.finfo(torch.float32).tiny
         assert float(error["s"][block].abs().max()) <= 0.51 * largest / 7 + smallest
 
 
@@ -93,7 +96,7 @@ def test_four_bits_take_four_and_a_quarter() -> None:
     count = 64 * 63 + 5
     size = sum(t.numel() * t.element_size() for t in encoded.values())
     assert size == -(-count // 2) + 2 * -(-count // 64) + 4
-    back = fourbit.decode(blob.pack(encoded), end_to_end(tensors)[1], LIMIT)
+    back = fourbit.Decoded(blob.pack(encoded), end_to_end(tensors)[1], LIMIT)
     assert float((back["a"] - tensors["a"]).norm() / tensors["a"].norm()) < 0.15
     assert back["b"].shape == (5,)
 
@@ -104,14 +107,14 @@ def test_the_error_that_is_fed_back_is_not_lost() -> None:
     total, error = torch.zeros(4), None
     for _ in range(100):
         encoded, error = fourbit.encode(gradient, error)
-        total += fourbit.decode(blob.pack(encoded), (("s", (4,)),), LIMIT)["s"]
+        total += fourbit.Decoded(blob.pack(encoded), (("s", (4,)),), LIMIT)["s"]
     torch.testing.assert_close(total, 100 * gradient["s"], rtol=0, atol=0.1)
 
 
 def test_small_gradients_do_not_vanish() -> None:
     gradient = {"s": torch.randn(64, generator=torch.Generator().manual_seed(0)) * 1e-12}
     encoded, _ = fourbit.encode(gradient)
-    back = fourbit.decode(blob.pack(encoded), (("s", (64,)),), LIMIT)["s"]
+    back = fourbit.Decoded(blob.pack(encoded), (("s", (64,)),), LIMIT)["s"]
     assert float((back - gradient["s"]).norm() / gradient["s"].norm()) < 0.15
 
 
@@ -121,4 +124,19 @@ def test_what_is_not_finite_is_refused() -> None:
     encoded, _ = fourbit.encode({"s": torch.ones(3)})
     for change in ({"unit": torch.tensor([math.inf])}, {"scales": torch.full((2,), 1.0, dtype=torch.float16)}):
         with pytest.raises(Rejected):
-            fourbit.decode(blob.pack({**encoded, **change}), (("s", (3,)),), LIMIT)
+            fourbit.Decoded(blob.pack({**encoded, **change}), (("s", (3,)),), LIMIT)
+
+
+@given(st.integers(1, 3000), st.randoms(use_true_random=False))
+def test_parts_are_those_of_the_whole(size: int, random: Random) -> None:
+    flat = {"a": torch.rand(size // 2), "b": torch.rand(size - size // 2)}
+    _, places = end_to_end(flat)
+    for found in (
+        compact.Decoded(blob.pack(compact.encode(flat)), places, LIMIT),
+        fourbit.Decoded(blob.pack(fourbit.encode(flat)[0]), places, LIMIT),
+    ):
+        whole = found.across(0, size)
+        torch.testing.assert_close(torch.cat([found["a"], found["b"]]), whole, rtol=0, atol=0)
+        low = random.randrange(size + 1)
+        high = random.randrange(low, size + 1)
+        torch.testing.assert_close(found.across(low, high), whole[low:high], rtol=0, atol=0)

@@ -40,7 +40,7 @@ def combine(
     parameters: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
     ordered = sorted(given, key=lambda c: c.patch)
-    return strategy.combine(parent, lambda: ordered, parameters or {})
+    return strategy.combine(parent, ordered, parameters or {})
 
 
 def rows(count: st.SearchStrategy[int], width: int = 3) -> st.SearchStrategy[list[Contribution]]:
@@ -208,13 +208,13 @@ def test_blocks_do_not_change_the_result(
 def test_no_patch_or_one_twice_is_refused(numbers: list[int]) -> None:
     given = [contribution(n, [1.0], [1.0]) for n in numbers]
     with pytest.raises(Rejected, match="each once"):
-        MEAN.combine({"s": torch.ones(1)}, lambda: given, {})
+        MEAN.combine({"s": torch.ones(1)}, given, {})
 
 
 def test_patches_out_of_order_are_refused() -> None:
     given = sorted((contribution(n, [1.0], [1.0]) for n in range(2)), key=lambda c: c.patch, reverse=True)
     with pytest.raises(Rejected, match="sorted by id"):
-        MEAN.combine({"s": torch.ones(1)}, lambda: given, {})
+        MEAN.combine({"s": torch.ones(1)}, given, {})
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [-1.0, 2.0], [math.nan, 1.0]])

@@ -270,14 +270,14 @@ def test_two_masks_merge_where_they_meet_and_stay_where_they_do_not() -> None:
     )
     parent = {"weight:w": torch.full((2, 3), 10.0)}
     loose = {"fisher_clip": 1e9, "norm_clip": 1e9}
-    update = get_strategy("fisher@1").combine(parent, lambda: given, loose)
+    update = get_strategy("fisher@1").combine(parent, given, loose)
     torch.testing.assert_close(
         apply_update(parent, update, 1.0)["weight:w"].view(-1), torch.tensor([11.0, 15.0, 10.0, 10.0, 13.5, 10.0])
     )
     # Clipped at twice the median of those that hold a value: alone at 0 and 1, of two (the lower one) at 4.
-    clipped = get_strategy("fisher@1").combine(parent, lambda: given, {"norm_clip": 1e9})["weight:w"].view(-1)
+    clipped = get_strategy("fisher@1").combine(parent, given, {"norm_clip": 1e9})["weight:w"].view(-1)
     torch.testing.assert_close(clipped[[0, 1, 4]], torch.tensor([1.0, 5.0, (2 + 4 * 2) / 3], dtype=torch.float64))
-    mean = get_strategy("mean@1").combine(parent, lambda: given, {})["weight:w"].view(-1)
+    mean = get_strategy("mean@1").combine(parent, given, {})["weight:w"].view(-1)
     assert mean.tolist() == [0.5, 2.5, 0.0, 0.0, 3.0, 0.0]
 
 
@@ -291,10 +291,10 @@ def test_blocks_do_not_change_the_merge_of_kinds(monkeypatch: pytest.MonkeyPatch
         bench.train(1)
         given.append(contribution(number, *bench.read()))
     given.sort(key=lambda c: c.patch)
-    whole_merge = get_strategy(strategy).combine(bench.parent, lambda: given, {})
+    whole_merge = get_strategy(strategy).combine(bench.parent, given, {})
     monkeypatch.setattr(columns, "BLOCK_ELEMENTS", 3 * 700)
     monkeypatch.setattr(columns, "CACHED_ELEMENTS", 130)
-    assert blob.pack(get_strategy(strategy).combine(bench.parent, lambda: given, {})) == blob.pack(whole_merge)
+    assert blob.pack(get_strategy(strategy).combine(bench.parent, given, {})) == blob.pack(whole_merge)
 
 
 def test_parts_of_lazy_tensors_are_those_of_the_whole() -> None:
@@ -304,7 +304,11 @@ def test_parts_of_lazy_tensors_are_those_of_the_whole() -> None:
         changes.Factored({"w": (3, 5, 7)}, means),
         changes.Product({"w": torch.randn(15, 2)}, {"w": torch.randn(2, 7)}, 0.5),
         changes.Sparse(
-            {"w": (15, 7)}, {"w": torch.tensor([0, 50, 104], dtype=torch.int32)}, {"w": torch.ones(3)}, -1.0
+            {"w": (15, 7)},
+            {"w": torch.tensor([0, 50, 104], dtype=torch.int32)},
+            {"w#value": torch.ones(3)},
+            "#value",
+            -1.0,
         ),
     ]
     for tensors in lazy:

@@ -21,7 +21,7 @@ def variate(number: int, value: float, kind: str = "ia3@1", weight: float = 1.0)
 
 
 def mean_of(*variates: Variate) -> dict[str, torch.Tensor]:
-    raw = write_mean(lambda: sorted(variates, key=lambda v: v.patch), KINDS, SLOTS)
+    raw = write_mean(sorted(variates, key=lambda v: v.patch), KINDS, SLOTS)
     assert raw is not None
     return read_mean(raw, KINDS, SLOTS, LIMIT)
 
@@ -43,8 +43,8 @@ def test_half_a_kind_is_refused() -> None:
 
 
 def test_no_control_variate_is_no_mean() -> None:
-    assert write_mean(list, KINDS, SLOTS) is None
-    assert write_mean(lambda: [variate(0, 1.0, weight=0.0)], KINDS, SLOTS) is None
+    assert write_mean([], KINDS, SLOTS) is None
+    assert write_mean([variate(0, 1.0, weight=0.0)], KINDS, SLOTS) is None
 
 
 def test_a_liar_moves_the_mean_by_no_more_than_the_clipped_norm() -> None:

@@ -8,12 +8,13 @@ from torch import Tensor
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import Rejected
 from p2pmodel.domain.ids import PatchId, VersionId, short
-from p2pmodel.domain.model import MergeSpec
+from p2pmodel.domain.model import BlobRef, MergeSpec
 from p2pmodel.domain.version import Candidate
 from p2pmodel.logic.copies import copies
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import patch_change, read_change, read_masses, version_state
+from p2pmodel.node.lineages.states import mapped, patch_change, read_change, read_masses, version_state
 from p2pmodel.tensors import control, experts, variates
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy, momentum
 from p2pmodel.tensors.merging.likeness import Sketches
@@ -24,13 +25,14 @@ from p2pmodel.wire.records import version_id
 
 @dataclass(frozen=True)
 class Source:
-    """A patch, and where its blobs come from when they are wanted: they are never all held at a time. weight: λ."""
+    """A patch, and where its blobs come from when they are wanted: mapped where they are large, so that whoever merges
+    them need not hold them. weight: λ."""
 
     id: PatchId
     kind: str
-    adapter: Callable[[], bytes]
-    fisher: Callable[[], bytes]
-    control: Callable[[], bytes] | None
+    adapter: Callable[[], Raw]
+    fisher: Callable[[], Raw]
+    control: Callable[[], Raw] | None
     weight: float = 1.0
 
     def change(self, lineage: Lineage) -> Change:
@@ -43,11 +45,11 @@ def stored(lineage: Lineage, patch: PatchId, weight: float = 1.0) -> Source:
         raise Rejected("patch", f"The candidate names patch {short(patch)}, which is not known here.")
     header, limit = lineage.patches[patch], lineage.largest_patch
 
-    def load(digest: str) -> Callable[[], bytes]:
-        return lambda: lineage.home.objects.load(digest, limit)  # type: ignore[arg-type]
+    def read(ref: BlobRef) -> Callable[[], Raw]:
+        return lambda: mapped(lineage.home, ref.digest, limit)
 
-    variate = None if header.control is None else load(header.control.digest)
-    return Source(patch, header.kind, load(header.adapter.digest), load(header.fisher.digest), variate, weight)
+    variate = None if header.control is None else read(header.control)
+    return Source(patch, header.kind, read(header.adapter), read(header.fisher), variate, weight)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def combine(
 ) -> dict[str, Tensor]:
     """δ̄ by slot, float64, of kinds that change slots of the parent, without momentum. sources: sorted by id. Raises
     Rejected, NotFound."""
-    return get_strategy(spec.strategy).combine(parent, lambda: _contributions(lineage, sources), spec.of_strategy)
+    return get_strategy(spec.strategy).combine(parent, list(_contributions(lineage, sources)), spec.of_strategy)
 
 
 def _going_on(
@@ -152,4 +154,4 @@ def mean_control(lineage: Lineage, sources: Sequence[Source]) -> bytes | None:
                 gradient = control.read(source.control(), places, limit)
                 yield Variate(source.id, source.kind, gradient, source.weight)
 
-    return variates.write_mean(given, lineage.manifest.kinds, lineage.manifest.slots)
+    return variates.write_mean(list(given()), lineage.manifest.kinds, lineage.manifest.slots)

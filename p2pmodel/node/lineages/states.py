@@ -7,17 +7,23 @@ from torch import Tensor
 
 from p2pmodel.domain import modular
 from p2pmodel.domain.errors import NotFound
-from p2pmodel.domain.ids import VersionId, short
+from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.modular import Experts
 from p2pmodel.domain.patch import Patch
 from p2pmodel.logic.admission import result_limit
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.store import patchfile
+from p2pmodel.store.disk import storage_errors
+from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, experts, variates
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.changes import Change
 from p2pmodel.tensors.kinds import Kinds, get_kind, slots_of
 from p2pmodel.wire import canonical
+
+_MAPPED_BYTES = 1 << 16
+"""Smaller objects are read at once."""
 
 
 def version_state(lineage: Lineage, version: VersionId) -> dict[str, Tensor]:
@@ -44,6 +50,16 @@ def _load(lineage: Lineage, version: VersionId, ref: BlobRef, limit: int | None 
     return lineage.home.objects.load(ref.digest, limit)
 
 
+def mapped(home: Home, digest: Digest, limit: int) -> Raw:
+    """An object of the home, verified, and read where it is looked at if it is large. Raises as `ObjectStore.load`."""
+    objects = home.objects
+    if (objects.size(digest) or 0) < _MAPPED_BYTES:
+        return objects.load(digest, limit)
+    path = objects.verified(digest, limit)
+    with storage_errors(path):
+        return blob.mapped(path)
+
+
 def neutral_state(manifest: Manifest) -> dict[str, Tensor]:
     """The values of all slots that leave the base checkpoint as it is."""
     return Kinds(manifest.kinds).initial(manifest.slots)
@@ -56,14 +72,14 @@ def base_ref(manifest: Manifest) -> BlobRef:
     return canonical.blob_ref(blob.pack(neutral_state(manifest)))
 
 
-def read_change(lineage: Lineage, kind: str, adapter: bytes) -> Change:
+def read_change(lineage: Lineage, kind: str, adapter: Raw) -> Change:
     """What a patch's adapter blob changes, checked against the Manifest. Raises Rejected, NotFound."""
     known = get_kind(kind)
     limit = lineage.largest_patch
     return known.read(adapter, slots_of(known, lineage.manifest.slots), limit)
 
 
-def read_masses(lineage: Lineage, kind: str, change: Change, fisher: bytes) -> Mapping[str, Tensor]:
+def read_masses(lineage: Lineage, kind: str, change: Change, fisher: Raw) -> Mapping[str, Tensor]:
     """The Fisher of a change, by slot, see `PatchKind.read_fisher`. Raises Rejected."""
     return get_kind(kind).read_fisher(change, fisher, lineage.largest_patch)
 

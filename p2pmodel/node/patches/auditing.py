@@ -266,7 +266,7 @@ def _fisher(scene: _Scene, opened: OpenedPatch, find: Find, comparable: bool) ->
         return OTHER
     places = tuple((name, tuple(t.shape)) for name, t in sorted(found.items()))
     try:
-        both = [compact.decode(each, places, max(len(raw), len(opened.fisher))) for each in (raw, opened.fisher)]
+        both = [compact.Decoded(each, places, max(len(raw), len(opened.fisher))) for each in (raw, opened.fisher)]
     except Rejected:
         return OTHER
     apart = sum(float((both[0][name] - both[1][name]).abs().sum()) for name, _ in places)

@@ -25,10 +25,12 @@ from p2pmodel.node.lineages.states import read_masses, version_state
 from p2pmodel.store import patchfile
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, compact
+from p2pmodel.tensors.blob import Raw
 from p2pmodel.tensors.kinds import BUILT_IN, Kinds, get_kind
 from p2pmodel.tensors.merging import apply_update, get_strategy
 from p2pmodel.tensors.patch_kind import Fit, PatchKind
 from p2pmodel.wire import canonical
+from p2pmodel.wire.bundle import OpenBundle
 
 State = Mapping[str, Tensor]
 
@@ -133,7 +135,7 @@ def _read(home: Home, texts: Sequence[str]) -> tuple[Lineage, list[tuple[Patch, 
             path = Path(text)
             raw = patchfile.read(path)
             own = next((x for x in known if x.model == raw.patch.model), None)
-            source = Source(raw.id, raw.patch.kind, _part(path, raw.id, 0), _part(path, raw.id, 1), None)
+            source = Source(raw.id, raw.patch.kind, _in_file(path, raw, 0), _in_file(path, raw, 1), None)
             found.append((raw.patch, source))
         else:
             own = next((x for x in known if any(abbreviates(text, p) for p in x.patches)), None)
@@ -150,14 +152,18 @@ def _read(home: Home, texts: Sequence[str]) -> tuple[Lineage, list[tuple[Patch, 
     return lineage, found
 
 
-def _part(path: Path, patch: PatchId, number: int) -> Callable[[], bytes]:
-    """A blob of a patch file, read when it is wanted. Raises Rejected when the file is another one by then."""
+def _in_file(path: Path, opened: OpenBundle, number: int) -> Callable[[], Raw]:
+    """A blob of a patch file, read where it is looked at. Raises Rejected when the file is another one by then."""
+    begin, ref = opened.offsets[number], opened.patch.blobs[number]
 
-    def read() -> bytes:
-        opened = patchfile.read(path)
-        if opened.id != patch:
+    def read() -> Raw:
+        try:
+            raw = blob.mapped(path)[begin : begin + ref.size]
+        except OSError as error:
+            raise InvalidInput(f"{path} can't be read: {error}.") from None
+        if canonical.digest(raw) != ref.digest:
             raise Rejected("digest", f"{path} was changed while it was read.")
-        return opened.raw.blobs[number]
+        return raw
 
     return read
 

@@ -155,7 +155,7 @@ def _make_room(
 
 def _fisher(opened: OpenedPatch, change: Change, slots: Sequence[str]) -> bytes:
     """Of some of the slots."""
-    held = compact.decode(opened.fisher, change.fisher_places, len(opened.fisher))
+    held = compact.Decoded(opened.fisher, change.fisher_places, len(opened.fisher))
     return blob.pack(compact.encode({name: t for name, t in held.items() if name.partition("#")[0] in slots}))
 
 

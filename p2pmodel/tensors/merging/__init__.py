@@ -19,23 +19,14 @@ from torch import Tensor
 
 from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.model import MOMENTUM, MergeSpec
-from p2pmodel.tensors.merging.contributions import Contribution, Contributions, MergeStrategy
+from p2pmodel.tensors.merging.contributions import Contribution, MergeStrategy
 from p2pmodel.tensors.merging.coordinate_median import CoordinateMedian
 from p2pmodel.tensors.merging.fisher import FisherMean
 from p2pmodel.tensors.merging.mean import PlainMean
 from p2pmodel.tensors.merging.task_arithmetic import TaskArithmetic
 from p2pmodel.tensors.merging.ties import Ties
 
-__all__ = [
-    "BUILT_IN",
-    "GROUP",
-    "Contribution",
-    "Contributions",
-    "MergeStrategy",
-    "apply_update",
-    "check",
-    "get_strategy",
-]
+__all__ = ["BUILT_IN", "GROUP", "Contribution", "MergeStrategy", "apply_update", "check", "get_strategy"]
 
 GROUP = "p2pmodel.merge_strategies"
 _BUILT_IN: dict[str, MergeStrategy] = {

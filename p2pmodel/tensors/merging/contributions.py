@@ -1,6 +1,6 @@
 """What a merge strategy is given, and what it is: an extension point."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
@@ -24,10 +24,6 @@ class Contribution:
     relative: bool = False
 
 
-Contributions = Callable[[], Iterable[Contribution]]
-"""Sorted by patch id, and the same whenever it is called."""
-
-
 class MergeStrategy(Protocol):
     @property
     def name(self) -> str: ...
@@ -36,9 +32,10 @@ class MergeStrategy(Protocol):
         """Raises Rejected("schema") for parameters that the strategy does not take."""
 
     def combine(
-        self, parent: Mapping[str, Tensor], contributions: Contributions, parameters: Mapping[str, float]
+        self, parent: Mapping[str, Tensor], contributions: Sequence[Contribution], parameters: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """The update δ̄ of every slot of the parent, float64, before the scale α.
+        """The update δ̄ of every slot of the parent, float64, before the scale α. contributions: sorted by patch id;
+        their tensors may be `changes.Lazy`, and are best looked at in parts then.
 
         Raises Rejected("schema" | "shape" | "finite") for parameters, orders or tensors that cannot be merged.
         """

@@ -12,7 +12,8 @@ import numpy as np
 
 from p2pmodel.tensors.merging.columns import Columns, ColumnStrategy
 from p2pmodel.tensors.merging.contributions import Parameter
-from p2pmodel.tensors.merging.layout import F64, Measure, fold
+from p2pmodel.tensors.merging.layout import F64, fold
+from p2pmodel.tensors.merging.survey import Measure
 
 
 class Ties(ColumnStrategy):
@@ -36,9 +37,7 @@ class Ties(ColumnStrategy):
         return np.divide(fold(np.where(agree, weighted, 0.0)), total, out=np.zeros_like(total), where=total > 0)
 
 
-def _smallest_kept(density: float, updates: F64) -> F64:
-    """Of each row, the magnitude from which on a value stays; those that are equal to it stay too."""
-    size = updates.shape[1]
-    at = size - max(1, round(density * size))
-    kept: F64 = np.partition(np.abs(updates), at, axis=1)[:, at].copy()
-    return kept
+def _smallest_kept(density: float, update: F64) -> float:
+    """The magnitude from which on a value stays; those that are equal to it stay too."""
+    at = len(update) - max(1, round(density * len(update)))
+    return float(np.partition(np.abs(update), at)[at])
