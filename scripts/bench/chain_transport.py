@@ -78,6 +78,12 @@ class Empty:
     def step(self, batch: Sequence[tuple[Any, int, bytes, Buffer]]) -> Sequence[Buffer | Exception]:
         return [body for _, _, _, body in batch]
 
+    def load(self, handle: Any, body: Buffer) -> None:
+        raise NotImplementedError
+
+    def backward(self, handle: Any, position: int, body: Buffer) -> Buffer:
+        raise NotImplementedError
+
     def close(self, handle: None) -> None:
         return None
 

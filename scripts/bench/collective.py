@@ -53,7 +53,7 @@ from p2pmodel.engine.training.sensitivity import fisher_of
 from p2pmodel.engine.training.trainees import new_trainee
 from p2pmodel.logic.judgement import why_leave_out, why_reject
 from p2pmodel.tensors import blob, compact, control, fourbit, variates
-from p2pmodel.tensors.changes import end_to_end, taken_apart
+from p2pmodel.tensors.changes import Flat, end_to_end
 from p2pmodel.tensors.kinds import Kinds, get_kind
 from p2pmodel.tensors.merging import Contribution, apply_update, get_strategy
 from p2pmodel.tensors.patch_kind import KindOptions, Trainee
@@ -255,7 +255,7 @@ class Bench:
         return [one for one in given if not why_leave_out(before, self.tuned(apply_update(state, one.adapter, 1.0)))]
 
     def averaged(self, gradients: Sequence[variates.Variate]) -> State:
-        raw = variates.write_mean(partial(iter, gradients), (f"{self.kind}@1",), self.slots)
+        raw = variates.write_mean(gradients, (f"{self.kind}@1",), self.slots)
         assert raw is not None
         return variates.read_mean(raw, (f"{self.kind}@1",), self.slots, UNBOUNDED)
 
@@ -357,7 +357,7 @@ class Worker:
         raw, self.left["variate"] = control.write(
             {name: (total / steps).float() for name, total in self.run.sums.items()}, self.left.get("variate")
         )
-        self.own = control.read(raw, control.parameters(self.state()), UNBOUNDED)
+        self.own = dict(control.read(raw, control.parameters(self.state()), UNBOUNDED))
         return self.own, len(raw)
 
     def fisher(self, slots: Sequence[Slot]) -> tuple[Mapping[str, Tensor], int]:
@@ -383,7 +383,7 @@ def four_bits(delta: State, error: State | None) -> tuple[State, State, int]:
     encoded, left = fourbit.encode(delta, error)
     raw = blob.pack(encoded)
     places = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(delta.items()))
-    return fourbit.Decoded(raw, places, UNBOUNDED), left, len(raw)
+    return dict(fourbit.Decoded(raw, places, UNBOUNDED)), left, len(raw)
 
 
 def one_bit(delta: State, error: State | None) -> tuple[State, State, int]:
@@ -395,7 +395,7 @@ def one_bit(delta: State, error: State | None) -> tuple[State, State, int]:
     unit = sizes.amax().clamp(min=torch.finfo(torch.float32).tiny)
     scales = ((sizes / unit).half().float() * unit).repeat_interleave(64)[: len(flat)]
     read = torch.where(flat >= 0, scales, -scales)
-    return dict(taken_apart(read, places)), dict(taken_apart(flat - read, places)), len(flat) // 8 + 2 * len(sizes)
+    return dict(Flat(read, places)), dict(Flat(flat - read, places)), len(flat) // 8 + 2 * len(sizes)
 
 
 SECTIONS = ("rounds", "choices", "network", "transfer")

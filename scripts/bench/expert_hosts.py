@@ -85,9 +85,10 @@ def random_model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, moe_intermediate_size=768, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=EXPERTS, num_experts_per_tok=CHOSEN,
+        num_attention_heads=8, num_key_value_heads=4, num_experts=EXPERTS, num_experts_per_tok=CHOSEN,
         decoder_sparse_step=1, mlp_only_layers=[], max_position_embeddings=512, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
+    config.head_dim = 64
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

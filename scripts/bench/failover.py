@@ -56,7 +56,9 @@ class Bench:
 
     def answer(self, client: SwarmClient, prompt: str, position: int | None, hop: int) -> tuple[Answer, list[float]]:
         """The answer, and the seconds of each of its tokens but the first; at `position` that hop falls."""
-        opened, times, felled = client.open, [], []
+        opened = client.open
+        times: list[float] = []
+        felled: list[str] = []
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             session = opened(*args, **kwargs)
@@ -72,7 +74,7 @@ class Bench:
                 times.append(time.perf_counter() - began)
                 return output
 
-            session.forward = timed
+            session.forward = timed  # type: ignore[method-assign]
             return session
 
         client.open = watched  # type: ignore[method-assign]

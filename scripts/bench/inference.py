@@ -68,7 +68,7 @@ def hops(checkpoint: Path, shape: Shape, asked: argparse.Namespace) -> None:
         "stages", "local p50", "p10", "swarm p50", "p10", "share of local speed",
         "overhead/hop p50", "p10", "local CPU", "all CPU", "overhead/hop CPU",
     )  # fmt: skip
-    local, ids = load_whole(checkpoint).eval(), prompt_ids()
+    local, ids = load_whole(checkpoint).train(False), prompt_ids()
     expected, _ = greedy(local, ids, asked.tokens)
     for stages in asked.stages:
         with (
@@ -204,9 +204,9 @@ def wide_area(asked: argparse.Namespace) -> None:
             network.inside(WAN_STAGES),
             SwarmClient.connect(Path(folder) / "client", (first.address,), None, None) as client,
         ):
-            ways = {codec: (codec, None) for codec in CODECS}
+            ways: dict[str, tuple[str, str | None]] = {codec: (codec, None) for codec in CODECS}
             if (starter.DRAFT / "config.json").is_file():
-                ways["fp32, speculation"] = ("fp32", starter.DRAFT)
+                ways["fp32, speculation"] = ("fp32", str(starter.DRAFT))
             for name, (codec, draft) in ways.items():
                 sampling = Sampling(asked.tokens, draft=draft)
                 answers = [

@@ -60,7 +60,7 @@ def prompt_ids(tokens: int = 8) -> Tensor:
     return torch.randint(10, 1000, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-class Stopwatch(BaseStreamer):  # type: ignore[misc]
+class Stopwatch(BaseStreamer):
     """Times between the tokens of one answer, without the first, which has waited for the prompt."""
 
     def __init__(self) -> None:

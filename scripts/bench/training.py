@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ def through_stages(checkpoint: Path, shape: Shape, asked: argparse.Namespace) ->
                     chain.close()
 
 
-def compare(cases: dict[str, Step], stages: int, codec: str, expected: list[Tensor], chain: Any, turns: int) -> None:
+def compare(cases: Mapping[str, Step], stages: int, codec: str, expected: list[Tensor], chain: Any, turns: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     cpu: dict[str, list[float]] = {name: [] for name in cases}
     traffic = 0
@@ -218,7 +218,11 @@ def fisher(asked: argparse.Namespace) -> None:
             with trainee.use():
                 fisher_of(model, trainee, m, examples, replace(options, fisher=how))
 
-        cases = {"pass": passing, "fisher": partial(taking, "model"), "adam": partial(taking, "adam")}
+        cases: dict[str, Callable[[], None]] = {
+            "pass": passing,
+            "fisher": partial(taking, "model"),
+            "adam": partial(taking, "adam"),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in cases}
         for turn in range(asked.turns + 1):
             for name, case in cases.items():
