@@ -14,9 +14,9 @@ are found on the one, and what is reported is of the other: the loss in nats per
 - data parallel: a mean gradient of all contributors in every step, tuned; its bytes are what each one uploads in fp32;
 - rounds: mean, Fisher-weighted, and control variates, in 32, 4 and 1 bits a value, at the rate tuned for rounds.
 
-Sections: rounds; choices (what each part of it is worth, at 10 rounds); network (contributors that come and go, come
-late, have unequal data, are 2 to 16); transfer (a domain that nobody trained on, before and after fine-tuning).
-Learning rates are found first, on seed 0.
+Sections: rounds; bits (every rule in 32, 4 and 1 bits a value, at 10 rounds); choices (what each part of it is worth,
+at 10 rounds); network (contributors that come and go, come late, have unequal data, are 2 to 16); transfer (a domain
+that nobody trained on, before and after fine-tuning). Learning rates are found first, on seed 0.
 
 Every finished run is a line of `--results`, and is not done again; the tables are made of these lines.
 """
@@ -398,7 +398,7 @@ def one_bit(delta: State, error: State | None) -> tuple[State, State, int]:
     return dict(Flat(read, places)), dict(Flat(flat - read, places)), len(flat) // 8 + 2 * len(sizes)
 
 
-SECTIONS = ("rounds", "choices", "network", "transfer")
+SECTIONS = ("rounds", "bits", "choices", "network", "transfer")
 BASE, POOLED, PARALLEL = Arm("base"), Arm("pooled"), Arm("data parallel")
 CONTROLLED = Arm(strategy="fisher@1", variates=True)
 FOUR_BITS = Arm(variates=True, bits=4)
@@ -420,6 +420,9 @@ def arms_of(section: str, counts: Sequence[int]) -> list[Arm]:
             ]
         found += [replace(FOUR_BITS, rounds=rounds, bits=1, feedback=True) for rounds in counts[::2]]
         return found
+    if section == "bits":
+        rules = [Arm(), Arm(strategy="fisher@1"), Arm(variates=True), CONTROLLED]
+        return [BASE, POOLED, PARALLEL, *(replace(a, bits=b, feedback=b == 1) for b in (32, 4, 1) for a in rules)]
     if section == "choices":
         found = [Arm(variates=True), replace(FOUR_BITS, feedback=True), replace(CONTROLLED, bits=4)]
         found += [Arm(bits=4), Arm(keep=False), Arm(momentum=0.3), Arm(variates=True, momentum=0.3), Arm(alpha=1.25)]
