@@ -227,7 +227,7 @@ class ExpertServer(Reactor[_Trunk]):
             log.exception("%d calls failed", len(batch))
             answers = [error] * len(batch)
         self._batches += 1
-        now = time.monotonic()
+        answered = time.monotonic()
         for (trunk, frame), answer in zip(batch, answers, strict=True):
             if not trunk.open:
                 continue
@@ -236,7 +236,7 @@ class ExpertServer(Reactor[_Trunk]):
                 self._end(trunk, failed)
                 continue
             self._answered += 1
-            trunk.asked = now
+            trunk.asked = answered
             trunk.outbox.put_data(answer, frame.position, frame.tokens, b"")
             self._flush(trunk)
 

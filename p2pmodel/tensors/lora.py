@@ -155,7 +155,7 @@ class Kind(FactoredKind):
         """Of matrices only. What stays as it was trained keeps its factors."""
         matrices = {slot: update for slot, update in updates.items() if update.ndim == 2}
         if not matrices:
-            raise InvalidInput("Only matrices can be merged into factors, and none has changed.")
+            raise InvalidInput("Only matrices fit into a LoRA patch, and none has changed.")
         if like is None:
             return factored(matrices, rank)
         trained = like.values

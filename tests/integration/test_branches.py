@@ -32,6 +32,7 @@ from p2pmodel.node.patches.branch_merging import merge_branches
 from p2pmodel.node.patches.rebasing import masses_of
 from p2pmodel.node.rounds.maintaining import Maintainer
 from p2pmodel.node.versions.branching import branch
+from p2pmodel.store import patchfile
 from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob
@@ -197,7 +198,7 @@ def test_the_merge_of_two_branches_is_weighed_by_their_fishers(home: Home, tmp_p
     merged = patch_file_state(main, output)
     for name, value in expected(main, side).items():
         torch.testing.assert_close(merged[name], value)
-    check_patch_file(main, output.read_bytes())
+    check_patch_file(main, patchfile.read(output))
     shown = run(home.path, "patch", "show", output)
     assert "a.txt" in shown
     assert "merged branches" in shown
@@ -262,7 +263,7 @@ def test_weights_merge_into_whatever_the_lineage_takes(tmp_path: Path, exam: Pat
     assert done.kept == pytest.approx(1.0)
     merged, wanted = patch_file_state(mine, tmp_path / "p"), version_state(other, other.head)
     assert all(torch.allclose(merged[name], wanted[name], atol=1e-4) for name in merged)
-    check_patch_file(mine, (tmp_path / "p").read_bytes())
+    check_patch_file(mine, patchfile.read(tmp_path / "p"))
 
 
 def test_maintainers_adopt_the_merge_like_any_patch(home: Home, tmp_path: Path) -> None:

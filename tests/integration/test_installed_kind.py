@@ -21,6 +21,7 @@ from p2pmodel.node.patches.contributing import Assignment, NewPatch, train_patch
 from p2pmodel.node.patches.exporting import export_adapter, export_merged
 from p2pmodel.node.patches.patchbook import open_patch
 from p2pmodel.node.patches.rebasing import rebase
+from p2pmodel.store import patchfile
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.kinds import get_kind
 from tests.support.lineages import adopt
@@ -120,7 +121,7 @@ def test_its_patches_are_trained_read_and_merged(lineage: Lineage, tmp_path: Pat
     changed = {name for name in before if name.startswith("norm:")}
     assert len(changed) == 4
     for file in files:
-        check_patch_file(lineage, file.read_bytes())
+        check_patch_file(lineage, patchfile.read(file))
         state = patch_file_state(lineage, file)
         assert {name for name in before if not torch.equal(state[name], before[name])} == changed
         take_in(lineage, file.read_bytes())
@@ -147,7 +148,7 @@ def test_others_are_trained_on_what_it_changed(lineage: Lineage, tmp_path: Path)
         assert later.trained.loss_before == pytest.approx(patch.trained.loss_after, abs=1e-5)
     moved = rebase(open_patch(lineage.home.path, old), lineage, lineage.head, tmp_path / "moved.p2patch")
     assert moved.patch.kind == "norms@1"
-    check_patch_file(lineage, (tmp_path / "moved.p2patch").read_bytes())
+    check_patch_file(lineage, patchfile.read(tmp_path / "moved.p2patch"))
     with pytest.raises(InvalidInput, match=r"peft has no adapter for patches of kind norms@1"):
         export_adapter(open_patch(lineage.home.path, old), tmp_path / "base", tmp_path / "peft")
     with pytest.raises(InvalidInput, match=r"'norm:layers.* cannot be folded"):

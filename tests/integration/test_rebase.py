@@ -16,6 +16,7 @@ from p2pmodel.node.lineages.states import patch_change, patch_file_state, versio
 from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.node.patches.patchbook import OpenedPatch, open_patch
 from p2pmodel.node.patches.rebasing import rebase
+from p2pmodel.store import patchfile
 from p2pmodel.store.home import Home
 from p2pmodel.tensors.changes import NOT_HELD
 from p2pmodel.tensors.lora import factored
@@ -78,7 +79,7 @@ def test_a_patch_moves_to_a_newer_version(base: Path, tmp_path: Path, kind: str)
     assert done.kept > 0.5
     assert done.losses is not None
     assert done.losses.rebased < done.losses.version - 0.005
-    check_patch_file(lineage, new.read_bytes())
+    check_patch_file(lineage, patchfile.read(new))
     theirs = [base.parent / "theirs.txt"]
     upstreams = rebase(mine, lineage, version, new, texts=theirs, bases=(base, base)).losses
     assert upstreams is not None
@@ -109,7 +110,7 @@ def test_across_a_change_of_base(base: Path, tmp_path: Path) -> None:
     assert done.patch.model == other.model
     assert done.dropped == ("ia3:in:layers.0.mlp.down_proj", "ia3:in:layers.1.mlp.down_proj")
     assert done.losses is not None
-    check_patch_file(other, (tmp_path / "new.p2patch").read_bytes())
+    check_patch_file(other, patchfile.read(tmp_path / "new.p2patch"))
     vectors_only = founded(tmp_path / "elsewhere", base, ("ia3@1",))
     dense = trained(lineage, base, "dense@1", "mine", tmp_path / "dense.p2patch")
     with pytest.raises(InvalidInput, match="takes no patches of kind dense@1"):

@@ -29,6 +29,7 @@ from p2pmodel.node.lineages.states import read_change
 from p2pmodel.node.patches import continuity, savepoints
 from p2pmodel.node.patches.contributing import Assignment, train_patch
 from p2pmodel.node.patches.savepoints import Savepoints
+from p2pmodel.store import patchfile
 from p2pmodel.store.fsck import fsck
 from p2pmodel.store.home import Home
 from p2pmodel.tensors import blob, control
@@ -243,22 +244,22 @@ def test_nothing_to_learn_from_is_said(home: Path) -> None:
 def test_a_control_variate_is_checked_like_the_rest(founded: Path, home: Path, tmp_path: Path) -> None:
     run(command(founded, home, tmp_path / "a.p2patch", *SHORT, "--control"))
     raw, lineage = (tmp_path / "a.p2patch").read_bytes(), lineage_of(home)
-    check_patch_file(lineage, raw)
     opened = bundle.open_bundle(raw)
+    check_patch_file(lineage, opened)
     assert opened.raw.control is not None
     change = read_change(lineage, "ia3@1", opened.raw.adapter)
     read = control.read(opened.raw.control, control.places(opened.raw.adapter, change, 1 << 20), 1 << 20)
     assert read.keys() == change.values.keys()
     assert any(bool(tensor.any()) for tensor in read.values())
 
-    def with_control(variate: bytes | None) -> bytes:
+    def with_control(variate: bytes | None) -> bundle.OpenBundle:
         ref = (
             None
             if variate is None
             else replace(opened.patch.adapter, digest=canonical.digest(variate), size=len(variate))
         )
         header = lineage.home.key.sign("patch", replace(opened.patch, control=ref))
-        return bundle.pack(header, opened.raw.adapter, opened.raw.fisher, variate)
+        return bundle.open_bundle(bundle.pack(header, opened.raw.adapter, opened.raw.fisher, variate))
 
     check_patch_file(lineage, with_control(None))
     infinite = blob.unpack(opened.raw.control, None, 1 << 20)
@@ -277,7 +278,7 @@ def test_a_control_variate_is_checked_like_the_rest(founded: Path, home: Path, t
 
 def test_the_fisher_can_be_adams(founded: Path, home: Path, tmp_path: Path) -> None:
     run(command(founded, home, tmp_path / "a.p2patch", *SHORT, "--fisher", "adam"))
-    check_patch_file(lineage_of(home), (tmp_path / "a.p2patch").read_bytes())
+    check_patch_file(lineage_of(home), patchfile.read(tmp_path / "a.p2patch"))
     done = run(command(founded, home, tmp_path / "b.p2patch", *SHORT, "--fisher", "adam", "--kind", "lora"), code=4)
     assert "LoRA" in str(done.exception)
 

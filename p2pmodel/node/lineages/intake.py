@@ -16,6 +16,7 @@ from p2pmodel.store.index import RecordRow
 from p2pmodel.tensors import blob, control, variates
 from p2pmodel.tensors.kinds import get_kind
 from p2pmodel.wire import bundle, canonical, records
+from p2pmodel.wire.bundle import OpenBundle
 from p2pmodel.wire.signing import RECORD_OVERHEAD
 
 
@@ -181,9 +182,8 @@ def check_tensors(
         control.read(control_variate, control.places(adapter, change, limit), limit)
 
 
-def check_patch_file(lineage: Lineage, raw: bytes) -> None:
+def check_patch_file(lineage: Lineage, opened: OpenBundle) -> None:
     """All that a peer checks of a patch, on a patch file. Raises Rejected."""
-    opened = bundle.open_bundle(raw)
     needed_blobs(lineage, "patch", opened.raw.header)
     check_tensors(lineage, opened.patch, *opened.raw.blobs)
 

@@ -129,10 +129,15 @@ def _steps(lineage: Lineage, version: VersionId) -> Iterator[tuple[Mapping[str, 
             break
         if candidate.patches:  # else it has the values of its parent
             made.append(candidate)
+    before: Mapping[str, Tensor] = {}
     for candidate in reversed(made):
         unit = get_strategy(candidate.merge.strategy).unit(len(candidate.patches))
-        before, after = version_state(lineage, candidate.parent), version_state(lineage, version_id(candidate))
-        yield _shared(before), after, candidate.alpha / unit
+        before, after = (
+            before or _shared(version_state(lineage, candidate.parent)),
+            version_state(lineage, version_id(candidate)),
+        )
+        yield before, after, candidate.alpha / unit
+        before = _shared(after)  # and of all that merged nothing since
 
 
 def _contributions(lineage: Lineage, sources: Sequence[Source]) -> Iterator[Contribution]:

@@ -10,8 +10,8 @@ from p2pmodel.domain.ids import LEAST_DIGITS, Digest, ModelId, PatchId, VersionI
 from p2pmodel.domain.version import DomainScore
 from p2pmodel.store.refs import Refs
 
-CONTRIBUTING = "contributing"
-"""Begins the names of what a contributor takes from one round into the next."""
+CONTRIBUTING, TRAINING = "contributing", "training"
+"""Begin the names of what a contributor takes from one round into the next, and of how far a training has come."""
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIKE_A_VERSION = re.compile(rf"v?[0-9]+(\.[0-9]+)*|[0-9a-f]{{{LEAST_DIGITS},}}")
 

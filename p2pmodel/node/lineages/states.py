@@ -96,7 +96,7 @@ def patch_state(lineage: Lineage, patch: Patch) -> dict[str, Tensor]:
 
 
 def patch_file_state(lineage: Lineage, path: Path) -> dict[str, Tensor]:
-    """The same of a patch file. Raises Rejected, NotFound."""
+    """The same of a patch file. Raises InvalidInput, Rejected, NotFound."""
     opened = patchfile.read(path)
     change = read_change(lineage, opened.patch.kind, opened.raw.adapter)
     new_experts(lineage, opened.patch, change)

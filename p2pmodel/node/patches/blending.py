@@ -189,12 +189,14 @@ def _tune(
 
 
 def _kind(lineage: Lineage, slot: str) -> PatchKind:
-    """That can hold whatever becomes of such slots. Raises InvalidInput."""
-    known = [get_kind(name) for name in (*lineage.manifest.kinds, *BUILT_IN)]
-    best = max((kind for kind in known if slot.startswith(kind.prefix)), key=lambda kind: kind.fit)
-    if best.fit < Fit.ANY:
-        raise InvalidInput(f"No patch of kind {best.name} can hold a merge.", "Publish them all: a round merges them.")
-    return best
+    """That can hold whatever becomes of such slots: one that the model takes, where there is any. Raises
+    InvalidInput."""
+    for names in (lineage.manifest.kinds, BUILT_IN):
+        known = [kind for name in names if slot.startswith((kind := get_kind(name)).prefix)]
+        best = max(known, key=lambda kind: kind.fit, default=None)
+        if best is not None and best.fit >= Fit.ANY:
+            return best
+    raise InvalidInput("No patch can hold a merge of these.", "Publish them all: a round merges them.")
 
 
 def _masses(lineage: Lineage, sources: Sequence[Source], before: State, held: Sequence[str]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from p2pmodel.engine.weights import read_json
 from p2pmodel.node.lineages import hub
 from p2pmodel.node.lineages.branches import Family
 from p2pmodel.node.lineages.lineage import Lineage
-from p2pmodel.node.lineages.states import neutral_state, read_change, version_state
+from p2pmodel.node.lineages.states import read_change, version_state
 from p2pmodel.node.patches.patchbook import OpenedPatch
 from p2pmodel.store.disk import storage_error
 from p2pmodel.tensors import blob, ia3
@@ -212,8 +212,11 @@ def _relative(adapter: Mapping[str, Tensor], parent: Mapping[str, Tensor]) -> di
 
 def _differs(state: Mapping[str, Tensor], lineage: Lineage) -> bool:
     """From the base."""
-    neutral = neutral_state(lineage.manifest)
-    return any(name not in neutral or not torch.equal(tensor, neutral[name]) for name, tensor in state.items())
+    kinds, slots = Kinds(lineage.manifest.kinds), {slot.name: slot for slot in lineage.manifest.slots}
+    return any(
+        name not in slots or not torch.equal(tensor, kinds.initial([slots[name]])[name])
+        for name, tensor in state.items()
+    )
 
 
 def _source(lineage: Lineage) -> str:

@@ -96,7 +96,8 @@ def verify_patch(home: Path | None, text: str) -> PatchEntry:
     folder = Home.open(home)
     path = Path(text)
     if path.is_file():
-        check_patch_file(_lineage(folder, patchfile.read(path).patch), path.read_bytes())
+        opened = patchfile.read(path)
+        check_patch_file(_lineage(folder, opened.patch), opened)
     else:
         entry = read_patch(home, text)
         check_stored_patch(_lineage(folder, entry.patch), entry.id)

@@ -9,6 +9,7 @@ from p2pmodel.domain.errors import NotFound, Rejected, StorageError
 from p2pmodel.domain.ids import Digest
 from p2pmodel.engine.training.resuming import MAX_PROGRESS_BYTES, Progress
 from p2pmodel.node.lineages.lineage import Lineage
+from p2pmodel.node.lineages.notes import TRAINING
 
 MAX_KEPT_BYTES = 64 << 20
 """Of one checkpoint: larger ones are not kept for those who audit, but only until the training does without them."""
@@ -19,7 +20,7 @@ class Savepoints:
 
     def __init__(self, lineage: Lineage, key: Digest) -> None:
         self._lineage, self._objects, self._refs = lineage, lineage.home.objects, lineage.home.refs
-        self._name = lineage.notes.ref("training", key)
+        self._name = lineage.notes.ref(TRAINING, key)
 
     def keep(self, raw: bytes) -> Digest:
         return self._objects.put(raw).digest
