@@ -1,6 +1,7 @@
 """`p2pmodel round`."""
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,15 +11,18 @@ from p2pmodel.cli.lineages import lineage_of
 from p2pmodel.cli.output import emit, printable
 from p2pmodel.cli.versioning import score_table
 from p2pmodel.domain.errors import P2PModelError
-from p2pmodel.domain.ids import short
+from p2pmodel.domain.ids import PatchId, short
 
 if TYPE_CHECKING:
     from p2pmodel.node.lineages.lineage import Lineage
     from p2pmodel.node.rounds.roundview import CandidateView, RoundView
+    from p2pmodel.wire.v1.control_pb2 import RoundStatus
 
 app = typer.Typer(no_args_is_help=True, help="Look at the round on the head, and decide as a maintainer.")
 
 POLL_SECONDS = 1.0
+SHOWN_PATCHES = 24
+"""Of those that wait."""
 
 CandidateText = Annotated[str, typer.Argument(metavar="CANDIDATE", help="Id of a candidate, or the beginning of it.")]
 
@@ -26,11 +30,13 @@ CandidateText = Annotated[str, typer.Argument(metavar="CANDIDATE", help="Id of a
 @app.command()
 def show(model: options.Model = None, home: options.Home = None, json: options.Json = False) -> None:
     """Patches and candidates on the head, who said what of them, and who signed twice."""
+    from p2pmodel.cli.status_text import round_line
     from p2pmodel.node.rounds.roundview import look
 
     lineage = lineage_of(home, model)
-    view, phase = look(lineage), _phase(lineage)
-    emit({**vars(view), "phase": phase}, _text(view, phase), json)
+    view, now = look(lineage), _of_node(lineage)
+    text = _text(view, round_line(now).removeprefix("round ") if now else "")
+    emit({**vars(view), "phase": _phase(now), "examined": now.examined if now else 0}, text, json)
 
 
 @app.command()
@@ -41,7 +47,7 @@ def watch(model: options.Model = None, home: options.Home = None, json: options.
     lineage, last = lineage_of(home, model), ""
     while True:
         lineage.refresh()
-        view, phase = look(lineage), _phase(lineage)
+        view, phase = look(lineage), _phase(_of_node(lineage))
         if (text := _text(view, phase)) != last:
             emit({**vars(view), "phase": phase}, text + "\n", json)
             last = text
@@ -103,16 +109,20 @@ def _decide(text: str, model: str | None, home: options.Home, json: bool, accept
     emit({"id": version, "decision": word}, f"version {short(version)} is {word} by this home", json)
 
 
-def _phase(lineage: "Lineage") -> str:
-    """`round 3, voting`, as the node of this home says; empty when none runs."""
+def _phase(now: "RoundStatus | None") -> str:
+    return f"round {now.number}, {now.phase}" if now else ""
+
+
+def _of_node(lineage: "Lineage") -> "RoundStatus | None":
+    """The round as the node of this home sees it; None when none runs."""
     from p2pmodel.control.client import ControlClient
 
     try:
         with ControlClient.connect(lineage.home.control_socket) as client:
             models = [model for model in client.status().models if model.id == lineage.model]
     except P2PModelError:
-        return ""
-    return f"round {models[0].round.number}, {models[0].round.phase}" if models else ""
+        return None
+    return models[0].round if models else None
 
 
 def _text(view: "RoundView", phase: str) -> str:
@@ -121,7 +131,7 @@ def _text(view: "RoundView", phase: str) -> str:
         f"round        {phase or 'no node runs on this home; what follows is in its store'}",
         f"decide       {view.threshold} of {len(view.maintainers)} maintainers"
         + (", of which this home is one" if view.maintains else ""),
-        f"patches      {', '.join(short(patch) for patch in view.patches) or 'none'}",
+        f"patches      {_some(view.patches)}",
     ]
     for candidate in view.candidates:
         lines += ["", *_candidate_lines(candidate)]
@@ -134,6 +144,11 @@ def _text(view: "RoundView", phase: str) -> str:
         ]
     lines += [f"\nFORK         {', '.join(short(version) for version in siblings)}" for siblings in view.forks]
     return "\n".join(lines)
+
+
+def _some(patches: Sequence[PatchId]) -> str:
+    more = f" and {len(patches) - SHOWN_PATCHES} more: p2pmodel patch list" if len(patches) > SHOWN_PATCHES else ""
+    return (", ".join(short(patch) for patch in patches[:SHOWN_PATCHES]) or "none") + more
 
 
 def _candidate_lines(candidate: "CandidateView") -> list[str]:

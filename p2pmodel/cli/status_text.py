@@ -4,7 +4,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from p2pmodel.cli.output import printable
+from p2pmodel.cli.output import counted, duration, printable
 from p2pmodel.domain.experts import describe
 from p2pmodel.domain.ids import short
 from p2pmodel.wire.v1 import control_pb2 as pb
@@ -47,12 +47,16 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> str:
         f"  {len(model.presences)} peers: "
         + ", ".join(f"{p.peer[-8:]} ({printable(', '.join(p.roles))})" for p in model.presences)
     )
-    r = model.round
-    lines.append(
-        f"  round {r.number}: {r.phase} for {r.since_seconds:.0f} s, {r.patches} patches, "
-        f"{r.accepts} of {r.threshold} accepting verdicts"
-    )
+    lines.append(f"  {round_line(model.round)}")
     return "\n".join(lines)
+
+
+def round_line(state: pb.RoundStatus) -> str:
+    examined = f" ({state.examined} examined here)" if state.examined else ""
+    return (
+        f"round {state.number}: {state.phase} for {duration(state.since_seconds)}, {counted(state.patches, 'patch')}"
+        f"{examined}, {state.accepts} of {state.threshold} accepting verdicts"
+    )
 
 
 def _experts(reply: pb.StatusReply, model: pb.ModelStatus) -> list[str]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2pmodel.cli.output import duration, printable
+from p2pmodel.cli.status_text import round_line
 from p2pmodel.control.client import ControlClient
 from p2pmodel.domain.errors import P2PModelError, UsageError
 from p2pmodel.domain.experts import describe
@@ -65,7 +66,7 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> list[RenderableType]
             (f"{'✓' if whole else '✗'} {covered} of {model.layers} layers served", "green" if whole else "bold red"),
             f"  {model.sessions} sessions here",
         ),
-        _round(model.round),
+        Text(round_line(model.round)),
         Text.assemble("hosts of each layer  ", *(_host_count(hosts) for hosts in model.coverage)),
         Text(""),
         _leases(reply, model),
@@ -77,13 +78,6 @@ def _model(reply: pb.StatusReply, model: pb.ModelStatus) -> list[RenderableType]
 
 def _host_count(hosts: int) -> tuple[str, str]:
     return (str(min(hosts, 9)), "green") if hosts else ("✗", "bold red")
-
-
-def _round(state: pb.RoundStatus) -> Text:
-    return Text(
-        f"round {state.number}: {state.phase} for {duration(state.since_seconds)}, {state.patches} patches, "
-        f"{state.accepts} of {state.threshold} accepting verdicts"
-    )
 
 
 def _leases(reply: pb.StatusReply, model: pb.ModelStatus) -> Table:

@@ -80,10 +80,10 @@ class RoundState:
 
 
 @dataclass(frozen=True)
-class PatchAdmitted:
-    """A patch on the state's parent passed all checks."""
+class PatchesAdmitted:
+    """Patches on the state's parent passed all checks: one that has come, or all that were waiting for the parent."""
 
-    patch: PatchId
+    patches: tuple[PatchId, ...]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = PatchAdmitted | PatchesRefused | ProposalFailed | CandidateSeen | Decided | VerdictSeen | Tick
+Event = PatchesAdmitted | PatchesRefused | ProposalFailed | CandidateSeen | Decided | VerdictSeen | Tick
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from p2pmodel.logic.round_state import (
     Event,
     Examine,
     Misbehaviour,
-    PatchAdmitted,
+    PatchesAdmitted,
     PatchesRefused,
     Phase,
     Proposal,
@@ -66,7 +66,7 @@ __all__ = [
     "Event",
     "Examine",
     "Misbehaviour",
-    "PatchAdmitted",
+    "PatchesAdmitted",
     "PatchesRefused",
     "Phase",
     "Proposal",
@@ -151,18 +151,20 @@ class _Here:
     me: PeerId | None
 
 
-def _admit(state: RoundState, event: PatchAdmitted, here: _Here) -> Outcome:
-    full = len(state.patches) >= here.rules.schedule.max_patches
-    if full or event.patch in state.patches or event.patch in state.settled:
-        return state, ()
-    return _seal(replace(state, patches=tuple(sorted((*state.patches, event.patch)))), here)
+def _admit(state: RoundState, event: PatchesAdmitted, here: _Here) -> Outcome:
+    new = _new(state, event, here)
+    return _seal(replace(state, patches=tuple(sorted((*state.patches, *new)))), here) if new else (state, ())
 
 
-def _keep_for_next(state: RoundState, event: PatchAdmitted, here: _Here) -> Outcome:
-    full = len(state.patches) + len(state.late) >= here.rules.schedule.max_patches
-    if full or event.patch in state.patches or event.patch in state.late or event.patch in state.settled:
-        return state, ()
-    return replace(state, late=(*state.late, event.patch)), ()
+def _keep_for_next(state: RoundState, event: PatchesAdmitted, here: _Here) -> Outcome:
+    return replace(state, late=(*state.late, *_new(state, event, here))), ()
+
+
+def _new(state: RoundState, event: PatchesAdmitted, here: _Here) -> list[PatchId]:
+    """As many of the event's as there is room for."""
+    known = state.settled.union(state.patches, state.late)
+    room = here.rules.schedule.max_patches - len(state.patches) - len(state.late)
+    return [patch for patch in event.patches if patch not in known][: max(0, room)]
 
 
 def _refuse(state: RoundState, event: PatchesRefused, here: _Here) -> Outcome:
@@ -380,28 +382,28 @@ def _rejects(candidate: Proposal, state: RoundState, rules: RoundRules) -> int:
 
 
 TRANSITIONS: dict[tuple[Phase, type], Callable[[RoundState, Any, _Here], Outcome]] = {
-    (Phase.OPEN, PatchAdmitted): _admit,
+    (Phase.OPEN, PatchesAdmitted): _admit,
     (Phase.OPEN, CandidateSeen): _learn,
     (Phase.OPEN, Decided): _ask,
     (Phase.OPEN, VerdictSeen): _count,
     (Phase.OPEN, Tick): _wait_for_patches,
-    (Phase.SEALED, PatchAdmitted): _keep_for_next,
+    (Phase.SEALED, PatchesAdmitted): _keep_for_next,
     (Phase.SEALED, PatchesRefused): _refuse,
     (Phase.SEALED, ProposalFailed): _try_again,
     (Phase.SEALED, CandidateSeen): _learn,
     (Phase.SEALED, Decided): _ask,
     (Phase.SEALED, VerdictSeen): _count,
     (Phase.SEALED, Tick): _wait_for_candidate,
-    (Phase.VOTING, PatchAdmitted): _keep_for_next,
+    (Phase.VOTING, PatchesAdmitted): _keep_for_next,
     (Phase.VOTING, CandidateSeen): _learn,
     (Phase.VOTING, Decided): _ask,
     (Phase.VOTING, VerdictSeen): _count,
     (Phase.VOTING, Tick): _expire,
     # A verdict can come after the round was given up here, and still make the threshold.
-    (Phase.REJECTED, PatchAdmitted): _keep_for_next,
+    (Phase.REJECTED, PatchesAdmitted): _keep_for_next,
     (Phase.REJECTED, CandidateSeen): _learn,
     (Phase.REJECTED, VerdictSeen): _count,
-    (Phase.ABANDONED, PatchAdmitted): _keep_for_next,
+    (Phase.ABANDONED, PatchesAdmitted): _keep_for_next,
     (Phase.ABANDONED, CandidateSeen): _learn,
     (Phase.ABANDONED, VerdictSeen): _count,
 }

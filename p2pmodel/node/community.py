@@ -92,6 +92,11 @@ class Community:
         return self._keeper.state
 
     @property
+    def examined(self) -> int:
+        assert self._keeper
+        return self._keeper.examined
+
+    @property
     def gossip(self) -> GossipStats:
         return self._gossip.stats()
 

@@ -158,6 +158,7 @@ class Service:
             since_seconds=time.monotonic() - state.since,
             accepts=len(accepts),
             threshold=rules.threshold,
+            examined=self._community.examined,
         )
 
 

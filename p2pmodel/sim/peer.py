@@ -211,7 +211,7 @@ class Peer:
         noun = entry.noun
         if isinstance(noun, Patch):
             if noun.parent == self.chain.head:
-                self._advance(round_state.PatchAdmitted(entry.digest))
+                self._advance(round_state.PatchesAdmitted((entry.digest,)))
             return
         version = entry.version if isinstance(noun, Candidate) else noun.version
         if version in book.candidates:
@@ -241,8 +241,8 @@ class Peer:
         for entry in book.of(book.candidates_on.get(chain.head, 0) & self.stored):
             if isinstance(entry.noun, Candidate):
                 self._see_candidate(entry, entry.noun)
-        for entry in book.of(book.patches_on.get(chain.head, 0) & self.stored):
-            self._advance(round_state.PatchAdmitted(entry.digest))
+        waiting = book.of(book.patches_on.get(chain.head, 0) & self.stored)
+        self._advance(round_state.PatchesAdmitted(tuple(entry.digest for entry in waiting)))
         self._set_tick()
 
     def _see_candidate(self, entry: Entry, candidate: Candidate) -> None:

@@ -20,7 +20,7 @@ from p2pmodel.logic.rounds import (
     Event,
     Examine,
     Misbehaviour,
-    PatchAdmitted,
+    PatchesAdmitted,
     Phase,
     Propose,
     Reject,
@@ -64,7 +64,7 @@ class Siege:
             for second in range(seconds):
                 self._post(float(second), to, Tick())
             for patch in PATCHES[:3]:
-                self._post(chance.uniform(0, DELAY) + 20.0 * bool(self.decisive), to, PatchAdmitted(patch))
+                self._post(chance.uniform(0, DELAY) + 20.0 * bool(self.decisive), to, PatchesAdmitted((patch,)))
         for number in range(self.lies if self.liars else 0):
             self._lie(chance.uniform(0, seconds) if number % 3 else 0.0, number)
         if self.decisive:
@@ -183,7 +183,7 @@ def test_a_stream_of_amendments_takes_nobody_s_time() -> None:
     state, effects = run(opened(), rules, first, *stream, (99.0, Tick()))
     assert (state.phase, state.round, effects) == (Phase.OPEN, 1, [])
     assert len(state.candidates) == rounds.KEPT_EACH
-    state, effects = run(state, rules, first, *[(99.0, PatchAdmitted(patch)) for patch in PATCHES[:2]])
+    state, effects = run(state, rules, first, *[(99.0, PatchesAdmitted((patch,))) for patch in PATCHES[:2]])
     assert [type(effect) for effect in effects] == [Propose]
     state, effects = run(state, rules, first, *stream, (100.0, seen("good", first, 1)))
     assert effects == [Examine(version("good"))]
@@ -263,7 +263,7 @@ words = st.one_of(
         st.booleans(),
         st.integers(1, 9),
     ),
-    st.sampled_from(PATCHES[:4]).map(PatchAdmitted),
+    st.sampled_from(PATCHES[:4]).map(lambda patch: PatchesAdmitted((patch,))),
     st.just(Tick()),
 )
 

@@ -22,7 +22,7 @@ from p2pmodel.logic.rounds import (
     Event,
     Examine,
     Misbehaviour,
-    PatchAdmitted,
+    PatchesAdmitted,
     PatchesRefused,
     Phase,
     ProposalFailed,
@@ -41,6 +41,10 @@ from tests.support.factories import manifest
 MODEL = canonical.digest(b"model")
 PATCHES = [PatchId(canonical.digest(bytes([i]))) for i in range(40)]
 SCHEDULE = Schedule(min_patches=2, max_patches=5, open_seconds=100.0, proposer_seconds=10.0, verdict_seconds=20.0)
+
+
+def admitted(*patches: PatchId) -> PatchesAdmitted:
+    return PatchesAdmitted(patches)
 
 
 def peers(count: int) -> tuple[PeerId, ...]:
@@ -80,17 +84,20 @@ def opened() -> RoundState:
 def voting(rules: RoundRules, me: PeerId | None, at: float = 0.0) -> tuple[RoundState, list[Effect]]:
     proposer = ranked(rules)[0]
     return run(
-        opened(),
-        rules,
-        me,
-        (at, PatchAdmitted(PATCHES[0])),
-        (at, CandidateSeen(version("a"), proposer, (PATCHES[0],), 1)),
+        opened(), rules, me, (at, admitted(PATCHES[0])), (at, CandidateSeen(version("a"), proposer, (PATCHES[0],), 1))
     )
+
+
+def test_patches_that_were_waiting_are_all_in_the_round_that_they_seal() -> None:
+    rules = rules_of(3, 2)
+    state, effects = run(opened(), rules, ranked(rules)[0], (0.0, admitted(*PATCHES[:4])))
+    assert state.phase is Phase.SEALED
+    assert effects == [Propose(1, VersionId(MODEL), tuple(sorted(PATCHES[:4])))]
 
 
 def test_a_round_is_sealed_by_enough_patches_and_the_first_in_rank_proposes() -> None:
     rules = rules_of(3, 2)
-    events = [(0.0, PatchAdmitted(PATCHES[1])), (1.0, PatchAdmitted(PATCHES[0])), (2.0, PatchAdmitted(PATCHES[2]))]
+    events = [(0.0, admitted(PATCHES[1])), (1.0, admitted(PATCHES[0])), (2.0, admitted(PATCHES[2]))]
     state, effects = run(opened(), rules, ranked(rules)[0], *events)
     assert state.phase is Phase.SEALED
     assert state.late == (PATCHES[2],)
@@ -102,7 +109,7 @@ def test_a_round_is_sealed_by_time_once_there_is_a_patch() -> None:
     rules = rules_of(1, 1)
     state, _ = run(opened(), rules, None, (99.0, Tick()), (101.0, Tick()))
     assert state.phase is Phase.OPEN
-    state, _ = run(opened(), rules, None, (5.0, PatchAdmitted(PATCHES[0])), (99.0, Tick()))
+    state, _ = run(opened(), rules, None, (5.0, admitted(PATCHES[0])), (99.0, Tick()))
     assert state.phase is Phase.OPEN
     assert run(state, rules, None, (100.0, Tick()))[0].phase is Phase.SEALED
 
@@ -110,31 +117,31 @@ def test_a_round_is_sealed_by_time_once_there_is_a_patch() -> None:
 def test_a_silent_proposer_is_replaced_by_the_next() -> None:
     rules = rules_of(3, 2)
     for rank, me in enumerate(ranked(rules)):
-        state, effects = run(opened(), rules, me, *[(0.0, PatchAdmitted(p)) for p in PATCHES[:2]])
+        state, effects = run(opened(), rules, me, *[(0.0, admitted(p)) for p in PATCHES[:2]])
         assert len(effects) == (rank == 0)
         state, effects = run(state, rules, me, (10.0 * rank - 0.1, Tick()))
         assert effects == []
         state, effects = run(state, rules, me, (10.0 * rank + 0.1, Tick()))
         assert len(effects) == (rank > 0)
-    state, effects = run(opened(), rules, None, *[(0.0, PatchAdmitted(p)) for p in PATCHES[:2]], (1000.0, Tick()))
+    state, effects = run(opened(), rules, None, *[(0.0, admitted(p)) for p in PATCHES[:2]], (1000.0, Tick()))
     assert (state.phase, effects) == (Phase.SEALED, [])
 
 
 def test_a_proposer_that_can_merge_nothing_waits_for_other_patches() -> None:
     rules = rules_of(1, 1)
     me = rules.maintainers[0]
-    state, effects = run(opened(), rules, me, *[(0.0, PatchAdmitted(p)) for p in PATCHES[:3]])
+    state, effects = run(opened(), rules, me, *[(0.0, admitted(p)) for p in PATCHES[:3]])
     assert isinstance(effects[0], Propose)
     state, effects = run(state, rules, me, (1.0, PatchesRefused(effects[0].patches)))
     assert (state.phase, state.patches, effects) == (Phase.OPEN, (PATCHES[2],), [])
-    state, effects = run(state, rules, me, (2.0, PatchAdmitted(PATCHES[0])), (2.0, PatchAdmitted(PATCHES[3])))
+    state, effects = run(state, rules, me, (2.0, admitted(PATCHES[0])), (2.0, admitted(PATCHES[3])))
     assert effects == [Propose(1, VersionId(MODEL), tuple(sorted(PATCHES[2:4])))]
 
 
 def test_a_proposer_that_failed_is_asked_again_after_a_while() -> None:
     rules = rules_of(3, 2)
     for rank, me in enumerate(ranked(rules)):
-        state, first = run(opened(), rules, me, *[(0.0, PatchAdmitted(p)) for p in PATCHES[:2]], (10.0 * rank, Tick()))
+        state, first = run(opened(), rules, me, *[(0.0, admitted(p)) for p in PATCHES[:2]], (10.0 * rank, Tick()))
         state, effects = run(state, rules, me, (50.0, ProposalFailed()), (59.9, Tick()))
         assert effects == []
         assert run(state, rules, me, (60.1, Tick()))[1] == first[-1:]
@@ -210,7 +217,7 @@ def test_divided_maintainers_reject() -> None:
 def test_a_round_without_verdicts_is_abandoned_and_its_patches_are_tried_again() -> None:
     rules = rules_of(3, 2)
     state, _ = voting(rules, None)
-    state, effects = run(state, rules, None, (1.0, PatchAdmitted(PATCHES[5])), (29.0, Tick()))
+    state, effects = run(state, rules, None, (1.0, admitted(PATCHES[5])), (29.0, Tick()))
     assert effects == []
     state, effects = run(state, rules, None, (30.0, Tick()))
     assert state.phase is Phase.ABANDONED
@@ -229,14 +236,14 @@ def test_patches_are_given_up_when_more_proposers_failed_with_them_than_can_lie(
     for round in range(1, proposed + 1):
         of = version(f"of round {round}")
         against = [verdict(each, of, False, round) for each in rules.maintainers]
-        state, _ = run(state, rules, None, *[(1.0, PatchAdmitted(patch)) for patch in PATCHES[:2]])
+        state, _ = run(state, rules, None, *[(1.0, admitted(patch)) for patch in PATCHES[:2]])
         assert state.patches == tuple(sorted(PATCHES[:2])), round
         seen = CandidateSeen(of, rules.maintainers[round - 1], (PATCHES[0],), round)
         state, _ = run(state, rules, None, (1.0, seen), *[(2.0, event) for event in against])
         assert state.phase is Phase.REJECTED
         state = rounds.reopen(state, 2.0)
     assert state.patches == (PATCHES[1],)
-    assert run(state, rules, None, (3.0, PatchAdmitted(PATCHES[0])))[0] == state
+    assert run(state, rules, None, (3.0, admitted(PATCHES[0])))[0] == state
 
 
 def test_patches_are_tried_again_when_maintainers_were_divided() -> None:
@@ -279,7 +286,7 @@ def test_a_node_that_is_behind_follows_what_an_honest_maintainer_has_signed() ->
 def test_a_candidate_a_few_rounds_ahead_is_followed_when_this_round_s_proposers_were_silent(sealed: bool) -> None:
     rules = rules_of(3, 2)
     near, far = seen("near", ranked(rules)[0], 1 + FOLLOWED), seen("far", ranked(rules)[0], 2 + FOLLOWED)
-    patches = [(0.0, PatchAdmitted(patch)) for patch in PATCHES[:2]] if sealed else []
+    patches = [(0.0, admitted(patch)) for patch in PATCHES[:2]] if sealed else []
     state, effects = run(opened(), rules, None, *patches, (0.0, near), (0.0, far), (29.9, Tick()))
     assert (state.phase, effects) == (Phase.SEALED if sealed else Phase.OPEN, [])
     assert rounds.next_tick(state, rules, None) == 30.0
@@ -309,7 +316,7 @@ def test_a_candidate_counts_in_its_proposer_s_turn_and_no_sooner(rank: int) -> N
     state, effects = run(opened(), rules, None, (0.0, garbage), (8.0, Tick()))
     assert (state.phase is Phase.VOTING) == (rank == 0)
     if rank:
-        state, effects = run(state, rules, None, *[(9.0, PatchAdmitted(patch)) for patch in PATCHES[:2]])
+        state, effects = run(state, rules, None, *[(9.0, admitted(patch)) for patch in PATCHES[:2]])
         assert (state.phase, effects) == (Phase.SEALED, [])
         assert rounds.next_tick(state, rules, None) == 9.0 + 10.0 * rank
         state, _ = run(state, rules, None, (8.9 + 10.0 * rank, Tick()))
@@ -326,7 +333,7 @@ def test_who_proposes_what_another_proposed_does_not_take_its_turn() -> None:
 
 def test_rounds_that_fail_do_not_make_patches_wait_anew() -> None:
     rules = rules_of(3, 2)
-    state, _ = run(opened(), rules, None, (1.0, PatchAdmitted(PATCHES[5])))
+    state, _ = run(opened(), rules, None, (1.0, admitted(PATCHES[5])))
     for round in range(1, 4):
         made = version(f"garbage {round}")
         state, _ = run(state, rules, None, (20.0 * round, CandidateSeen(made, ranked(rules, round)[0], (), round)))
@@ -345,7 +352,7 @@ def test_a_maintainer_never_signs_twice_in_a_round_that_it_signed_on_another_par
     state, effects = run(state, rules, me, (2.0, seen("c", rules.maintainers[1], 5)), (22.0, Tick()))
     assert (state.phase, effects) == (Phase.VOTING, [])
     fresh = dataclasses.replace(rounds.follow(state, version("a"), 3, 3.0), signed_round=5)
-    sealed, _ = run(fresh, rules, me, *[(4.0, PatchAdmitted(p)) for p in PATCHES[:2]])
+    sealed, _ = run(fresh, rules, me, *[(4.0, admitted(p)) for p in PATCHES[:2]])
     assert (sealed.phase, sealed.round) == (Phase.SEALED, 6)
 
 
@@ -361,10 +368,10 @@ def test_two_signatures_in_a_round_are_reported_once_and_kept_bounded() -> None:
 
 def test_patches_are_bounded() -> None:
     rules = rules_of(3, 2)
-    state, _ = run(opened(), rules, None, *[(0.0, PatchAdmitted(p)) for p in PATCHES])
+    state, _ = run(opened(), rules, None, *[(0.0, admitted(p)) for p in PATCHES])
     assert len(state.patches) + len(state.late) == SCHEDULE.max_patches
     wide = dataclasses.replace(rules, schedule=dataclasses.replace(SCHEDULE, min_patches=5))
-    state, _ = run(opened(), wide, None, *[(0.0, PatchAdmitted(p)) for p in PATCHES])
+    state, _ = run(opened(), wide, None, *[(0.0, admitted(p)) for p in PATCHES])
     assert state.phase is Phase.SEALED
     assert len(rounds.reopen(state, 1.0).patches) == SCHEDULE.max_patches
 
@@ -377,7 +384,7 @@ def test_phases_that_have_ended_open_no_round_by_themselves() -> None:
 
 
 events = st.one_of(
-    st.sampled_from(PATCHES[:8]).map(PatchAdmitted),
+    st.sampled_from(PATCHES[:8]).map(admitted),
     st.lists(st.sampled_from(PATCHES[:8]), max_size=3).map(lambda p: PatchesRefused(tuple(p))),
     st.builds(
         CandidateSeen,
@@ -435,7 +442,7 @@ def test_all_nodes_end_a_round_with_the_same_version_in_whatever_order_messages_
     schedule = dataclasses.replace(SCHEDULE, verdict_seconds=1e9)
     rules = RoundRules(schedule, peers(count), threshold, MODEL)
     nodes: dict[PeerId | None, RoundState] = {me: opened() for me in (*rules.maintainers, None)}
-    mail: list[tuple[PeerId | None, Event]] = [(me, PatchAdmitted(p)) for me in nodes for p in PATCHES[:3]]
+    mail: list[tuple[PeerId | None, Event]] = [(me, admitted(p)) for me in nodes for p in PATCHES[:3]]
     candidates: set[VersionId] = set()
     adopted: dict[PeerId | None, list[VersionId]] = {me: [] for me in nodes}
     now = 0.0
@@ -484,7 +491,7 @@ def simulate(seed: int, count: int, threshold: int, absent: int) -> Iterator[tup
 
     def feed(now: float, to: PeerId | None) -> None:
         for number in range(3):
-            post(now, to, PatchAdmitted(PatchId(version(f"patch {number} of round {nodes[to].round}"))))
+            post(now, to, admitted(PatchId(version(f"patch {number} of round {nodes[to].round}"))))
 
     for to in nodes:
         for second in range(120):
@@ -534,7 +541,7 @@ def test_a_swarm_of_maintainers_gets_there() -> None:
 def test_the_table_knows_only_events_that_the_phase_can_use(phase: Phase) -> None:
     known = {event for (at, event) in rounds.TRANSITIONS if at is phase}
     assert (known == set()) == (phase is Phase.ADOPTED)
-    assert phase is Phase.ADOPTED or {CandidateSeen, VerdictSeen, PatchAdmitted} <= known
+    assert phase is Phase.ADOPTED or {CandidateSeen, VerdictSeen, PatchesAdmitted} <= known
 
 
 def test_a_verdict_signed_at_the_last_moment_is_known_before_anybody_votes_again() -> None:

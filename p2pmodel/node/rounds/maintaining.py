@@ -72,6 +72,8 @@ class Maintainer:
         self._secret = lineage.home.key.derive("screening").to_libp2p()
         self._scores: dict[tuple[str, str], Scores] = {}
         self._stopped = threading.Event()
+        self.examined = 0
+        """Patches, of those that are to be proposed or were last."""
 
     def stop(self) -> None:
         """Work under way on another thread ends within one exam, with NotRunning."""
@@ -94,8 +96,12 @@ class Maintainer:
         before = version_state(lineage, parent)
         measured = self._examiner.measure(before, "tune")
 
+        self.examined = 0
+
         def examine(patch: PatchId, alone: State) -> Screened:
-            return screen(self._examiner, alone, measured, "tune", self._seed(round, patch))
+            screened = screen(self._examiner, alone, measured, "tune", self._seed(round, patch))
+            self.examined += 1
+            return screened
 
         given = set(patches)
         seen = [patch for patch in tuple(lineage.patches) if patch in given]

@@ -78,11 +78,16 @@ class RoundKeeper:
         if lineage.head != self._head:
             await self._move_head()
         elif kind == "patch" and lineage.patches[digest].parent == self._head:
-            self._advance(round_state.PatchAdmitted(digest))
+            self._advance(round_state.PatchesAdmitted((digest,)))
         elif kind == "candidate":
             self._see_candidates()
         elif kind == "verdict":
             self._advance(round_state.VerdictSeen(lineage.verdicts[digest]))
+
+    @property
+    def examined(self) -> int:
+        """How many of the round's patches this node has examined, to propose what they make."""
+        return self._maintainer.examined if self._maintainer and self.state.proposed else 0
 
     def _first_state(self) -> round_state.RoundState:
         lineage = self._lineage
@@ -99,9 +104,9 @@ class RoundKeeper:
         for verdict in sorted(verdicts, key=lambda v: v.maintainer != self._key.peer):
             self._advance(round_state.VerdictSeen(verdict))
         self._see_candidates()
-        for patch, header in sorted(lineage.patches.items()):
-            if header.parent == self._head:
-                self._advance(round_state.PatchAdmitted(patch))
+        # At once, so that the round takes as many of them as it may, and not the first that seal it.
+        waiting = (patch for patch, header in lineage.patches.items() if header.parent == self._head)
+        self._advance(round_state.PatchesAdmitted(tuple(waiting)))
 
     def _see_candidates(self, *, asides_alone: bool = False) -> None:
         for version, candidate in self._lineage.candidates.items():

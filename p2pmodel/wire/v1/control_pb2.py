@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ep2pmodel/wire/v1/control.proto\x12\x10p2pmodel.wire.v1\"(\n\nVersionRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\t\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\x0f\n\rStatusRequest\"\x8f\x02\n\x0bStatusReply\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\x12\x0c\n\x04home\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x10\n\x08software\x18\x05 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x06 \x01(\x01\x12-\n\x06models\x18\x07 \x03(\x0b\x32\x1d.p2pmodel.wire.v1.ModelStatus\x12;\n\x07traffic\x18\x08 \x03(\x0b\x32*.p2pmodel.wire.v1.StatusReply.TrafficEntry\x1a.\n\x0cTrafficEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xbd\x03\n\x0bModelStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\x04head\x18\x03 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12,\n\x05round\x18\x05 \x01(\x0b\x32\x1d.p2pmodel.wire.v1.RoundStatus\x12&\n\x06hosted\x18\x06 \x01(\x0b\x32\x16.p2pmodel.wire.v1.Span\x12-\n\x06leases\x18\x07 \x03(\x0b\x32\x1d.p2pmodel.wire.v1.LeaseStatus\x12\x33\n\tpresences\x18\x08 \x03(\x0b\x32 .p2pmodel.wire.v1.PresenceStatus\x12\x10\n\x08\x63overage\x18\t \x03(\r\x12\x11\n\tmaintains\x18\n \x01(\x08\x12\x10\n\x08sessions\x18\x0b \x01(\r\x12\x15\n\rcached_tokens\x18\x0c \x01(\x04\x12:\n\rexpert_leases\x18\r \x03(\x0b\x32#.p2pmodel.wire.v1.ExpertLeaseStatus\x12\x14\n\x0c\x65xpert_hosts\x18\x0e \x03(\r\"x\n\x0bRoundStatus\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0f\n\x07patches\x18\x03 \x01(\r\x12\x15\n\rsince_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07\x61\x63\x63\x65pts\x18\x05 \x01(\r\x12\x11\n\tthreshold\x18\x06 \x01(\r\"\xc2\x01\n\x0bLeaseStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12$\n\x04span\x18\x02 \x01(\x0b\x32\x16.p2pmodel.wire.v1.Span\x12.\n\x08versions\x18\x03 \x03(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05queue\x18\x05 \x01(\r\x12\x15\n\rlayer_seconds\x18\x06 \x01(\x01\x12\x1a\n\x12\x65xpires_in_seconds\x18\x07 \x01(\x01\"\x90\x02\n\x11\x45xpertLeaseStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12$\n\x04span\x18\x02 \x01(\x0b\x32\x16.p2pmodel.wire.v1.Span\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\x12.\n\x08versions\x18\x04 \x03(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05queue\x18\x06 \x01(\r\x12\x14\n\x0cpair_seconds\x18\x07 \x01(\x01\x12\x17\n\x0frows_per_second\x18\x08 \x03(\x01\x12\x0e\n\x06\x63oming\x18\t \x03(\r\x12\r\n\x05going\x18\n \x03(\r\x12\x1a\n\x12\x65xpires_in_seconds\x18\x0b \x01(\x01\"R\n\x0ePresenceStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\r\n\x05roles\x18\x02 \x03(\t\x12\x10\n\x08software\x18\x03 \x01(\t\x12\x11\n\taddresses\x18\x04 \x03(\t\"(\n\x0cWatchRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"\x15\n\x13ListVersionsRequest\"S\n\x11ListVersionsReply\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x08versions\x18\x02 \x03(\x0b\x32\x1d.p2pmodel.wire.v1.VersionInfo\"\xd2\x01\n\x0bVersionInfo\x12-\n\x07version\x18\x01 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12,\n\x06parent\x18\x02 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08strategy\x18\x04 \x01(\t\x12\r\n\x05\x61lpha\x18\x05 \x01(\x01\x12\x0f\n\x07patches\x18\x06 \x03(\t\x12\x10\n\x08left_out\x18\x07 \x03(\t\x12\x13\n\x0b\x61\x63\x63\x65pted_by\x18\x08 \x03(\t\"\x14\n\x12ListPatchesRequest\"O\n\x10ListPatchesReply\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x07patches\x18\x02 \x03(\x0b\x32\x1b.p2pmodel.wire.v1.PatchInfo\"\xa8\x01\n\tPatchInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\x12,\n\x06parent\x18\x03 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07samples\x18\x07 \x01(\x04\x12\x0f\n\x07licence\x18\x08 \x01(\t\" \n\x0ePublishRequest\x12\x0e\n\x06record\x18\x01 \x01(\t\";\n\x0cPublishReply\x12\r\n\x05patch\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\"\r\n\x0bStopRequest\"\x0b\n\tStopReply2\xe3\x03\n\x07\x43ontrol\x12H\n\x06Status\x12\x1f.p2pmodel.wire.v1.StatusRequest\x1a\x1d.p2pmodel.wire.v1.StatusReply\x12H\n\x05Watch\x12\x1e.p2pmodel.wire.v1.WatchRequest\x1a\x1d.p2pmodel.wire.v1.StatusReply0\x01\x12Z\n\x0cListVersions\x12%.p2pmodel.wire.v1.ListVersionsRequest\x1a#.p2pmodel.wire.v1.ListVersionsReply\x12W\n\x0bListPatches\x12$.p2pmodel.wire.v1.ListPatchesRequest\x1a\".p2pmodel.wire.v1.ListPatchesReply\x12K\n\x07Publish\x12 .p2pmodel.wire.v1.PublishRequest\x1a\x1e.p2pmodel.wire.v1.PublishReply\x12\x42\n\x04Stop\x12\x1d.p2pmodel.wire.v1.StopRequest\x1a\x1b.p2pmodel.wire.v1.StopReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ep2pmodel/wire/v1/control.proto\x12\x10p2pmodel.wire.v1\"(\n\nVersionRef\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\t\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\x0f\n\rStatusRequest\"\x8f\x02\n\x0bStatusReply\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\taddresses\x18\x02 \x03(\t\x12\x0c\n\x04home\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x10\n\x08software\x18\x05 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x06 \x01(\x01\x12-\n\x06models\x18\x07 \x03(\x0b\x32\x1d.p2pmodel.wire.v1.ModelStatus\x12;\n\x07traffic\x18\x08 \x03(\x0b\x32*.p2pmodel.wire.v1.StatusReply.TrafficEntry\x1a.\n\x0cTrafficEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xbd\x03\n\x0bModelStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12*\n\x04head\x18\x03 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12,\n\x05round\x18\x05 \x01(\x0b\x32\x1d.p2pmodel.wire.v1.RoundStatus\x12&\n\x06hosted\x18\x06 \x01(\x0b\x32\x16.p2pmodel.wire.v1.Span\x12-\n\x06leases\x18\x07 \x03(\x0b\x32\x1d.p2pmodel.wire.v1.LeaseStatus\x12\x33\n\tpresences\x18\x08 \x03(\x0b\x32 .p2pmodel.wire.v1.PresenceStatus\x12\x10\n\x08\x63overage\x18\t \x03(\r\x12\x11\n\tmaintains\x18\n \x01(\x08\x12\x10\n\x08sessions\x18\x0b \x01(\r\x12\x15\n\rcached_tokens\x18\x0c \x01(\x04\x12:\n\rexpert_leases\x18\r \x03(\x0b\x32#.p2pmodel.wire.v1.ExpertLeaseStatus\x12\x14\n\x0c\x65xpert_hosts\x18\x0e \x03(\r\"\x8a\x01\n\x0bRoundStatus\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0f\n\x07patches\x18\x03 \x01(\r\x12\x15\n\rsince_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07\x61\x63\x63\x65pts\x18\x05 \x01(\r\x12\x11\n\tthreshold\x18\x06 \x01(\r\x12\x10\n\x08\x65xamined\x18\x07 \x01(\r\"\xc2\x01\n\x0bLeaseStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12$\n\x04span\x18\x02 \x01(\x0b\x32\x16.p2pmodel.wire.v1.Span\x12.\n\x08versions\x18\x03 \x03(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\r\n\x05queue\x18\x05 \x01(\r\x12\x15\n\rlayer_seconds\x18\x06 \x01(\x01\x12\x1a\n\x12\x65xpires_in_seconds\x18\x07 \x01(\x01\"\x90\x02\n\x11\x45xpertLeaseStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12$\n\x04span\x18\x02 \x01(\x0b\x32\x16.p2pmodel.wire.v1.Span\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\x12.\n\x08versions\x18\x04 \x03(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05queue\x18\x06 \x01(\r\x12\x14\n\x0cpair_seconds\x18\x07 \x01(\x01\x12\x17\n\x0frows_per_second\x18\x08 \x03(\x01\x12\x0e\n\x06\x63oming\x18\t \x03(\r\x12\r\n\x05going\x18\n \x03(\r\x12\x1a\n\x12\x65xpires_in_seconds\x18\x0b \x01(\x01\"R\n\x0ePresenceStatus\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\r\n\x05roles\x18\x02 \x03(\t\x12\x10\n\x08software\x18\x03 \x01(\t\x12\x11\n\taddresses\x18\x04 \x03(\t\"(\n\x0cWatchRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"\x15\n\x13ListVersionsRequest\"S\n\x11ListVersionsReply\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x08versions\x18\x02 \x03(\x0b\x32\x1d.p2pmodel.wire.v1.VersionInfo\"\xd2\x01\n\x0bVersionInfo\x12-\n\x07version\x18\x01 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12,\n\x06parent\x18\x02 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08strategy\x18\x04 \x01(\t\x12\r\n\x05\x61lpha\x18\x05 \x01(\x01\x12\x0f\n\x07patches\x18\x06 \x03(\t\x12\x10\n\x08left_out\x18\x07 \x03(\t\x12\x13\n\x0b\x61\x63\x63\x65pted_by\x18\x08 \x03(\t\"\x14\n\x12ListPatchesRequest\"O\n\x10ListPatchesReply\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x07patches\x18\x02 \x03(\x0b\x32\x1b.p2pmodel.wire.v1.PatchInfo\"\xa8\x01\n\tPatchInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\x12,\n\x06parent\x18\x03 \x01(\x0b\x32\x1c.p2pmodel.wire.v1.VersionRef\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07samples\x18\x07 \x01(\x04\x12\x0f\n\x07licence\x18\x08 \x01(\t\" \n\x0ePublishRequest\x12\x0e\n\x06record\x18\x01 \x01(\t\";\n\x0cPublishReply\x12\r\n\x05patch\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\"\r\n\x0bStopRequest\"\x0b\n\tStopReply2\xe3\x03\n\x07\x43ontrol\x12H\n\x06Status\x12\x1f.p2pmodel.wire.v1.StatusRequest\x1a\x1d.p2pmodel.wire.v1.StatusReply\x12H\n\x05Watch\x12\x1e.p2pmodel.wire.v1.WatchRequest\x1a\x1d.p2pmodel.wire.v1.StatusReply0\x01\x12Z\n\x0cListVersions\x12%.p2pmodel.wire.v1.ListVersionsRequest\x1a#.p2pmodel.wire.v1.ListVersionsReply\x12W\n\x0bListPatches\x12$.p2pmodel.wire.v1.ListPatchesRequest\x1a\".p2pmodel.wire.v1.ListPatchesReply\x12K\n\x07Publish\x12 .p2pmodel.wire.v1.PublishRequest\x1a\x1e.p2pmodel.wire.v1.PublishReply\x12\x42\n\x04Stop\x12\x1d.p2pmodel.wire.v1.StopRequest\x1a\x1b.p2pmodel.wire.v1.StopReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,36 +45,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREPLY_TRAFFICENTRY']._serialized_end=419
   _globals['_MODELSTATUS']._serialized_start=422
   _globals['_MODELSTATUS']._serialized_end=867
-  _globals['_ROUNDSTATUS']._serialized_start=869
-  _globals['_ROUNDSTATUS']._serialized_end=989
-  _globals['_LEASESTATUS']._serialized_start=992
-  _globals['_LEASESTATUS']._serialized_end=1186
-  _globals['_EXPERTLEASESTATUS']._serialized_start=1189
-  _globals['_EXPERTLEASESTATUS']._serialized_end=1461
-  _globals['_PRESENCESTATUS']._serialized_start=1463
-  _globals['_PRESENCESTATUS']._serialized_end=1545
-  _globals['_WATCHREQUEST']._serialized_start=1547
-  _globals['_WATCHREQUEST']._serialized_end=1587
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=1589
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=1610
-  _globals['_LISTVERSIONSREPLY']._serialized_start=1612
-  _globals['_LISTVERSIONSREPLY']._serialized_end=1695
-  _globals['_VERSIONINFO']._serialized_start=1698
-  _globals['_VERSIONINFO']._serialized_end=1908
-  _globals['_LISTPATCHESREQUEST']._serialized_start=1910
-  _globals['_LISTPATCHESREQUEST']._serialized_end=1930
-  _globals['_LISTPATCHESREPLY']._serialized_start=1932
-  _globals['_LISTPATCHESREPLY']._serialized_end=2011
-  _globals['_PATCHINFO']._serialized_start=2014
-  _globals['_PATCHINFO']._serialized_end=2182
-  _globals['_PUBLISHREQUEST']._serialized_start=2184
-  _globals['_PUBLISHREQUEST']._serialized_end=2216
-  _globals['_PUBLISHREPLY']._serialized_start=2218
-  _globals['_PUBLISHREPLY']._serialized_end=2277
-  _globals['_STOPREQUEST']._serialized_start=2279
-  _globals['_STOPREQUEST']._serialized_end=2292
-  _globals['_STOPREPLY']._serialized_start=2294
-  _globals['_STOPREPLY']._serialized_end=2305
-  _globals['_CONTROL']._serialized_start=2308
-  _globals['_CONTROL']._serialized_end=2791
+  _globals['_ROUNDSTATUS']._serialized_start=870
+  _globals['_ROUNDSTATUS']._serialized_end=1008
+  _globals['_LEASESTATUS']._serialized_start=1011
+  _globals['_LEASESTATUS']._serialized_end=1205
+  _globals['_EXPERTLEASESTATUS']._serialized_start=1208
+  _globals['_EXPERTLEASESTATUS']._serialized_end=1480
+  _globals['_PRESENCESTATUS']._serialized_start=1482
+  _globals['_PRESENCESTATUS']._serialized_end=1564
+  _globals['_WATCHREQUEST']._serialized_start=1566
+  _globals['_WATCHREQUEST']._serialized_end=1606
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1608
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1629
+  _globals['_LISTVERSIONSREPLY']._serialized_start=1631
+  _globals['_LISTVERSIONSREPLY']._serialized_end=1714
+  _globals['_VERSIONINFO']._serialized_start=1717
+  _globals['_VERSIONINFO']._serialized_end=1927
+  _globals['_LISTPATCHESREQUEST']._serialized_start=1929
+  _globals['_LISTPATCHESREQUEST']._serialized_end=1949
+  _globals['_LISTPATCHESREPLY']._serialized_start=1951
+  _globals['_LISTPATCHESREPLY']._serialized_end=2030
+  _globals['_PATCHINFO']._serialized_start=2033
+  _globals['_PATCHINFO']._serialized_end=2201
+  _globals['_PUBLISHREQUEST']._serialized_start=2203
+  _globals['_PUBLISHREQUEST']._serialized_end=2235
+  _globals['_PUBLISHREPLY']._serialized_start=2237
+  _globals['_PUBLISHREPLY']._serialized_end=2296
+  _globals['_STOPREQUEST']._serialized_start=2298
+  _globals['_STOPREQUEST']._serialized_end=2311
+  _globals['_STOPREPLY']._serialized_start=2313
+  _globals['_STOPREPLY']._serialized_end=2324
+  _globals['_CONTROL']._serialized_start=2327
+  _globals['_CONTROL']._serialized_end=2810
 # @@protoc_insertion_point(module_scope)

@@ -274,6 +274,7 @@ class RoundStatus(_message.Message):
     SINCE_SECONDS_FIELD_NUMBER: _builtins.int
     ACCEPTS_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    EXAMINED_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Rounds count from 1."""
     phase: _builtins.str
@@ -286,6 +287,8 @@ class RoundStatus(_message.Message):
     """Verdicts that accept the round's candidate."""
     threshold: _builtins.int
     """How many of them adopt it."""
+    examined: _builtins.int
+    """How many of the round's patches this node has examined, as a maintainer that is to propose."""
     def __init__(
         self,
         *,
@@ -295,10 +298,11 @@ class RoundStatus(_message.Message):
         since_seconds: _builtins.float = ...,
         accepts: _builtins.int = ...,
         threshold: _builtins.int = ...,
+        examined: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts", b"accepts", "number", b"number", "patches", b"patches", "phase", b"phase", "since_seconds", b"since_seconds", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts", b"accepts", "examined", b"examined", "number", b"number", "patches", b"patches", "phase", b"phase", "since_seconds", b"since_seconds", "threshold", b"threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
