@@ -23,9 +23,11 @@ def junit(report: "SuiteReport") -> bytes:
             "testcase",
             {"classname": report.suite or "exam", "name": result.section, "time": f"{report.seconds * share:.3f}"},
         )
+        scores = _allowed(f"{report.parent}: {result.parent:.6f}, {report.what}: {result.score:.6f}")
         if result.regression:
             failure = ElementTree.SubElement(case, "failure", {"type": "regression", "message": result.regression})
-            failure.text = f"{report.parent}: {result.parent:.6f}, {report.what}: {result.score:.6f}"
+            failure.text = scores
+        ElementTree.SubElement(case, "system-out").text = scores
     return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
 
 

@@ -61,6 +61,9 @@ def test_what_is_proposed_is_shown(lineage: Lineage) -> None:
     both = tuple(sorted((lineage.home.key.peer, other)))
     patch = add_patch(lineage, Key.generate(), 1)
     _, version = propose_amendment(lineage, amendment(lineage, maintainers=both, threshold=2))
+    with pytest.raises(NotFound) as unknown:
+        lineage.find_version(version[:10])
+    assert "round show" in str(unknown.value.hint)
     view = look(lineage)
     assert view.patches == (patch,)
     (candidate,) = view.candidates

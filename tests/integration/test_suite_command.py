@@ -81,6 +81,8 @@ def test_a_regression_ends_with_a_status_of_its_own(lineage: Lineage, suite: Pat
     failures = [case.get("name") for case in root.iter("testcase") if case.find("failure") is not None]
     assert "python" in failures
     assert "regression/safe" not in failures
+    subject = next(x.get("value") for x in root.iter("property") if x.get("name") == "subject")
+    assert all(f"{subject}: " in str(case.findtext("system-out")) for case in root.iter("testcase"))
 
 
 def test_a_patch_that_changes_nothing_passes(lineage: Lineage, suite: Path) -> None:

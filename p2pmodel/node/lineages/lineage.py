@@ -225,7 +225,10 @@ class Lineage:
             found = [v for v, number in every.items() if number == wanted]
         if len(found) != 1:
             known = ", ".join(str(n) for n in every.values())
-            raise NotFound(f"{self.manifest.name} has no version {text}.", f"It has: {known}.")
+            hint = f"It has: {known}."
+            if not found and any(abbreviates(text, candidate) for candidate in self.candidates):
+                hint = "It is a candidate that is not adopted, see: p2pmodel round show"
+            raise NotFound(f"{self.manifest.name} has no version {text}.", hint)
         return found[0]
 
     def find_patch(self, text: str) -> PatchId:
