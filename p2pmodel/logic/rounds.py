@@ -164,7 +164,7 @@ def _new(state: RoundState, event: PatchesAdmitted, here: _Here) -> list[PatchId
     """As many of the event's as there is room for."""
     known = state.settled.union(state.patches, state.late)
     room = here.rules.schedule.max_patches - len(state.patches) - len(state.late)
-    return [patch for patch in event.patches if patch not in known][: max(0, room)]
+    return [patch for patch in dict.fromkeys(event.patches) if patch not in known][: max(0, room)]
 
 
 def _refuse(state: RoundState, event: PatchesRefused, here: _Here) -> Outcome:

@@ -109,20 +109,35 @@ def mapped(path: Path) -> memoryview:
     # Python's own map keeps a file descriptor open, of which there are fewer than patches.
     try:
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
-    except RuntimeError as error:
-        raise OSError(f"{path} can't be mapped: {error}") from None
+    except (RuntimeError, ValueError):  # a file system that maps nothing, or a name that is no UTF-8
+        return memoryview(bytearray(path.read_bytes()))
 
 
 def names(raw: Raw) -> frozenset[str]:
     """Of the tensors that a blob says it holds; none when it is no blob."""
+    layout = _layout_of(raw)
+    return frozenset() if layout is None else frozenset(layout.names)
+
+
+def is_aligned(raw: Raw) -> bool:
+    """Whether every tensor begins at a multiple of its element size, as `pack` and safetensors write them, so that a
+    mapped blob need not be copied. Of what is no blob nothing is said."""
+    layout = _layout_of(raw)
+    if layout is None:
+        return True
+    header = int.from_bytes(raw[:8], "little")
+    return not any((header + begin) % dtype.itemsize for _, dtype, _, begin, _ in layout.entries)
+
+
+def _layout_of(raw: Raw) -> "_Layout | None":
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or length > len(raw) - 8:
-        return frozenset()
+        return None
     parse = _cached_layout if length <= _CACHED_HEADER_BYTES else _layout
     try:
-        return frozenset(parse(bytes(raw[8 : 8 + length]), len(raw) - 8 - length).names)
+        return parse(bytes(raw[8 : 8 + length]), len(raw) - 8 - length)
     except Rejected:
-        return frozenset()
+        return None
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def encode(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names, and scales float32 [⌈N / BLOCK⌉]."""
     flat, _ = end_to_end(fisher)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scales = blocks.amax(1)
+    scales = blocks.amax(1).abs()  # no zero with a sign
     ratios = blocks.double() / torch.where(scales > 0, scales, 1.0).double()[:, None]
     below = (-_STEPS * torch.log2(ratios)).clamp(0, 254).round()
     codes = torch.where(blocks > 0, 255 - below, 0.0).to(torch.uint8)
@@ -60,7 +60,7 @@ class Decoded(EndToEnd):
         if found.keys() != {slot.name for slot in expected}:
             raise Rejected("schema", "The patch's Fisher lacks its codes or scales.")
         self._codes, self._scales = found["codes"].numpy(), found["scales"].numpy()
-        if (self._scales < 0).any():
+        if np.signbit(self._scales).any():
             raise Rejected("finite", "The patch's Fisher has negative values.")
 
     def across(self, low: int, high: int) -> Tensor:

@@ -79,6 +79,6 @@ class Decoded(EndToEnd):
         first, last = low // BLOCK, -(-high // BLOCK)
         pairs = np.take(_PAIRS, blocks_of(self._codes, first * BLOCK // 2, last * BLOCK // 2), mode="clip")
         values = pairs.view(np.float32).reshape(-1, BLOCK)
-        with np.errstate(over="ignore"):  # of what lies beyond the last value
+        with np.errstate(over="ignore", invalid="ignore"):  # of what lies beyond the last value, or is refused
             values *= self._steps[first:last, None]
         return torch.from_numpy(values.reshape(-1)[low - first * BLOCK : high - first * BLOCK])

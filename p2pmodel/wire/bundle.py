@@ -47,9 +47,20 @@ def open_bundle(raw: bytes, limit: int = MAX_BUNDLE_BYTES) -> OpenBundle:
     patch = records.open_patch(bundle.header)
     if (bundle.control is None) != (patch.control is None):
         raise Rejected("digest", "The file has a control variate that its signed header does not name, or lacks it.")
-    offsets: list[int] = []
     for name, blob, ref in zip(("adapter", "Fisher", "control variate"), bundle.blobs, patch.blobs, strict=False):
         if canonical.blob_ref(blob) != ref:
             raise Rejected("digest", f"The file's {name} is not the one that its signed header names.")
-        offsets.append(raw.index(blob))
-    return OpenBundle(canonical.digest(bundle.header), patch, bundle, tuple(offsets))
+    return OpenBundle(canonical.digest(bundle.header), patch, bundle, _offsets(raw, bundle))
+
+
+def _offsets(raw: bytes, bundle: Bundle) -> tuple[int, ...]:
+    """Where the blobs begin. Each field's bytes come after its name and a few more, the fields in the order of their
+    names."""
+    found: dict[str, int] = {}
+    at = 0
+    for name, part in sorted(vars(bundle).items()):
+        if part is not None:
+            at = next(begin for begin in range(at, len(raw)) if raw.startswith(part, begin))
+            found[name] = at
+            at += len(part)
+    return tuple(found[name] for name in ("adapter", "fisher", "control") if name in found)

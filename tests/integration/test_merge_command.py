@@ -13,6 +13,7 @@ from p2pmodel.domain.errors import InvalidInput, NotFound, P2PModelError, Reject
 from p2pmodel.domain.ids import PatchId
 from p2pmodel.domain.model import MergeSpec
 from p2pmodel.node.lineages import states
+from p2pmodel.node.lineages.intake import check_tensors
 from p2pmodel.node.lineages.lineage import Lineage
 from p2pmodel.node.lineages.states import patch_file_state, patch_state, version_state
 from p2pmodel.tensors.merging import BUILT_IN
@@ -156,3 +157,12 @@ def test_large_blobs_are_mapped_and_verified(lineage: Lineage, tmp_path: Path, m
     hurt.write_bytes(hurt.read_bytes()[:-1] + b"!")
     with pytest.raises(StorageError, match="damaged"):
         run(lineage, *texts, "--alpha", "1", "--output", str(large))
+
+
+def test_values_that_are_not_aligned_are_refused(lineage: Lineage) -> None:
+    patch = lineage.patches[add_patch(lineage, Key.generate(), 1)]
+    raw = lineage.home.objects.load(patch.adapter.digest)
+    length = int.from_bytes(raw[:8], "little")
+    shifted = (length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :]
+    with pytest.raises(Rejected, match="aligned"):
+        check_tensors(lineage, patch, shifted, lineage.home.objects.load(patch.fisher.digest))

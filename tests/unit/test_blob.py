@@ -1,6 +1,7 @@
 """Blobs of tensors: one byte string for one set of tensors, and nothing but Rejected for bytes that are none."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -174,6 +175,24 @@ def test_a_mapped_blob_is_the_same_wherever_it_lies_in_its_file(tmp_path: Path, 
         assert blob.pack(found) == raw
         found["scales" if tensors is state else "a"].zero_()
         assert (tmp_path / "file").read_bytes() == b"-" * before + raw
+
+
+def test_what_is_packed_is_aligned_and_another_header_is_not() -> None:
+    raw = blob.pack(STATE)
+    length = int.from_bytes(raw[:8], "little")
+    shifted = (length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :]
+    assert blob.pack(blob.unpack(shifted, SLOTS, LIMIT)) == raw
+    assert blob.is_aligned(raw)
+    assert not blob.is_aligned(shifted)
+    assert blob.is_aligned(b"nonsense")
+
+
+def test_a_file_of_any_name_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"no utf-8: \xff")
+    path.write_bytes(blob.pack(STATE))
+    assert blob.unpack(blob.mapped(path), SLOTS, LIMIT).keys() == STATE.keys()
+    with pytest.raises(OSError, match="No such file"):
+        blob.mapped(tmp_path / "nothing")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what is held")

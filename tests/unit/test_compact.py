@@ -62,6 +62,7 @@ def test_tensors_come_back_in_their_places_across_blocks() -> None:
         ({"codes": torch.zeros(4, dtype=torch.uint8)}, "shape"),
         ({"codes": torch.zeros(5, dtype=torch.int8)}, "shape"),
         ({"scales": torch.tensor([-1.0])}, "finite"),
+        ({"scales": torch.tensor([-0.0])}, "finite"),
         ({"scales": torch.tensor([math.inf])}, "finite"),
         ({"scales": torch.ones(2)}, "shape"),
         ({"scales": None}, "schema"),

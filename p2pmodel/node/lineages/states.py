@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from p2pmodel.domain import modular
-from p2pmodel.domain.errors import NotFound
+from p2pmodel.domain.errors import NotFound, Rejected
 from p2pmodel.domain.ids import Digest, VersionId, short
 from p2pmodel.domain.model import BlobRef, Manifest
 from p2pmodel.domain.modular import Experts
@@ -57,7 +57,10 @@ def mapped(home: Home, digest: Digest, limit: int) -> Raw:
         return objects.load(digest, limit)
     path = objects.verified(digest, limit)
     with storage_errors(path):
-        return blob.mapped(path)
+        try:
+            return blob.mapped(path)
+        except FileNotFoundError:
+            return objects.load(digest, limit)  # which says that it is gone
 
 
 def neutral_state(manifest: Manifest) -> dict[str, Tensor]:
@@ -76,6 +79,8 @@ def read_change(lineage: Lineage, kind: str, adapter: Raw) -> Change:
     """What a patch's adapter blob changes, checked against the Manifest. Raises Rejected, NotFound."""
     known = get_kind(kind)
     limit = lineage.largest_patch
+    if not blob.is_aligned(adapter):
+        raise Rejected("schema", "The values of the patch are not aligned in its blob, as safetensors writes them.")
     return known.read(adapter, slots_of(known, lineage.manifest.slots), limit)
 
 

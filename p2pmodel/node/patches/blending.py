@@ -160,7 +160,7 @@ def _in_file(path: Path, opened: OpenBundle, number: int) -> Callable[[], Raw]:
         try:
             raw = blob.mapped(path)[begin : begin + ref.size]
         except OSError as error:
-            raise InvalidInput(f"{path} can't be read: {error}.") from None
+            raise InvalidInput(f"{path} can't be read: {error.strerror}.") from None
         if canonical.digest(raw) != ref.digest:
             raise Rejected("digest", f"{path} was changed while it was read.")
         return raw

@@ -67,7 +67,7 @@ def bequeath(
     put = lineage.home.objects.put
     digests = {
         "moments": put(moments).digest,
-        "control": None if control is None else put(blob.pack(control)).digest,
+        "control": None if control is None else put(blob.pack(dict(control))).digest,
         "error": None if error is None else put(blob.pack(error)).digest,
     }
     value = json.dumps({"layout": layout, **digests})

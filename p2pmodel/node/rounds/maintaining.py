@@ -73,7 +73,7 @@ class Maintainer:
         self._scores: dict[tuple[str, str], Scores] = {}
         self._stopped = threading.Event()
         self.examined = 0
-        """Patches, of those that are to be proposed or were last."""
+        """Patches, since whoever has them proposed set it to 0."""
 
     def stop(self) -> None:
         """Work under way on another thread ends within one exam, with NotRunning."""
@@ -95,8 +95,6 @@ class Maintainer:
         self._follow_exam()
         before = version_state(lineage, parent)
         measured = self._examiner.measure(before, "tune")
-
-        self.examined = 0
 
         def examine(patch: PatchId, alone: State) -> Screened:
             screened = screen(self._examiner, alone, measured, "tune", self._seed(round, patch))

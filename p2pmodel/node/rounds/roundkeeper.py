@@ -160,6 +160,8 @@ class RoundKeeper:
     def _perform(self, effect: rounds.Effect) -> None:
         match effect:
             case round_state.Propose() | round_state.Examine():
+                if self._maintainer and isinstance(effect, round_state.Propose):
+                    self._maintainer.examined = 0
                 self._work.put_nowait(effect)
             case round_state.Adopt(version):
                 log.debug("enough maintainers accept %s", short(version))

@@ -18,6 +18,10 @@ F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
 Row = F64 | F32
 
+PART = 1 << 15
+"""Values of a slot that are looked at at a time: PyTorch gives more of them to several threads, and waiting for those
+takes longer than the work, most of all where they have other work to do."""
+
 
 def fold(rows: F64) -> F64:
     """Sum over the first axis, overwriting it: the second half is added to the first until one row is left, so that
@@ -76,22 +80,29 @@ class Layout:
 
     def _fill(self, row: Row, tensors: Mapping[str, Tensor], begin: int) -> None:
         """What `tensors` lack is left as it is."""
-        target, end = torch.from_numpy(row), begin + len(row)
+        end = begin + len(row)
         for index in range(bisect_right(self._starts, begin) - 1, len(self.places)):
             (name, shape), start = self.places[index], self._starts[index]
             if start >= end:
                 break
             low, high = max(start, begin), min(start + prod(shape), end)
             if low < high and name in tensors:
-                target[low - begin : high - begin] = _part(tensors, name, shape, low - start, high - start)
+                _check_shape(tensors, name, shape)
+                for at in range(low, high, PART):
+                    stop = min(at + PART, high)
+                    row[at - begin : stop - begin] = _array(part_of(tensors, name, at - start, stop - start))
 
     def split(self, row: F64) -> dict[str, Tensor]:
         parts = torch.split(torch.from_numpy(row), [prod(shape) for _, shape in self.places])
         return {name: part.reshape(shape) for (name, shape), part in zip(self.places, parts, strict=True)}
 
 
-def _part(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], low: int, high: int) -> Tensor:
-    """[high - low] of one slot, laid out flat."""
+def _check_shape(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
     if (tensors.shape(name) if isinstance(tensors, Lazy) else tuple(tensors[name].shape)) != shape:
         raise Rejected("shape", f"A patch has slot {name} in another shape than its parent.")
-    return part_of(tensors, name, low, high).detach()
+
+
+def _array(part: Tensor) -> Row:
+    part = part.detach().cpu()
+    found: Row = (part if part.dtype == torch.float64 else part.float()).numpy()
+    return found
