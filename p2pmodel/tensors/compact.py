@@ -42,7 +42,7 @@ def encode(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names, and scales float32 [⌈N / BLOCK⌉]."""
     flat, _ = end_to_end(fisher)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scales = blocks.amax(1).abs()  # no zero with a sign
+    scales = blocks.amax(1) + 0.0  # no zero with a sign
     ratios = blocks.double() / torch.where(scales > 0, scales, 1.0).double()[:, None]
     below = (-_STEPS * torch.log2(ratios)).clamp(0, 254).round()
     codes = torch.where(blocks > 0, 255 - below, 0.0).to(torch.uint8)

@@ -141,3 +141,8 @@ def test_parts_are_those_of_the_whole(size: int, random: Random) -> None:
         low = random.randrange(size + 1)
         high = random.randrange(low, size + 1)
         torch.testing.assert_close(found.across(low, high), whole[low:high], rtol=0, atol=0)
+
+
+def test_a_zero_with_a_sign_comes_back_as_none() -> None:
+    back = there_and_back({"s": torch.tensor([-0.0, -0.0])})["s"]
+    assert not bool(torch.signbit(back).any())
